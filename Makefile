@@ -1,0 +1,35 @@
+# Two commands for people: `make demo` and `make test`. Both start from Python 3.11 and make alone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit integration clean
+
+demo: $(VENV)/.ready
+	$(BIN)/sempa demo --output runs/demo
+
+test: lint types unit integration
+
+# ruff and mypy run before anything slow.
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not integration"
+
+integration: $(VENV)/.ready
+	$(BIN)/python -m pytest -m integration
+
+# The tested set of versions.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 on the PATH; install Python 3.11 or set PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
