@@ -1,0 +1,217 @@
+"""Atomic writes, checked reads and row files. Standard library, with pyarrow only where parquet is asked for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sempa_st.errors import SempaError
+
+_MAX_LISTED = 10
+ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` and rename it over ``path`` when the block ends without an error.
+
+    Raises:
+        SempaError: If the folder cannot be created or written to.
+    """
+    target = Path(path)
+    # The suffix stays last: writers may choose the format by it.
+    partial = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    with _explained(f"{target} cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    try:
+        yield partial
+        with _explained(f"{target} cannot be written"):
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path`` and rename it to ``path`` when the block ends without an error.
+
+    An old folder is only removed after the new one stands in its place.
+
+    Raises:
+        SempaError: If ``path`` holds something and ``overwrite`` is false, or if it cannot be written.
+    """
+    target = Path(path).resolve()  # through a link, the folder that it points to is replaced, and the link stays
+    check_output_folder(target, overwrite=overwrite)
+    partial = sibling(target, "partial-" + uuid.uuid4().hex[:8])
+    with _explained(f"{target} cannot be written"):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with _explained(f"{target} cannot be written"):
+            _swap_in(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap_in(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = sibling(target, "old-" + uuid.uuid4().hex[:8])
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def check_apart(output: str | Path, used: Sequence[Path]) -> None:
+    """Raise :class:`SempaError` if replacing ``output`` would delete one of the files or folders that are ``used``."""
+    target = Path(output).resolve()
+    for path in used:
+        if path.resolve().is_relative_to(target):
+            raise SempaError(f"The output {output} holds {path}, which is read from. Choose another output.")
+
+
+def check_output_file(path: str | Path, suffixes: Sequence[str]) -> None:
+    """Raise :class:`SempaError` unless ``path`` ends in one of ``suffixes`` and can be written."""
+    target = Path(path)
+    if target.suffix.lower() not in suffixes:
+        raise SempaError(f"The output {target} has an unknown ending. Expected one of: {', '.join(suffixes)}.")
+    if target.is_dir():
+        raise SempaError(f"The output {target} cannot be written: it is a folder. Expected a file name.")
+    _check_parent(target)
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SempaError(f"The output {target} cannot be written: {parent} is not a folder that may be written to.")
+
+
+def sibling(path: Path, word: str) -> Path:
+    """Return the path of a hidden neighbour of ``path`` that carries ``word`` in its name."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.{word}")
+
+
+def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raise :class:`SempaError` unless ``path`` can become an output folder: absent, empty, or ``overwrite`` is set."""
+    target = Path(path)
+    if target.is_file():
+        raise SempaError(f"The output {target} is a file; expected a folder that does not exist yet. Choose another.")
+    with _explained(f"{target} cannot be looked into"):
+        holds_something = target.is_dir() and any(target.iterdir())
+    if holds_something and not overwrite:
+        raise SempaError(
+            f"The output folder {target} is not empty. Choose another one, or pass --overwrite to replace it whole."
+        )
+    _check_parent(target)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SempaError(f"{what}: {error.strerror or error}. Check the path, its owner and the free space.") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON to ``path``, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raises :class:`SempaError` that names the file and the place of the fault."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SempaError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SempaError(f"{path} cannot be read as JSON: {error}. Restore the file from where it came.") from error
+
+
+def list_rows(numbers: Sequence[int]) -> str:
+    """Name rows in an error message: the first ten, and whether there are more.
+
+    >>> list_rows(range(1, 13))
+    '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
+    """
+    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read a csv, jsonl, json (a list of objects) or parquet file as one dict a row.
+
+    Raises:
+        SempaError: If the file is missing, of another kind, or cannot be parsed.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+        ".csv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".json": read_json,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise SempaError(f"{path} has an unknown ending {path.suffix!r}. Expected one of: {', '.join(ROW_SUFFIXES)}.")
+    if not path.is_file():
+        raise SempaError(f"The file {path} does not exist. Check the path.")
+    try:
+        rows = reader(path)
+    except SempaError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        raise SempaError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object a row.")
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        reader = csv.DictReader(handle, strict=True)
+        rows: list[dict[str, Any]] = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more fields than the header; quote fields that hold a comma")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON ({error})") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()

@@ -1,0 +1,173 @@
+"""Tiny decoders and tokenizers, made in memory: no test needs a network or a download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import, in this and in child processes
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from sempa_st.adapters import lora_config
+from sempa_st.files import read_rows
+from sempa_st.nli import sample_path
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def sample_sentences() -> list[str]:
+    rows = read_rows(sample_path("nli_sample.jsonl"))
+    return [sentence for row in rows for sentence in row.values()]
+
+
+def make_tokenizer(*, bos: bool = True, chat: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of 600 entries on the shipped sample."""
+    core = Tokenizer(models.BPE(unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sample_sentences(), trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=512
+    )
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+def make_llama(seed: int = 0, *, hidden: int = 32, layers: int = 3) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=600,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_gemma(seed: int = 0) -> Gemma3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return Gemma3ForCausalLM(config).eval()
+
+
+def save_base(folder: Path, model: Any, tokenizer: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_random_adapter(folder: Path, base: Path, model: Any, *, seed: int = 1) -> Path:
+    """Write an adapter whose two factors are both random, as after training, beside its base's name."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    tuned = get_peft_model(model, lora_config(model))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its own chat template."""
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny-llama", make_llama(), make_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 (sliding and full attention) without a chat template."""
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny-gemma", make_gemma(), make_tokenizer(chat=None))
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A finished native folder with a random adapter on the tiny Llama."""
+    return finish_adapter(tmp_path_factory.mktemp("models") / "tiny-sempa", tiny_base, make_llama())
+
+
+def finish_adapter(folder: Path, base: Path, model: Any, *, format: str = "native") -> Path:
+    from sempa_st.bases import load_tokenizer
+    from sempa_st.folder import install_template, write_embedding_files
+    from sempa_st.prompts import EMBEDDING_TEMPLATES
+
+    save_random_adapter(folder, base, model)
+    tokenizer = load_tokenizer(base)
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    write_embedding_files(
+        folder, tokenizer, template="prompteol", max_seq_length=160, width=model.config.hidden_size, format=format
+    )
+    return folder
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+    from sempa_st.cli import main
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as exit:  # argparse's own refusals
+            code = int(exit.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
