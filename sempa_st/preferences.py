@@ -1,0 +1,68 @@
+"""From NLI triplets to preference data (PAPER section "Preference data")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.nli import Triplet
+from sempa_st.prompts import SYSTEM_PROMPT, paraphrase_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Preference = dict[str, Any]
+"""A row of TRL's preference format: ``prompt``, ``chosen``, ``rejected``, as text or as chat messages."""
+
+
+def preference_rows(
+    triplets: Iterable[Triplet], tokenizer: PreTrainedTokenizerBase, *, paraphrase: str
+) -> list[Preference]:
+    """Turn each triplet into a paraphrase request with the entailed sentence chosen, the contradicted one rejected.
+
+    The base's own chat template is used when it has one (with the system prompt, unless the template refuses system
+    messages); otherwise the prompt is plain text that ends in a newline, a token boundary in every tokenizer.
+
+    Args:
+        triplets: NLI triplets.
+        tokenizer: The base's tokenizer.
+        paraphrase: Name of a paraphrase template of :mod:`sempa_st.prompts`.
+
+    Raises:
+        SempaError: If there is no paraphrase template of that name.
+    """
+    chat = own_chat_template(tokenizer) is not None
+    system = _system_messages(tokenizer) if chat else []
+    rows: list[Preference] = []
+    for triplet in triplets:
+        prompt = paraphrase_prompt(paraphrase, triplet.premise)
+        if chat:
+            rows.append(
+                {
+                    "prompt": [*system, {"role": "user", "content": prompt}],
+                    "chosen": [{"role": "assistant", "content": triplet.entailed}],
+                    "rejected": [{"role": "assistant", "content": triplet.contradicted}],
+                }
+            )
+        else:
+            rows.append({"prompt": prompt + "\n", "chosen": triplet.entailed, "rejected": triplet.contradicted})
+    return rows
+
+
+def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the base's own chat template (not one that this package added), or None."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return template.get("default")
+    return template
+
+
+def _system_messages(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    from jinja2 import TemplateError
+
+    system = [{"role": "system", "content": SYSTEM_PROMPT}]
+    try:
+        tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
+    except TemplateError:
+        return []
+    return system
