@@ -1,0 +1,143 @@
+"""Copy a model: onto another machine, into the other format, merged, or a bare base made an embedding folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sempa_st.adapters import check_adapter, merged_model
+from sempa_st.bases import Base, load_tokenizer, resolve_base
+from sempa_st.card import read_record, write_card
+from sempa_st.devices import pick_dtype
+from sempa_st.errors import SempaError
+from sempa_st.files import atomic_folder, check_apart, check_output_folder, read_json, write_json
+from sempa_st.folder import (
+    RUN_RECORD,
+    ST_CONFIG,
+    check_format,
+    folder_format,
+    folder_max_seq_length,
+    install_template,
+    is_adapter_folder,
+    set_base_reference,
+    template_name,
+    write_embedding_files,
+    write_model,
+)
+from sempa_st.loading import Source, adapter_base, find_model
+from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width
+from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
+
+
+def copy_model(
+    model: str,
+    output: str | Path,
+    *,
+    format: str | None = None,
+    merge: bool = False,
+    dtype: str = "float32",
+    base: str | None = None,
+    template: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder from another one (or from a bare base) that works on this machine.
+
+    Args:
+        model: SemPA folder or Hub id, or a base.
+        output: Folder to write.
+        format: ``native`` or ``custom``; that of the source when None (``native`` for a base).
+        merge: Add the adapter's update to the base's weights and write a full causal language model.
+        dtype: Type of merged weights; float32 keeps the vectors, bfloat16 halves the file.
+        base: Base to point to, where the one the adapter names has moved.
+        template: Embedding template for a bare base.
+        overwrite: Replace what stands at ``output``.
+
+    Raises:
+        SempaError: If the source, the base or the output folder is not fit.
+    """
+    check_output_folder(output, overwrite=overwrite)
+    source = find_model(model)
+    if source.kind == "sentence-transformers":
+        raise SempaError(f"{model} is a plain sentence-transformers model. Expected a SemPA folder or a base.")
+    format = format or folder_format(source.folder) or "native"
+    check_format(format)
+    adapter = is_adapter_folder(source.folder)
+    if merge and not adapter:
+        raise SempaError(f"{model} holds no adapter, so there is nothing to merge. Leave out --merge.")
+    if source.kind == "sempa" and template:
+        raise SempaError(f"{model} brings its own template; --template {template!r} is for bare bases only.")
+    origin = _origin(source, adapter, base)
+    check_apart(output, [source.folder, origin.folder])
+    if adapter:
+        check_adapter(origin, source.folder)
+    tokenizer, template, length = _embedding_settings(source, template)
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        if merge:
+            write_model(folder, merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), origin.reference)
+        else:
+            _copy_files(source.folder, folder, [*_SETTINGS, *_weight_files(source.folder)])
+            if adapter:
+                set_base_reference(folder, origin.reference)
+        write_embedding_files(
+            folder,
+            tokenizer,
+            template=template,
+            max_seq_length=length,
+            width=_width(origin.folder),
+            format=format,
+        )
+        record = read_record(source.folder)
+        if record is not None:
+            record = {**record, "base": origin.name}
+            write_json(folder / RUN_RECORD, record)
+        write_card(folder, Path(output).name, origin, record)
+    return Path(output)
+
+
+def _origin(source: Source, adapter: bool, base: str | None) -> Base:
+    """Return the base that the copy points to or derives from."""
+    if adapter:
+        return adapter_base(source.folder, base)
+    if base:
+        raise SempaError(f"{source.name} is a whole model without a base; leave out --base {base}.")
+    if source.kind == "base":
+        return resolve_base(source.name)
+    # A merged model: its own folder stands in for the base, under the base's recorded name.
+    record = read_record(source.folder) or {}
+    return replace(resolve_base(str(source.folder)), name=str(record.get("base") or source.name))
+
+
+def _embedding_settings(source: Source, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
+    tokenizer = load_tokenizer(source.folder)
+    if source.kind == "base":
+        chosen = embedding_template(template or DEFAULT_TEMPLATE)
+        install_template(tokenizer, chosen)
+        return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
+    return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that hold the model, and not other forms of it that may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+    return ["model.safetensors", "adapter_model.safetensors"]
+
+
+def _copy_files(source: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _width(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    return embedding_width(AutoConfig.from_pretrained(str(folder)))

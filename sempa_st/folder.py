@@ -1,0 +1,192 @@
+"""The model folder: one folder that sentence-transformers, sempa_st and transformers or PEFT all open."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json, write_json
+from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, save_model, transformer_config
+from sempa_st.prompts import EmbeddingTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = ("native", "custom")
+"""``native``: built-in modules only, opens with no flag. ``custom``: our module, opens with trust_remote_code=True."""
+RUN_RECORD = "sempa_run.json"
+MODULES = "modules.json"
+SETTINGS = PromptEOL.config_file_name
+ST_CONFIG = "config_sentence_transformers.json"
+POOLING = "1_Pooling"
+CUSTOM_TYPES = (f"prompt_eol.{PromptEOL.__name__}", f"{PromptEOL.__module__}.{PromptEOL.__name__}")
+"""How modules.json names our module: in a ``custom`` folder, and as ``SentenceTransformer.save_pretrained`` has it."""
+_TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
+_POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+_SAMPLED_BYTES = 1 << 20
+_PROBES = ("", "A cat sleeps", 'She said "no"?', "Ünïcode — 12 °C 😀", "it's")
+
+
+def install_template(tokenizer: PreTrainedTokenizerBase, template: EmbeddingTemplate) -> None:
+    """Add ``template`` to the tokenizer's named chat templates, leaving the base's own one as the default.
+
+    Raises:
+        SempaError: If the template and plain tokenisation of its text give different tokens.
+    """
+    own = tokenizer.chat_template or {}
+    named = dict(own) if isinstance(own, dict) else {"default": own}
+    expected = [_plain_ids(tokenizer, template.text(sentence)) for sentence in _PROBES]
+    has_bos = tokenizer.bos_token_id is not None and expected[0][:1] == [tokenizer.bos_token_id]
+    bos = str(tokenizer.bos_token) if has_bos else ""
+    # Some SentencePiece tokenizers mark a word's start at the start of the text, but not right after BOS.
+    for start in (bos, bos + " "):
+        tokenizer.chat_template = {**named, template.name: template.jinja(start=start)}
+        rendered = [_template_ids(tokenizer, template.name, sentence) for sentence in _PROBES]
+        if rendered == expected:
+            return
+    tokenizer.chat_template = own or None
+    raise SempaError(
+        f"The template {template.name!r} gives other tokens through this tokenizer's chat template than as plain text: "
+        f"{rendered[0]} against {expected[0]}. This tokenizer ({type(tokenizer).__name__}) is not supported."
+    )
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    # An EOS that the tokenizer adds ends a text; the template's last token is where the text goes on.
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) -> list[int]:
+    encoded: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": sentence}], chat_template=name, tokenize=True, return_dict=True
+    )
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def write_embedding_files(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_seq_length: int,
+    width: int,
+    format: str,
+) -> None:
+    """Write into ``folder`` all that makes a model folder an embedding model: tokenizer, template, module list.
+
+    Args:
+        folder: Folder that holds (or will hold) the model or adapter.
+        tokenizer: Tokenizer with the template installed.
+        template: Name of the template.
+        max_seq_length: Longest input in tokens, template included.
+        width: Width of the embedding.
+        format: One of :data:`FORMATS`.
+    """
+    check_format(format)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / SETTINGS, transformer_config(template, max_seq_length))
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}
+    ]
+    if format == "native":
+        modules.append({"idx": 1, "name": "1", "path": POOLING, "type": _POOLING_TYPE})
+        _write_pooling(folder, width)
+    else:
+        shutil.copy(Path(__file__).with_name("prompt_eol.py"), folder)
+    write_json(folder / MODULES, modules)
+    if not (folder / ST_CONFIG).exists():
+        write_json(folder / ST_CONFIG, _sentence_transformers_config())
+
+
+def _write_pooling(folder: Path, width: int) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    path = folder / POOLING
+    path.mkdir(exist_ok=True)
+    Pooling(width, pooling_mode="lasttoken").save(str(path))
+
+
+def _sentence_transformers_config() -> dict[str, Any]:
+    packages = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
+    return {
+        "model_type": "SentenceTransformer",
+        "__version__": {key: metadata.version(package) for key, package in packages.items()},
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+
+
+def write_model(folder: Path, model: Any, base_reference: str) -> None:
+    """Write a causal language model, or the adapter of a PEFT model with ``base_reference`` as its base's name."""
+    save_model(model, folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's stub; the model card takes its place
+    if (folder / ADAPTER_CONFIG).exists():
+        set_base_reference(folder, base_reference)
+
+
+def set_base_reference(folder: Path, base_reference: str) -> None:
+    """Rewrite the base that the adapter in ``folder`` names."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    write_json(folder / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_reference})
+
+
+def check_format(format: str) -> None:
+    """Raise :class:`SempaError` unless ``format`` is one of :data:`FORMATS`."""
+    if format not in FORMATS:
+        raise SempaError(f"Unknown folder format {format!r}. Expected one of: {', '.join(FORMATS)}.")
+
+
+def folder_format(folder: Path) -> str | None:
+    """Return the format of a folder that this package wrote, or None for any other folder, more modules included."""
+    if not (folder / MODULES).is_file() or not (folder / SETTINGS).is_file() or template_name(folder) is None:
+        return None
+    types = [module["type"] for module in read_json(folder / MODULES)]
+    if types == [_TRANSFORMER_TYPE, _POOLING_TYPE]:
+        return "native" if read_json(folder / POOLING / "config.json").get("pooling_mode") == "lasttoken" else None
+    return "custom" if len(types) == 1 and types[0] in CUSTOM_TYPES else None
+
+
+def template_name(folder: Path) -> str | None:
+    """Return the name of the embedding template that the folder's settings point to, if any."""
+    settings = read_json(folder / SETTINGS)
+    name = settings.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
+    return name if isinstance(name, str) else None
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(folder: Path) -> str:
+    """Return the base that the adapter names, or the run record's portable name where that is a folder now gone."""
+    reference = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    record = folder / RUN_RECORD
+    if Path(reference).is_absolute() and not Path(reference).is_dir() and record.is_file():
+        return str(read_json(record).get("base") or reference)
+    return reference
+
+
+def folder_max_seq_length(folder: Path) -> int:
+    """Return the longest input in tokens that the folder's settings allow."""
+    return int(read_json(folder / SETTINGS).get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a SHA-256 (hex) that tells model folders apart: settings in full, weights by size, head and tail."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as handle:
+            digest.update(handle.read(_SAMPLED_BYTES))
+            handle.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(handle.read())
+    return digest.hexdigest()

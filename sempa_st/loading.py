@@ -1,0 +1,192 @@
+"""Open any model as a SentenceTransformer: a SemPA folder, a bare decoder, or a plain sentence-transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sempa_st.bases import EMBEDDED_BASE, Base, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.devices import pick_device, pick_dtype
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json
+from sempa_st.folder import (
+    MODULES,
+    SETTINGS,
+    ST_CONFIG,
+    base_of_adapter,
+    folder_digest,
+    folder_format,
+    folder_max_seq_length,
+    install_template,
+    is_adapter_folder,
+    template_name,
+)
+from sempa_st.hub import model_folder
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Kind = Literal["base", "sempa", "sentence-transformers"]
+READERS = ("sempa", "native")
+"""``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is at hand.
+
+    Args:
+        name: What the user called it.
+        folder: Its local folder.
+        kind: ``base`` (a bare decoder), ``sempa`` (a folder of this package) or ``sentence-transformers``.
+    """
+
+    name: str
+    folder: Path
+    kind: Kind
+
+
+def find_model(name: str) -> Source:
+    """Find a model by folder, Hub id or embedded base name, and tell what kind it is.
+
+    Raises:
+        SempaError: If it cannot be found or is none of the kinds.
+    """
+    if name == EMBEDDED_BASE:
+        return Source(name, resolve_base(name).folder, "base")
+    folder = model_folder(name)
+    if folder_format(folder):
+        return Source(name, folder, "sempa")
+    if (folder / MODULES).is_file():
+        return Source(name, folder, "sentence-transformers")
+    if is_adapter_folder(folder):
+        raise SempaError(
+            f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a "
+            "folder that `sempa train` or `sempa copy` wrote."
+        )
+    return Source(name, resolve_base(name).folder, "base")
+
+
+def describe_method(source: Source, template: str | None = None) -> str:
+    """Return how a model's vectors come about: a template's name, ``sempa`` or ``sentence-transformers``."""
+    return (template or DEFAULT_TEMPLATE) if source.kind == "base" else source.kind
+
+
+def load(
+    model: str | Path = EMBEDDED_BASE,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    template: str | None = None,
+    base: str | None = None,
+    reader: str = "sempa",
+) -> SentenceTransformer:
+    """Load a model for embedding; its decoder still generates (``load(...)[0].model.generate``).
+
+    Args:
+        model: SemPA folder or Hub id, a base (embedded, folder or Hub id; read with PromptEOL), or any
+            sentence-transformers model.
+        dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ...; the best there is when None.
+        template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
+        base: Base to put the folder's adapter on, where the one it names has moved.
+        reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
+
+    Raises:
+        SempaError: If the model cannot be found, read, or embedded with as asked.
+    """
+    if reader not in READERS:
+        raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
+    device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, device)
+    source = find_model(str(model))
+    if template and source.kind != "base":
+        raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
+    if base and not (source.kind == "sempa" and reader == "sempa" and is_adapter_folder(source.folder)):
+        raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
+    if source.kind == "base" and reader == "native":
+        raise SempaError(f"{source.name} is a bare base. Make a native folder of it first: sempa copy {model} DIR")
+    if source.kind == "base":
+        return _load_base(source, template or DEFAULT_TEMPLATE, torch_dtype, device)
+    if source.kind == "sempa" and reader == "sempa":
+        return _load_sempa(source, base, torch_dtype, device)
+    return _load_plain(source, torch_dtype, device)
+
+
+def _load_base(source: Source, template: str, dtype: Any, device: str) -> SentenceTransformer:
+    definition = embedding_template(template)
+    tokenizer = load_tokenizer(source.folder)
+    install_template(tokenizer, definition)
+    decoder = load_causal_lm(source.folder, dtype).eval()
+    return _assemble(PromptEOL(decoder, tokenizer, template=template), source, device)
+
+
+def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
+    from sempa_st.adapters import attach_adapter
+
+    folder = source.folder
+    tokenizer = load_tokenizer(folder)
+    if is_adapter_folder(folder):
+        found = adapter_base(folder, base)
+        model = attach_adapter(load_causal_lm(found.folder, dtype), folder, found.name)
+    else:
+        model = load_causal_lm(folder, dtype).eval()
+    template = template_name(folder) or DEFAULT_TEMPLATE
+    length = folder_max_seq_length(folder)
+    return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
+
+
+def adapter_base(folder: Path, base: str | None = None) -> Base:
+    """Return the base of an adapter folder, or ``base`` where one is given.
+
+    Raises:
+        SempaError: If it is not at hand; the message says how to name another.
+    """
+    name = base or base_of_adapter(folder)
+    try:
+        return resolve_base(name)
+    except SempaError as error:
+        raise SempaError(f"The base of the adapter in {folder}: {error} To use another copy, pass --base.") from error
+
+
+def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    config_file = source.folder / ST_CONFIG
+    config = read_json(config_file) if config_file.is_file() else {}
+    model = SentenceTransformer(
+        modules=[module],
+        device=device,
+        prompts=config.get("prompts"),
+        default_prompt_name=config.get("default_prompt_name"),
+        similarity_fn_name=config.get("similarity_fn_name", "cosine"),
+    )
+    return _named(model, source)
+
+
+def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+
+    if folder_format(source.folder) == "custom":
+        raise SempaError(
+            f"{source.name} is of format custom: plain sentence-transformers would run the code in it, which this "
+            "package does not. Read it with --reader sempa, or make a native copy with "
+            "sempa copy FOLDER DIR --format native"
+        )
+    try:
+        model_kwargs = {"dtype": dtype, "use_safetensors": True}
+        model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SempaError(f"{source.name} cannot be opened with sentence-transformers: {error}") from error
+    return _named(model, source)
+
+
+def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:
+    """Name the model after its content: MTEB serves a model without a name of its own another one's cached scores."""
+    if model.model_card_data.model_name is None:
+        model.model_card_data.model_name = f"local/{Path(source.name).name}-{folder_digest(source.folder)[:12]}"
+    return model
