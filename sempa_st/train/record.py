@@ -1,0 +1,84 @@
+"""What a finished run leaves behind: its record, and the table that a person reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sempa_st.bases import Base
+from sempa_st.config import TrainConfig
+from sempa_st.console import table
+from sempa_st.nli import NliData
+from sempa_st.runinfo import run_info
+from sempa_st.train.callbacks import DEV_METRIC
+
+_NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
+
+
+def run_record(
+    config: TrainConfig, base: Base, data: NliData, state: Any, *, base_score: float, dev_pairs: int, seconds: float
+) -> dict[str, Any]:
+    """Return the record of a run, as it is written to ``sempa_run.json``.
+
+    Args:
+        config: Settings of the run.
+        base: Base that was trained.
+        data: Triplets that were trained on.
+        state: The trainer's state after training.
+        base_score: Dev score before training.
+        dev_pairs: Number of dev pairs.
+        seconds: Wall-clock time.
+    """
+    triplets = len(data.triplets)
+    triplets_per_step = config.epochs * triplets / state.max_steps
+    scores = [{"step": 0, "samples": 0, "spearman": base_score}]
+    scores += [
+        {"step": line["step"], "samples": round(line["step"] * triplets_per_step), "spearman": line[DEV_METRIC]}
+        for line in state.log_history
+        if DEV_METRIC in line
+    ]
+    source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
+    return {
+        **run_info(),
+        "objective": "dpo",
+        "base": base.name,
+        "data": source,
+        "config": {name: value for name, value in asdict(config).items() if name not in _NOT_RECORDED},
+        "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
+        "best_step": state.best_global_step,
+        "training": [_step(line) for line in state.log_history if "loss" in line],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _step(line: dict[str, float]) -> dict[str, float]:
+    names = {
+        "step": "step",
+        "loss": "loss",
+        "reward_accuracy": "rewards/accuracies",
+        "reward_margin": "rewards/margins",
+        "learning_rate": "learning_rate",
+    }
+    return {name: line[key] for name, key in names.items()}
+
+
+def run_table(record: dict[str, Any]) -> str:
+    """Lay out a run record: at each checkpoint, triplets seen, loss, reward accuracy and dev score."""
+    rows: list[list[object]] = []
+    since = 0
+    scores = record["dev"]["scores"]
+    for score in scores:
+        lines = [line for line in record["training"] if since < line["step"] <= score["step"]]
+        since = score["step"]
+        means = [sum(line[key] for line in lines) / len(lines) if lines else "" for key in ("loss", "reward_accuracy")]
+        kept = "<- kept" if score["step"] == record["best_step"] else ""
+        rows.append([score["samples"], *means, score["spearman"], kept])
+    text = table(["triplets", "loss", "reward accuracy", f"dev ({record['dev']['source']})", ""], rows)
+    if skipped := record["data"]["skipped"]:
+        text += f"\nLeft out as bad: {skipped} row(s) or premise(s) of {record['data']['source']}."
+    best = max(score["spearman"] for score in scores[1:])
+    if best <= scores[0]["spearman"]:
+        text += (
+            f"\nNo checkpoint beats the base's own dev score, {scores[0]['spearman']:.2f}; the best of them was kept."
+        )
+    return text

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from conftest import make_llama
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from trl import DPOTrainer
+
+import sempa_st
+from sempa_st.bases import load_tokenizer
+from sempa_st.config import TrainConfig
+from sempa_st.errors import SempaError
+from sempa_st.folder import install_template
+from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.stsdata import dev_pairs
+from sempa_st.train.run import _gather, _trainer, train
+from sempa_st.train.trainer import DevScorer, SempaTrainer
+from sempa_st.train.workdir import WorkDir
+
+
+def make_config(base: Path, output: Path, **kwargs: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "base": str(base),
+        "data": "sample",
+        "output": str(output),
+        "max_triplets": 24,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "checkpoint_samples": 8,
+        "dev": "sample",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_seq_length": 200,
+    }
+    return TrainConfig(**{**settings, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("trained") / "tiny-sempa"
+    return output, train(make_config(tiny_base, output, epochs=3))[0]
+
+
+def test_loss_falls_and_reward_accuracy_rises(trained: tuple[Path, dict[str, Any]]) -> None:
+    steps = trained[1]["training"]
+    assert len(steps) == 18
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference start equal
+    first, last = steps[:6], steps[-6:]
+    for key, sign in (("loss", -1), ("reward_accuracy", 1), ("reward_margin", 1)):
+        assert sign * (sum(s[key] for s in last) - sum(s[key] for s in first)) > 0, key
+
+
+def test_the_folder_holds_the_best_checkpoint(trained: tuple[Path, dict[str, Any]]) -> None:
+    output, record = trained
+    scores = record["dev"]["scores"]
+    assert [score["samples"] for score in scores] == [0, 8, 16, 24, 32, 40, 48, 56, 64, 72]
+    best = max(scores[1:], key=lambda score: score["spearman"])
+    assert record["best_step"] == best["step"]
+    pairs = dev_pairs("sample", None)
+    model = sempa_st.load(output, dtype="float32", device="cpu")
+    vectors = [model.encode(list(side), convert_to_tensor=True) for side in (pairs.first, pairs.second)]
+    cosine = torch.nn.functional.cosine_similarity(*vectors)
+    assert 100 * spearmanr(cosine, pairs.scores).statistic == pytest.approx(best["spearman"], abs=1e-2)
+
+
+def test_the_adapter_moved_and_the_base_did_not(trained: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    tensors = load_file(trained[0] / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
+    before = sempa_st.load(tiny_base, dtype="float32", device="cpu").encode("A cat sleeps")
+    after = sempa_st.load(trained[0], dtype="float32", device="cpu").encode("A cat sleeps")
+    assert abs(before - after).max() > 1e-3
+    fresh = make_llama().state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in load_file(tiny_base / "model.safetensors").items())
+
+
+def test_the_run_record_tells_how_to_repeat_it(trained: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    record = json.loads((trained[0] / "sempa_run.json").read_text())
+    assert record["base"] == str(tiny_base)
+    assert record["config"]["seed"] == 42
+    assert record["data"]["source"] == "sample"
+    assert record["data"]["triplets"] == 24
+    assert len(record["data"]["sha256"]) == 64
+    assert {"torch", "trl", "peft", "transformers"} <= record["versions"].keys()
+    assert record["command"]
+    assert not trained[0].with_name("tiny-sempa.training").exists()
+
+
+def test_plain_readers_open_the_folder(trained: tuple[Path, dict[str, Any]]) -> None:
+    native = SentenceTransformer(str(trained[0]), device="cpu").encode(["A cat", "A dog"])
+    ours = sempa_st.load(trained[0], dtype="float32", device="cpu").encode(["A cat", "A dog"])
+    assert native == pytest.approx(ours, abs=1e-4)
+    card = (trained[0] / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card
+    assert 'SentenceTransformer("tiny-sempa")' in card
+
+
+class InterruptError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [3, 7])
+def test_resume_ends_where_an_unbroken_run_ends(
+    trained: tuple[Path, dict[str, Any]],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop_after: int,
+) -> None:
+    config = make_config(tiny_base, tmp_path / "model", epochs=3)
+    original = SempaTrainer.training_step
+    calls = 0
+
+    def fail_later(self: SempaTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > stop_after:
+            raise InterruptError
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(SempaTrainer, "training_step", fail_later)
+        train(config)
+    assert "--resume goes on" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(SempaError, match=r"unfinished run stands in.*--resume"):
+        train(config)
+    with pytest.raises(SempaError, match=r"started with learning_rate = 0.005, now it is 0.1"):
+        train(replace(config, resume=True, learning_rate=0.1))
+
+    record, _ = train(replace(config, resume=True))
+    assert [step["loss"] for step in record["training"]] == [step["loss"] for step in trained[1]["training"]]
+    assert record["dev"]["scores"] == trained[1]["dev"]["scores"]
+    unbroken = load_file(trained[0] / "adapter_model.safetensors")
+    resumed = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise InterruptError
+
+    monkeypatch.setattr(SempaTrainer, "training_step", fail)
+    with pytest.raises(InterruptError):
+        train(make_config(tiny_base, tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("triplets", [2, 4, 96])
+def test_every_run_ends_with_an_adapter_that_loads(tiny_base: Path, tmp_path: Path, triplets: int) -> None:
+    """However short: a first warm-up step of rate 0 must not be all there is."""
+    config = make_config(tiny_base, tmp_path / "model", max_triplets=triplets, checkpoint_samples=4)
+    record, _ = train(replace(config, dev_batch_size=128))
+    assert record["best_step"] >= 1
+    sempa_st.load(tmp_path / "model", dtype="float32", device="cpu")
+
+
+def test_a_run_never_replaces_its_base(tiny_base: Path) -> None:
+    with pytest.raises(SempaError, match="which is read from"):
+        train(make_config(tiny_base, tiny_base, overwrite=True))
+
+
+def test_two_processes_train_one_model(tiny_base: Path, tmp_path: Path) -> None:
+    """As on several GPUs, over the CPU: one folder, and one error for all when there is one."""
+    arguments = (
+        f"-m torch.distributed.run --standalone --nproc_per_node 2 -m sempa_st train --base {tiny_base} --data sample "
+        f"--dev sample --max-triplets 16 --batch-size 2 --gradient-accumulation 2 --device cpu --dtype float32 "
+        f"--output {tmp_path / 'model'}"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, *arguments.split()]
+    result = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Wrote") == 1
+    record = json.loads((tmp_path / "model" / "sempa_run.json").read_text())
+    assert [score["samples"] for score in record["dev"]["scores"]] == [0, 16]
+    assert len(record["training"]) == 2  # 16 triplets in steps of 2 x 2 x 2
+    again = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
+    assert again.returncode != 0
+    assert again.stderr.count("is not empty") == 1
+
+
+def test_there_must_be_something_to_resume(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(SempaError, match="no unfinished run"):
+        train(make_config(tiny_base, tmp_path / "model", resume=True))
+
+
+def test_a_base_without_chat_template_trains_on_plain_text(
+    tiny_gemma: Path, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run_cli(
+        "train", "--base", tiny_gemma, "--data", "sample", "--output", tmp_path / "model", "--max-triplets", 8,
+        "--batch-size", 4, "--gradient-accumulation", 1, "--dev", "sample", "--format", "custom", "--device", "cpu",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "<- kept" in out
+    assert (tmp_path / "model" / "prompt_eol.py").is_file()
+
+
+def sequence_log_probability(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, completion: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the completion's token log-probabilities, from full logits."""
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    picked = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (picked * completion[:, 1:]).sum(1)
+
+
+def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tiny_base, tmp_path / "m")
+    trainer = _trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    scored = []
+    original = trl.trainer.utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        trl.trainer.utils._ChunkedLogProbFunction,
+        "apply",
+        lambda hidden, *rest: (scored.append(hidden.shape[0]), original(hidden, *rest))[1],
+    )
+    with torch.no_grad():
+        ours = trainer.compute_loss(trainer.model, batch)
+        completion_tokens = int(batch["completion_mask"].sum())
+        assert scored == [completion_tokens, completion_tokens]  # policy and reference: what TRL scores on a GPU
+        trls = DPOTrainer.compute_loss(trainer, trainer.model, batch)
+        arguments = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+        policy = sequence_log_probability(trainer.model, *arguments)
+        with trainer.model.disable_adapter():
+            reference = sequence_log_probability(trainer.model, *arguments)
+    chosen, rejected = (policy - reference).chunk(2)
+    manual = -torch.nn.functional.logsigmoid(config.beta * (chosen - rejected)).mean()
+    assert ours == pytest.approx(float(trls), abs=1e-6)
+    assert ours == pytest.approx(float(manual), abs=1e-5)
+
+
+def test_the_dev_score_is_scipys_on_the_embeddings(tiny_base: Path) -> None:
+    pairs = dev_pairs("sample", None)
+    tokenizer = load_tokenizer(tiny_base)
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    scorer = DevScorer(pairs, tokenizer, template="prompteol", max_seq_length=200, batch_size=16)
+    model = sempa_st.load(tiny_base, dtype="float32", device="cpu")
+    vectors = [model.encode(list(side), convert_to_tensor=True) for side in (pairs.first, pairs.second)]
+    expected = spearmanr(torch.nn.functional.cosine_similarity(*vectors), pairs.scores).statistic
+    assert scorer(make_llama()) == pytest.approx(100 * expected, abs=1e-3)
