@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sempa_st.files import read_rows
+from sempa_st.nli import load_nli, sample_path
+from sempa_st.stsdata import read_pairs
+
+PACKAGE = Path("sempa_st")
+LAYERS = [
+    {"errors", "console"},
+    {"prompts", "devices", "files", "runinfo", "options", "hub", "prompt_eol"},
+    {"nli", "bases"},
+    {"preferences", "stsdata", "adapters", "folder", "encoding", "config"},
+    {"card", "loading"},
+    {"copying", "train.callbacks"},
+    {"train.trainer", "train.workdir", "train.record", "evaluate.sts"},
+    {"train.run"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sempa_st."):
+            names.add(node.module.removeprefix("sempa_st."))  # type: ignore[union-attr]
+    return names
+
+
+def modules() -> dict[str, Path]:
+    found = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+
+
+def test_imports_point_downwards_only() -> None:
+    level = {name: index for index, names in enumerate(LAYERS) for name in names}
+    assert set(level) == set(modules())
+    for name, path in modules().items():
+        for other in imported(path):
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_the_module_file_needs_nothing_of_the_package() -> None:
+    assert imported(PACKAGE / "prompt_eol.py") == set()
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, sempa_st, sempa_st.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert result.stderr == ""
+
+
+def test_importing_everything_changes_no_global_state() -> None:
+    code = """
+import logging, os, sys
+import torch, trl, mteb, sentence_transformers
+before = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
+import sempa_st.train.run, sempa_st.evaluate.sts, sempa_st.loading, sempa_st.copying
+after = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
+assert before == after, (before, after)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_files_stay_short() -> None:
+    for path in modules().values():
+        assert len(path.read_text().splitlines()) <= 320, path
+
+
+def test_the_shipped_triplets() -> None:
+    data = load_nli("sample")
+    assert len(data.triplets) >= 300
+    sentences = [s for t in data.triplets for s in (t.premise, t.entailed, t.contradicted)]
+    assert len(set(sentences)) == len(sentences)
+    lengths = [len(t.premise.split()) for t in data.triplets]
+    assert min(lengths) <= 6
+    assert max(lengths) >= 25
+
+
+def test_the_shipped_pairs() -> None:
+    pairs = read_pairs([sample_path("sts_sample.jsonl")])
+    assert len(pairs) >= 120
+    assert min(pairs.scores) == 0
+    assert max(pairs.scores) == 5
+    for grade in range(6):
+        assert sum(abs(score - grade) <= 0.5 for score in pairs.scores) >= 15
+    rows = read_rows(sample_path("sts_sample.jsonl"))
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "copy", "demo"])
+def test_every_command_has_help(name: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"usage: sempa {name}")
