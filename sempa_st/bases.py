@@ -78,6 +78,8 @@ def resolve_base(name: str) -> Base:
         SempaError: If it is not found, is no decoder, or has pickled weights only.
     """
     base = Base(name, embedded_base() if name == EMBEDDED_BASE else model_folder(name))
+    if (base.folder / "adapter_config.json").is_file():
+        raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
     _check_decoder(base)
     if not any(base.folder.glob("*.safetensors")):
         raise SempaError(

@@ -24,10 +24,9 @@ from sempa_st.folder import (
     set_base_reference,
     template_name,
     write_embedding_files,
-    write_model,
 )
 from sempa_st.loading import Source, adapter_base, find_model
-from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width
+from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def copy_model(
     tokenizer, template, length = _embedding_settings(source, template)
     with atomic_folder(output, overwrite=overwrite) as folder:
         if merge:
-            write_model(folder, merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), origin.reference)
+            save_model(merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), folder)
         else:
             _copy_files(source.folder, folder, [*_SETTINGS, *_weight_files(source.folder)])
             if adapter:

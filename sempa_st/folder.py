@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.bases import load_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, save_model, transformer_config
+from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, transformer_config
 from sempa_st.prompts import EmbeddingTemplate
 
 if TYPE_CHECKING:
@@ -69,6 +71,26 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) 
     return ids
 
 
+def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Save a tokenizer to an empty folder, load it from there and compare the two under ``template``.
+
+    An adapter folder has no ``config.json`` (with one, the adapter would not be loaded), and with some bases that file
+    has a say in which tokenizer class is loaded.
+
+    Raises:
+        SempaError: If a sentence gets other tokens.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        reloaded = load_tokenizer(folder)
+    for sentence in _PROBES:
+        if _template_ids(reloaded, template, sentence) != _template_ids(tokenizer, template, sentence):
+            raise SempaError(
+                f"The tokenizer {type(tokenizer).__name__} reads {sentence!r} otherwise once it is saved without its "
+                f"model and loaded again, as {type(reloaded).__name__}. This base is not supported."
+            )
+
+
 def write_embedding_files(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,14 +143,6 @@ def _sentence_transformers_config() -> dict[str, Any]:
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-
-
-def write_model(folder: Path, model: Any, base_reference: str) -> None:
-    """Write a causal language model, or the adapter of a PEFT model with ``base_reference`` as its base's name."""
-    save_model(model, folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's stub; the model card takes its place
-    if (folder / ADAPTER_CONFIG).exists():
-        set_base_reference(folder, base_reference)
 
 
 def set_base_reference(folder: Path, base_reference: str) -> None:

@@ -140,7 +140,7 @@ def test_models_that_cannot_be_used(
     assert not (tmp_path / "v.npy").exists()
 
 
-def test_training_refuses_before_it_writes(run_cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
+def test_training_refuses_before_it_writes(run_cli: Cli, tiny_base: Path, adapter_folder: Path, tmp_path: Path) -> None:
     nli = tmp_path / "nli.csv"
     nli.write_text("sent0,sent1,hardneg\na,b,c\n")
     output = tmp_path / "out" / "model"
@@ -157,6 +157,7 @@ def test_training_refuses_before_it_writes(run_cli: Cli, tiny_base: Path, tmp_pa
     one = tmp_path / "one.jsonl"
     one.write_text('{"sentence1": "a", "sentence2": "b", "score": 1}\n')
     assert_refused(run_cli(*train, "--data", "sample", "--dev", one), "cannot rank a model")
+    assert_refused(run_cli(*train, "--data", "sample", "--base", adapter_folder), "is an adapter", "--merge")
     assert not output.parent.exists()
     output.mkdir(parents=True)
     (output / "mine").write_text("x")

@@ -28,7 +28,13 @@ from sempa_st.config import TrainConfig
 from sempa_st.devices import pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_folder, check_apart, check_output_folder, write_json
-from sempa_st.folder import RUN_RECORD, install_template, set_base_reference, write_embedding_files
+from sempa_st.folder import (
+    RUN_RECORD,
+    check_saved_tokenizer,
+    install_template,
+    set_base_reference,
+    write_embedding_files,
+)
 from sempa_st.nli import NliData, load_nli
 from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptEOL, embedding_width
@@ -118,6 +124,7 @@ def _gather(config: TrainConfig, device: str) -> Ingredients:
     check_apart(config.output, [base.folder, *(Path(name) for name in (config.data, config.dev))])
     embedder = load_tokenizer(base.folder)
     install_template(embedder, embedding_template(config.template))
+    check_saved_tokenizer(embedder, config.template)
     model = load_causal_lm(base.folder, pick_dtype(config.dtype, device))
     try:
         PromptEOL(model, embedder, template=config.template, max_seq_length=config.max_seq_length)
