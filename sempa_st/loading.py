@@ -12,6 +12,7 @@ from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.folder import (
     MODULES,
+    RUN_RECORD,
     SETTINGS,
     ST_CONFIG,
     base_of_adapter,
@@ -71,8 +72,12 @@ def find_model(name: str) -> Source:
 
 
 def describe_method(source: Source, template: str | None = None) -> str:
-    """Return how a model's vectors come about: a template's name, ``sempa`` or ``sentence-transformers``."""
-    return (template or DEFAULT_TEMPLATE) if source.kind == "base" else source.kind
+    """Return how a model's vectors come about: a template's name, ``sempa`` (trained) or ``sentence-transformers``."""
+    if source.kind == "base":
+        return template or DEFAULT_TEMPLATE
+    if source.kind == "sempa" and not (source.folder / RUN_RECORD).is_file():
+        return template_name(source.folder) or DEFAULT_TEMPLATE
+    return source.kind
 
 
 def load(

@@ -73,7 +73,7 @@ def test_the_command_writes_scores_for_people_and_programs(
     result = json.loads((tmp_path / "s.json").read_text())
     expected = reference(model, [data_dir / "sts" / "stsb.dev.parquet"])
     assert result["model"] == str(adapter_folder)
-    assert result["method"] == "sempa"
+    assert result["method"] == "prompteol"  # a folder without the record of a training
     assert result["results"] == [
         {
             "task": "STSBenchmark",

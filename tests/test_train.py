@@ -23,6 +23,7 @@ from sempa_st.bases import load_tokenizer
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.folder import install_template
+from sempa_st.loading import describe_method, find_model
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.stsdata import dev_pairs
 from sempa_st.train.run import _gather, _trainer, train
@@ -210,6 +211,8 @@ def test_a_base_without_chat_template_trains_on_plain_text(
     )  # fmt: skip
     assert code == 0, err
     assert "<- kept" in out
+    assert "'loss'" not in out + err  # the trainer's own lines of figures; ours are the bar and the table
+    assert describe_method(find_model(str(tmp_path / "model"))) == "sempa"
     assert (tmp_path / "model" / "prompt_eol.py").is_file()
 
 

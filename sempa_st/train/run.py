@@ -247,6 +247,7 @@ def _arguments(parts: Ingredients, work: WorkDir, pairs_per_step: int) -> DPOCon
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=parts.device != "cpu",
+        disable_tqdm=False,  # at a quiet log level the trainer would print its figures instead, beside our bar
     )
 
 
