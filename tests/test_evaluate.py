@@ -62,6 +62,19 @@ def test_scores_equal_scipys(model: Any, data_dir: Path, tmp_path: Path) -> None
     assert len(set(sick.values())) == 2
 
 
+def test_rows_that_protocols_share_are_encoded_once(
+    model: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    original = mteb.evaluate
+    monkeypatch.setattr(mteb, "evaluate", lambda m, task, **rest: (runs.append(task), original(m, task, **rest))[1])
+    cells = load_tasks(["STS12", "SICK-R"], protocols=["mteb", "senteval"], data_dir=str(data_dir))
+    scores = score_tasks(model, cells, output=tmp_path)
+    assert [task.metadata.name for task in runs] == ["STS12", "SICK-R", "SICK-R"]
+    assert [score.protocol for score in scores] == ["mteb", "senteval"] * 2
+    assert scores[0].spearman == scores[1].spearman
+
+
 def test_the_command_writes_scores_for_people_and_programs(
     run_cli: Cli, model: Any, adapter_folder: Path, data_dir: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _HUB_SPLITS = {"test": "test", "dev": "validation"}
-_SENTEVAL_FROM_HUB = set(STS_TASKS) - {"SICK-R"}
+_PROTOCOLS_DIFFER = ("SICK-R",)
+_SENTEVAL_FROM_HUB = set(STS_TASKS).difference(_PROTOCOLS_DIFFER)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def load_tasks(
 def score_tasks(
     model: SentenceTransformer, cells: Sequence[Cell], *, output: Path, batch_size: int = 32
 ) -> list[Score]:
-    """Score a model on loaded tasks.
+    """Score a model on loaded tasks; rows that two protocols share are encoded once.
 
     Args:
         model: Any SentenceTransformer.
@@ -99,7 +100,15 @@ def score_tasks(
         output: Folder for MTEB's own result files.
         batch_size: Sentences a batch.
     """
-    return [_score(model, cell, output, batch_size) for cell in cells]
+    done: dict[tuple[str, str, str], Score] = {}
+    scores = []
+    for cell in cells:
+        name = cell.task.metadata.name
+        key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
+        if key not in done:
+            done[key] = _score(model, cell, output, batch_size)
+        scores.append(replace(done[key], protocol=cell.protocol))
+    return scores
 
 
 def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
