@@ -26,13 +26,13 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.loading import Source, adapter_base, find_model
-from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
+_SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
 
 
 def copy_model(
@@ -127,7 +127,7 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
-    return ["model.safetensors", "adapter_model.safetensors"]
+    return ["model.safetensors", ADAPTER_WEIGHTS]
 
 
 def _copy_files(source: Path, target: Path, names: list[str]) -> None:

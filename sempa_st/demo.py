@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from sempa_st.bases import EMBEDDED_BASE
 from sempa_st.config import TrainConfig
 from sempa_st.console import table
-from sempa_st.files import read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,11 +31,11 @@ def run_demo(output: Path) -> None:
         output: Folder to write the model to; what an earlier demo left there is replaced, and nothing else is.
     """
     started = time.monotonic()
+    from sempa_st.card import read_record
     from sempa_st.train.record import run_table
     from sempa_st.train.run import train
 
-    record_file = output / "sempa_run.json"
-    earlier = record_file.is_file() and read_json(record_file).get("data", {}).get("source") == "sample"
+    earlier = (read_record(output) or {}).get("data", {}).get("source") == "sample"
 
     _say(f"1/4  Train {EMBEDDED_BASE} by DPO on {_TRIPLETS} of the shipped triplets")
     record, _ = train(

@@ -11,10 +11,11 @@ from transformers.trainer_utils import sort_checkpoints
 
 from sempa_st.errors import SempaError
 from sempa_st.files import check_output_folder, read_json, write_json
+from sempa_st.prompt_eol import ADAPTER_WEIGHTS
 
 _IDENTITY = "identity.json"
 _BASE_SCORE = "base_score.json"
-_COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
+_COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", ADAPTER_WEIGHTS)
 
 
 class WorkDir:
