@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +40,42 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def lora_config(model: PreTrainedModel, *, r: int = 8, alpha: int = 32) -> Any:
-    """Return the paper's LoRA settings for ``model``: rank 8, alpha 32, every linear layer but the LM head.
+def lora_config(
+    model: PreTrainedModel,
+    *,
+    r: int = 8,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    layers: Sequence[int] | None = None,
+    invocation: Sequence[int] | None = None,
+) -> Any:
+    """Return LoRA settings for ``model``; by default the paper's: rank 8, alpha 32, every linear layer but the LM head.
 
     Args:
         model: Base causal language model.
         r: Rank, at least 1.
         alpha: Scale; the update is ``alpha / r * B A``.
+        dropout: Share of the adapter's inputs that are dropped in training, from 0 to below 1.
+        layers: Numbers of the decoder layers to adapt, from 0; all of them when None.
+        invocation: Token ids from which on an activated adapter acts; a plain adapter when None.
+
+    Raises:
+        SempaError: If the model has no linear layer to adapt, or no decoder layer of such a number.
     """
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=linear_suffixes(model))
+    count = model.config.get_text_config().num_hidden_layers
+    if layers and max(layers) >= count:
+        raise SempaError(f"There is no decoder layer {max(layers)} to adapt: the base's layers are 0 to {count - 1}.")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=linear_suffixes(model),
+        layers_to_transform=None if layers is None else list(layers),
+        alora_invocation_tokens=None if invocation is None else list(invocation),
+    )
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:

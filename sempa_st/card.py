@@ -7,8 +7,9 @@ from typing import Any
 
 from sempa_st.bases import EMBEDDED_BASE, EMBEDDED_HUB_ID, Base
 from sempa_st.files import read_json, write_text
-from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_adapter_folder, template_name
+from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_activated, is_adapter_folder, template_name
 from sempa_st.nli import sample_path
+from sempa_st.objectives import parse_objective
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 
@@ -34,6 +35,7 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         template=template.prefix + "{sentence}" + template.suffix if template else "",
         format=folder_format(folder),
         adapter=adapter,
+        activated=is_activated(folder),
         generator_class="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
         record=record,
         max_seq_length=read_json(folder / SETTINGS)["max_seq_length"],
@@ -68,5 +70,10 @@ def _metadata(base: Base, record: dict[str, Any] | None) -> Any:
         license="gemma" if base.is_gemma else None,
         base_model=hub_id if is_hub_id else None,
         datasets=[data] if data.count("/") == 1 and not Path(data).suffix else None,
-        tags=["sentence-embeddings", "feature-extraction", "text-generation", *(["sempa", "dpo"] if record else [])],
+        tags=[
+            "sentence-embeddings",
+            "feature-extraction",
+            "text-generation",
+            *(["sempa", *parse_objective(record["objective"])] if record else []),
+        ],
     )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from sempa_st.bases import EMBEDDED_BASE
 from sempa_st.devices import DTYPES
 from sempa_st.errors import SempaError
+from sempa_st.objectives import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
 from sempa_st.options import option
 from sempa_st.prompts import DEFAULT_PARAPHRASE, DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES, PARAPHRASE_TEMPLATES
+from sempa_st.words import WORD_FORMS, WORD_TOKENS
+
+ACTIVATIONS = ("always", "template")
+TUNINGS = ("lora", "full")
+FORMATS = ("auto", "native", "custom")
+NEUTRAL = ("none", "negative", "second")
+WORD_WEIGHTS = ("uniform", "idf")
 
 
 @dataclass
@@ -22,10 +31,30 @@ class TrainConfig:
     base: str = option(EMBEDDED_BASE, "base model: Hub id, local folder, or the embedded default")
     data: str = option("", "NLI data: Hub id, csv, jsonl or parquet file, or 'sample'")
     output: str = option("", "folder to write the model to")
+    objective: str = option(
+        "dpo",
+        "dpo, listwise, one-word, one-word-listwise, contrastive, or a sum (dpo:0.3,one-word-listwise:1)",
+    )
+    activation: str = option(
+        "always",
+        "where the adapter acts: always, or on the embedding template's closing tokens only",
+        choices=ACTIVATIONS,
+    )
     paraphrase: str = option(DEFAULT_PARAPHRASE, "paraphrase instruction", choices=tuple(PARAPHRASE_TEMPLATES))
     template: str = option(DEFAULT_TEMPLATE, "embedding template", choices=tuple(EMBEDDING_TEMPLATES))
     max_triplets: int | None = option(None, "train on this many triplets, drawn at random with the seed")
-    beta: float = option(0.1, "DPO's beta, above 0")
+    beta: float = option(0.1, "beta of the objectives dpo and listwise, above 0")
+    word_beta: float = option(1.0, "beta of the one-word objectives, above 0")
+    word_tokens: str = option("first", "tokens of a word that the one-word objectives score", choices=WORD_TOKENS)
+    word_forms: str = option("both", "spellings of a word: as written, lower case, or both cases", choices=WORD_FORMS)
+    word_weights: str = option("uniform", "weight of a word: uniform, or idf over the data", choices=WORD_WEIGHTS)
+    stop_words: bool = option(True, "leave stop words out of the one-word objectives")
+    temperature: float = option(0.05, "temperature of the objective contrastive, above 0")
+    neutral: str = option(
+        "none", "neutral sentences in an in-batch choice: none, negative, or second (ranked)", choices=NEUTRAL
+    )
+    kl: float = option(0.0, "weight of the KL term that ties ordinary text to the base; 0 for none")
+    kl_positions: int = option(128, "positions of ordinary text that the KL term looks at in a forward pass")
     learning_rate: float = option(1e-4, "peak learning rate")
     warmup_ratio: float = option(0.05, "share of the steps in which the rate rises linearly; then cosine decay")
     epochs: float = option(1.0, "passes over the data")
@@ -34,8 +63,11 @@ class TrainConfig:
     max_length: int = option(1024, "longest training sequence in tokens, prompt and answer")
     max_grad_norm: float = option(1.0, "gradient norm to clip to")
     weight_decay: float = option(0.0, "AdamW's weight decay")
+    tuning: str = option("lora", "what is trained: a LoRA adapter, or the full model", choices=TUNINGS)
     lora_r: int = option(8, "LoRA rank")
     lora_alpha: int = option(32, "LoRA scale")
+    lora_dropout: float = option(0.0, "share of the adapter's inputs that are dropped in training")
+    lora_layers: str = option("", "decoder layers to adapt, such as 6-17 or 0,4,8 (default: all)")
     dtype: str = option("auto", "type of the frozen weights and of the arithmetic", choices=DTYPES)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     checkpoint_samples: int = option(19_968, "triplets between two checkpoints, each scored on the dev pairs")
@@ -43,7 +75,9 @@ class TrainConfig:
     data_dir: str | None = option(None, "local folder with sts/stsb.dev.parquet, instead of the Hub")
     dev_batch_size: int = option(32, "sentences a batch when the dev pairs are embedded")
     max_seq_length: int = option(512, "longest input of the embedding model in tokens, template included")
-    format: str = option("native", "format of the folder: native or custom", choices=("native", "custom"))
+    format: str = option(
+        "auto", "format of the folder: native, custom, or auto (custom where the adapter is activated)", choices=FORMATS
+    )
     seed: int = option(42, "seed of the draw of triplets, of the adapter's start and of the order of the data")
     log_steps: int = option(1, "steps between two lines of training figures in the run record")
     device: str | None = option(None, "cpu, cuda, ...; the best there is by default")
@@ -55,20 +89,81 @@ class TrainConfig:
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise SempaError(f"--{name} is missing: give it as a flag or in the config file.")
+        self._check_numbers()
+        for name, item in self.__dataclass_fields__.items():
+            choices = item.metadata["choices"]
+            if choices and getattr(self, name) not in choices:
+                raise SempaError(f"{name} is {getattr(self, name)!r}. Expected one of: {', '.join(choices)}.")
+        _ = self.adapted_layers
+        self._check_objective()
+
+    def _check_numbers(self) -> None:
         positive = (
-            "beta learning_rate epochs batch_size gradient_accumulation max_length max_grad_norm lora_r lora_alpha "
-            "checkpoint_samples dev_batch_size max_seq_length log_steps"
+            "beta word_beta temperature learning_rate epochs batch_size gradient_accumulation max_length max_grad_norm "
+            "lora_r lora_alpha checkpoint_samples dev_batch_size max_seq_length log_steps kl_positions"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise SempaError(f"{name} is {getattr(self, name)}. Expected a number above 0.")
         if self.max_triplets is not None and self.max_triplets < 1:
             raise SempaError(f"max_triplets is {self.max_triplets}. Expected at least 1.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise SempaError(f"warmup_ratio is {self.warmup_ratio}. Expected a share from 0 to below 1.")
-        if self.weight_decay < 0:
-            raise SempaError(f"weight_decay is {self.weight_decay}. Expected 0 or more.")
-        for name in ("paraphrase", "template", "dtype", "format"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise SempaError(f"{name} is {getattr(self, name)!r}. Expected one of: {', '.join(choices)}.")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SempaError(f"{name} is {getattr(self, name)}. Expected a share from 0 to below 1.")
+        for name in ("weight_decay", "kl"):
+            if not getattr(self, name) >= 0:
+                raise SempaError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
+
+    def _check_objective(self) -> None:
+        weights = self.objective_weights
+        if len(weights.keys() & set(SEQUENCE_OBJECTIVES)) > 1:
+            raise SempaError(f"The objective {self.objective!r} holds both dpo and listwise. Expected one of them.")
+        if self.tuning == "full" and (self.kl or self.activation == "template"):
+            raise SempaError(
+                "--tuning full leaves no base to switch back to, as --kl and --activation template need. Expected "
+                "tuning lora with them."
+            )
+        if self.activation == "template":
+            if sequence := weights.keys() & set(SEQUENCE_OBJECTIVES):
+                raise SempaError(
+                    f"The objective {min(sequence)} trains on text without the embedding template, where an adapter "
+                    f"with --activation template does nothing. Expected of: {', '.join(READING_OBJECTIVES)}."
+                )
+            if self.kl:
+                raise SempaError("--kl ties ordinary text to the base; with --activation template it never leaves it.")
+            if self.gradient_checkpointing:
+                raise SempaError(
+                    "gradient_checkpointing does not go with --activation template: of each sentence only the closing "
+                    "tokens are trained, and its recomputation would miss the adapter. Leave it out."
+                )
+            if self.format == "native":
+                raise SempaError(
+                    "Plain sentence-transformers would not apply an adapter of --activation template. Expected format "
+                    "custom (or auto)."
+                )
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """Weight of each objective by name."""
+        return parse_objective(self.objective)
+
+    @property
+    def folder_format(self) -> str:
+        """Format of the folder, ``auto`` decided."""
+        if self.format != "auto":
+            return self.format
+        return "custom" if self.activation == "template" else "native"
+
+    @property
+    def adapted_layers(self) -> list[int] | None:
+        """Numbers of the decoder layers to adapt, or None for all."""
+        if not self.lora_layers:
+            return None
+        layers: set[int] = set()
+        for part in self.lora_layers.split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+            if not span:
+                raise SempaError(f"lora_layers is {self.lora_layers!r}. Expected numbers and ranges such as 0,4,6-17.")
+            layers.update(span)
+        return sorted(layers)

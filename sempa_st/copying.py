@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,27 +11,31 @@ from sempa_st.bases import Base, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.devices import pick_dtype
 from sempa_st.errors import SempaError
-from sempa_st.files import atomic_folder, check_apart, check_output_folder, read_json, write_json
+from sempa_st.files import atomic_folder, check_apart, check_output_folder, write_json
 from sempa_st.folder import (
+    CONFIG,
     RUN_RECORD,
     ST_CONFIG,
     check_format,
+    copy_files,
     folder_format,
     folder_max_seq_length,
     install_template,
+    is_activated,
     is_adapter_folder,
     set_base_reference,
     template_name,
+    weight_files,
     write_embedding_files,
 )
 from sempa_st.loading import Source, adapter_base, find_model
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
+_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
 
 
 def copy_model(
@@ -49,7 +52,7 @@ def copy_model(
     """Write a model folder from another one (or from a bare base) that works on this machine.
 
     Args:
-        model: SemPA folder or Hub id, or a base.
+        model: Shipped model, SemPA folder or Hub id, or a base.
         output: Folder to write.
         format: ``native`` or ``custom``; that of the source when None (``native`` for a base).
         merge: Add the adapter's update to the base's weights and write a full causal language model.
@@ -70,6 +73,11 @@ def copy_model(
     adapter = is_adapter_folder(source.folder)
     if merge and not adapter:
         raise SempaError(f"{model} holds no adapter, so there is nothing to merge. Leave out --merge.")
+    if is_activated(source.folder) and (merge or format == "native"):
+        raise SempaError(
+            f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. Merged, or in "
+            "the format native, it would act on every token or on none. Expected format custom, without --merge."
+        )
     if source.kind == "sempa" and template:
         raise SempaError(f"{model} brings its own template; --template {template!r} is for bare bases only.")
     origin = _origin(source, adapter, base)
@@ -81,7 +89,7 @@ def copy_model(
         if merge:
             save_model(merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), folder)
         else:
-            _copy_files(source.folder, folder, [*_SETTINGS, *_weight_files(source.folder)])
+            copy_files(source.folder, folder, [*_SETTINGS, *weight_files(source.folder)])
             if adapter:
                 set_base_reference(folder, origin.reference)
         write_embedding_files(
@@ -120,20 +128,6 @@ def _embedding_settings(source: Source, template: str | None) -> tuple[PreTraine
         install_template(tokenizer, chosen)
         return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
     return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold the model, and not other forms of it that may lie beside them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
-    return ["model.safetensors", ADAPTER_WEIGHTS]
-
-
-def _copy_files(source: Path, target: Path, names: list[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _width(folder: Path) -> int:

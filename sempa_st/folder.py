@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.bases import load_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, transformer_config
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, transformer_config
 from sempa_st.prompts import EmbeddingTemplate
 
 if TYPE_CHECKING:
@@ -25,11 +26,18 @@ MODULES = "modules.json"
 SETTINGS = PromptEOL.config_file_name
 ST_CONFIG = "config_sentence_transformers.json"
 POOLING = "1_Pooling"
+CONFIG = "config.json"
+ACTIVATED_MODEL_TYPE = (
+    "activated adapter: embed with sempa_st.load or SentenceTransformer(..., trust_remote_code=True), generate with "
+    "peft.AutoPeftModelForCausalLM"
+)
+"""Model type of a folder whose adapter transformers' own Auto classes would load and never apply."""
 CUSTOM_TYPES = (f"prompt_eol.{PromptEOL.__name__}", f"{PromptEOL.__module__}.{PromptEOL.__name__}")
 """How modules.json names our module: in a ``custom`` folder, and as ``SentenceTransformer.save_pretrained`` has it."""
 _TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 _POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 _SAMPLED_BYTES = 1 << 20
+_ENDINGS = ("It ends.", "Really?", "Stop!", "And so on ...", "and so on...", "(he said)", "70%", "it's me'", "a.b.")
 _PROBES = ("", "A cat sleeps", 'She said "no"?', "Ünïcode — 12 °C 😀", "it's")
 
 
@@ -71,6 +79,25 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) 
     return ids
 
 
+def closing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Return the token ids that every sentence under ``template`` ends in, whatever its own last character.
+
+    Args:
+        tokenizer: Tokenizer with the template installed.
+        template: Name of the template.
+
+    Raises:
+        SempaError: If there are none.
+    """
+    rows = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in (*_PROBES, *_ENDINGS)]
+    shared = 0
+    while len({tuple(row[: shared + 1]) for row in rows}) == 1:
+        shared += 1
+    if not shared:
+        raise SempaError(f"Sentences under the template {template!r} do not end in the same token with this tokenizer.")
+    return rows[0][:shared][::-1]
+
+
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Save a tokenizer to an empty folder, load it from there and compare the two under ``template``.
 
@@ -109,8 +136,19 @@ def write_embedding_files(
         max_seq_length: Longest input in tokens, template included.
         width: Width of the embedding.
         format: One of :data:`FORMATS`.
+
+    Raises:
+        SempaError: If the format is unknown, or ``native`` for an activated adapter.
     """
     check_format(format)
+    if is_activated(folder):
+        if format != "custom":
+            raise SempaError(
+                f"The adapter for {folder.name} is an activated one, which plain sentence-transformers does not "
+                "apply. Expected format custom."
+            )
+        # With this file beside the adapter, transformers refuses to open the folder, and quotes the reason.
+        write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
     tokenizer.save_pretrained(folder)
     write_json(folder / SETTINGS, transformer_config(template, max_seq_length))
     modules = [
@@ -174,9 +212,29 @@ def template_name(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that hold the model, and not other forms of it that may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+    return ["model.safetensors", ADAPTER_WEIGHTS]
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy those of some files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def is_adapter_folder(folder: Path) -> bool:
     """Whether ``folder`` holds an adapter and not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def is_activated(folder: Path) -> bool:
+    """Whether the adapter in ``folder`` acts on the template's closing tokens only (an activated LoRA)."""
+    return is_adapter_folder(folder) and bool(read_json(folder / ADAPTER_CONFIG).get("alora_invocation_tokens"))
 
 
 def base_of_adapter(folder: Path) -> str:

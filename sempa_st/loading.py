@@ -1,4 +1,4 @@
-"""Open any model as a SentenceTransformer: a SemPA folder, a bare decoder, or a plain sentence-transformers model."""
+"""Open any model as a SentenceTransformer: a shipped one, a SemPA folder, a bare decoder, or any other model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from sempa_st.folder import (
     folder_format,
     folder_max_seq_length,
     install_template,
+    is_activated,
     is_adapter_folder,
     template_name,
 )
 from sempa_st.hub import model_folder
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.shipped import shipped_model, shipped_names
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,14 +53,17 @@ class Source:
 
 
 def find_model(name: str) -> Source:
-    """Find a model by folder, Hub id or embedded base name, and tell what kind it is.
+    """Find a model by folder, Hub id, or name of the embedded base or of a shipped model, and tell what kind it is.
+
+    A local folder comes before a shipped model and before a Hub repository of the same name.
 
     Raises:
         SempaError: If it cannot be found or is none of the kinds.
     """
     if name == EMBEDDED_BASE:
         return Source(name, resolve_base(name).folder, "base")
-    folder = model_folder(name)
+    is_shipped = name in shipped_names() and not Path(name).is_dir()
+    folder = shipped_model(name) if is_shipped else model_folder(name)
     if folder_format(folder):
         return Source(name, folder, "sempa")
     if (folder / MODULES).is_file():
@@ -92,8 +97,8 @@ def load(
     """Load a model for embedding; its decoder still generates (``load(...)[0].model.generate``).
 
     Args:
-        model: SemPA folder or Hub id, a base (embedded, folder or Hub id; read with PromptEOL), or any
-            sentence-transformers model.
+        model: Shipped model (``sempa-gemma3-270m``), SemPA folder or Hub id, a base (embedded, folder or Hub id; read
+            with PromptEOL), or any sentence-transformers model.
         dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ...; the best there is when None.
         template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
@@ -179,8 +184,12 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
     if folder_format(source.folder) == "custom":
         raise SempaError(
             f"{source.name} is of format custom: plain sentence-transformers would run the code in it, which this "
-            "package does not. Read it with --reader sempa, or make a native copy with "
-            "sempa copy FOLDER DIR --format native"
+            "package does not. Read it with --reader sempa"
+            + (
+                "; its adapter is an activated one, which has no native form."
+                if is_activated(source.folder)
+                else ", or make a native copy with sempa copy FOLDER DIR --format native"
+            )
         )
     try:
         model_kwargs = {"dtype": dtype, "use_safetensors": True}

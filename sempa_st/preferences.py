@@ -31,21 +31,27 @@ def preference_rows(
     Raises:
         SempaError: If there is no paraphrase template of that name.
     """
+    rows = ranked_answers(triplets, tokenizer, paraphrase=paraphrase)
+    return [{"prompt": prompt, "chosen": answers[0], "rejected": answers[-1]} for prompt, answers in rows]
+
+
+def ranked_answers(
+    triplets: Iterable[Triplet], tokenizer: PreTrainedTokenizerBase, *, paraphrase: str
+) -> list[tuple[Any, list[Any]]]:
+    """Turn each triplet into a paraphrase request and its answers, best first: entailed, neutral if any, contradicted.
+
+    The arguments and the form of request and answers are those of :func:`preference_rows`.
+    """
     chat = own_chat_template(tokenizer) is not None
     system = _system_messages(tokenizer) if chat else []
-    rows: list[Preference] = []
+    rows: list[tuple[Any, list[Any]]] = []
     for triplet in triplets:
-        prompt = paraphrase_prompt(paraphrase, triplet.premise)
+        prompt: Any = paraphrase_prompt(paraphrase, triplet.premise) + ("" if chat else "\n")
+        answers: list[Any] = [triplet.entailed, *filter(None, [triplet.neutral]), triplet.contradicted]
         if chat:
-            rows.append(
-                {
-                    "prompt": [*system, {"role": "user", "content": prompt}],
-                    "chosen": [{"role": "assistant", "content": triplet.entailed}],
-                    "rejected": [{"role": "assistant", "content": triplet.contradicted}],
-                }
-            )
-        else:
-            rows.append({"prompt": prompt + "\n", "chosen": triplet.entailed, "rejected": triplet.contradicted})
+            prompt = [*system, {"role": "user", "content": prompt}]
+            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+        rows.append((prompt, answers))
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,21 @@ class PromptEOL(InputModule):
             if not isinstance(text, str):
                 # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
                 raise ValueError(f"PromptEOL embeds strings, got {type(text).__name__}: {text!r:.80}.")
-        rows = [self._cut(row) for row in self._token_ids(inputs, prompt)]
-        return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+        return dict(self.tokenizer.pad({"input_ids": self.token_rows(inputs, prompt)}, return_tensors="pt"))
+
+    def token_rows(self, sentences: Sequence[str], prompt: str | None = None) -> list[list[int]]:
+        """Return the token ids of sentences under the template, cut to ``max_seq_length``."""
+        return [self._cut(row) for row in self._token_ids(sentences, prompt)]
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
         input_ids, mask = features["input_ids"], features["attention_mask"]
         # Positions count real tokens only, so that padding on the left moves no learned position embedding.
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
-        states = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        with activated(self.model, mask.shape[1] - 1 - last):
+            output = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
+        states = output.last_hidden_state
         features["sentence_embedding"] = states[torch.arange(len(last), device=states.device), last]
         return features
 
@@ -206,6 +212,31 @@ class PromptEOL(InputModule):
             model = load_adapter(model, Path(adapter).parent)
         length = config.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH
         return cls(model.eval(), tokenizer, template=template, max_seq_length=length)
+
+
+def invocation_tokens(model: Any) -> list[int]:
+    """Return the closing tokens from which on a model's activated adapter acts; none for any other model."""
+    if not hasattr(model, "peft_config"):
+        return []
+    return getattr(model.active_peft_config, "alora_invocation_tokens", None) or []
+
+
+def activated(model: Any, padding: Tensor) -> AbstractContextManager[Any]:
+    """Let an activated adapter act on each row's closing tokens, and nowhere else, for the time of a forward pass.
+
+    PEFT looks for these tokens in what passes through the PEFT model; the decoder alone is run here, and what it reads
+    always ends in the template.
+
+    Args:
+        model: Any model; without an activated adapter nothing is done.
+        padding: Number of padding tokens on the right of each row, of shape (batch,).
+    """
+    closing = len(invocation_tokens(model))
+    if not closing:
+        return nullcontext()
+    offsets = (padding + closing).tolist()
+    context: AbstractContextManager[Any] = model._enable_peft_forward_hooks(alora_offsets=offsets)
+    return context
 
 
 def embedding_width(config: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from sempa_st.adapters import lora_config
+from sempa_st.config import TrainConfig
 from sempa_st.files import read_rows
 from sempa_st.nli import sample_path
 
@@ -104,20 +105,57 @@ def save_base(folder: Path, model: Any, tokenizer: Any) -> Path:
     return folder
 
 
-def save_random_adapter(folder: Path, base: Path, model: Any, *, seed: int = 1) -> Path:
-    """Write an adapter whose two factors are both random, as after training, beside its base's name."""
+def add_random_adapter(model: Any, *, seed: int = 1, **settings: Any) -> Any:
+    """Return a PEFT model around ``model`` with an adapter whose two factors are both random, as after training."""
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    tuned = get_peft_model(model, lora_config(model))
+    tuned = get_peft_model(model, lora_config(model, **settings))
+    randomise(tuned)
+    return tuned
+
+
+def randomise(tuned: Any) -> None:
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    tuned.save_pretrained(folder, save_embedding_layers=False)
+
+
+def save_random_adapter(folder: Path, base: Path, model: Any) -> Path:
+    """Write a random adapter beside its base's name."""
+    add_random_adapter(model).save_pretrained(folder, save_embedding_layers=False)
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def make_config(base: Path, output: Path, **kwargs: Any) -> TrainConfig:
+    """Return the settings of a run of seconds."""
+    settings: dict[str, Any] = {
+        "base": str(base),
+        "data": "sample",
+        "output": str(output),
+        "max_triplets": 24,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "checkpoint_samples": 8,
+        "dev": "sample",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_seq_length": 200,
+    }
+    return TrainConfig(**{**settings, **kwargs})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests out of the user's cache, but for those that need the real base in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("integration") is None:
+            patch.setenv("SEMPA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.utils
-from conftest import make_llama
+from conftest import make_config, make_llama, randomise
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -20,33 +20,15 @@ from trl import DPOTrainer
 
 import sempa_st
 from sempa_st.bases import load_tokenizer
-from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.folder import install_template
 from sempa_st.loading import describe_method, find_model
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.stsdata import dev_pairs
-from sempa_st.train.run import _gather, _trainer, train
+from sempa_st.train.build import build_trainer
+from sempa_st.train.run import _gather, train
 from sempa_st.train.trainer import DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
-
-
-def make_config(base: Path, output: Path, **kwargs: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "base": str(base),
-        "data": "sample",
-        "output": str(output),
-        "max_triplets": 24,
-        "learning_rate": 5e-3,
-        "batch_size": 4,
-        "gradient_accumulation": 1,
-        "checkpoint_samples": 8,
-        "dev": "sample",
-        "dtype": "float32",
-        "device": "cpu",
-        "max_seq_length": 200,
-    }
-    return TrainConfig(**{**settings, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +209,8 @@ def sequence_log_probability(
 
 def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tiny_base, tmp_path / "m")
-    trainer = _trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    randomise(trainer.model)
     trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
 

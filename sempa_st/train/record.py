@@ -40,7 +40,7 @@ def run_record(
     source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
     return {
         **run_info(),
-        "objective": "dpo",
+        "objective": config.objective,
         "base": base.name,
         "data": source,
         "config": {name: value for name, value in asdict(config).items() if name not in _NOT_RECORDED},
@@ -57,9 +57,11 @@ def _step(line: dict[str, float]) -> dict[str, float]:
         "loss": "loss",
         "reward_accuracy": "rewards/accuracies",
         "reward_margin": "rewards/margins",
+        "kl": "kl",
+        "gradient_norm": "grad_norm",
         "learning_rate": "learning_rate",
     }
-    return {name: line[key] for name, key in names.items()}
+    return {name: line[key] for name, key in names.items() if key in line}
 
 
 def run_table(record: dict[str, Any]) -> str:
@@ -70,7 +72,7 @@ def run_table(record: dict[str, Any]) -> str:
     for score in scores:
         lines = [line for line in record["training"] if since < line["step"] <= score["step"]]
         since = score["step"]
-        means = [sum(line[key] for line in lines) / len(lines) if lines else "" for key in ("loss", "reward_accuracy")]
+        means = [_mean(lines, key) for key in ("loss", "reward_accuracy")]
         kept = "<- kept" if score["step"] == record["best_step"] else ""
         rows.append([score["samples"], *means, score["spearman"], kept])
     text = table(["triplets", "loss", "reward accuracy", f"dev ({record['dev']['source']})", ""], rows)
@@ -82,3 +84,8 @@ def run_table(record: dict[str, Any]) -> str:
             f"\nNo checkpoint beats the base's own dev score, {scores[0]['spearman']:.2f}; the best of them was kept."
         )
     return text
+
+
+def _mean(lines: list[dict[str, float]], key: str) -> float | str:
+    values = [line[key] for line in lines if key in line]
+    return sum(values) / len(values) if values else ""

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl.trainer.utils
-from transformers import PreTrainedTokenizerBase, TrainerControl
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
 from sempa_st.errors import SempaError
 from sempa_st.prompt_eol import PromptEOL
+from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
 
@@ -63,6 +64,10 @@ class DevScorer:
         """Number of pairs."""
         return len(self._pairs)
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the graded pairs."""
+        return fingerprint(zip(self._pairs.first, self._pairs.second, self._pairs.scores, strict=True))
+
     def __call__(self, model: Any) -> float:
         """Return the Spearman correlation (times 100) of the cosine with the grades.
 
@@ -89,12 +94,13 @@ class DevScorer:
         return score
 
 
-class SempaTrainer(DPOTrainer):
-    """DPO on preference data, whose ``evaluate`` is the dev score of the embeddings and not a loss.
+class DevScored(Trainer):
+    """A trainer whose ``evaluate`` is the dev score of the embeddings and not a loss.
 
     Args:
         dev_scorer: Judge of a checkpoint.
-        **kwargs: Arguments of TRL's trainer. An ``eval_dataset`` is neither needed nor used.
+        train_dataset: Data set to train on. An ``eval_dataset`` is neither needed nor used.
+        **kwargs: Arguments of the Transformers trainer, or of the other one that a subclass derives from.
     """
 
     def __init__(self, *, dev_scorer: DevScorer, train_dataset: Any, **kwargs: Any) -> None:
@@ -102,17 +108,25 @@ class SempaTrainer(DPOTrainer):
         super().__init__(train_dataset=train_dataset, eval_dataset=train_dataset.select([0]), **kwargs)
         self._dev_scorer = dev_scorer
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return TRL's loss, with the LM head run on completion tokens only, on every kind of device."""
-        with completion_tokens_only():
-            return super().compute_loss(*args, **kwargs)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return (and log) the dev score of the model as it stands."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.generator()
         was_training = model.training
         metrics = {DEV_METRIC: self._dev_scorer(model)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train(was_training)
         return metrics
+
+    def generator(self) -> Any:
+        """Return the causal language model that is trained, adapter included."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+class SempaTrainer(DevScored, DPOTrainer):
+    """DPO on preference data, judged by the dev score; see :class:`DevScored` for the arguments."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss, with the LM head run on completion tokens only, on every kind of device."""
+        with completion_tokens_only():
+            return super().compute_loss(*args, **kwargs)

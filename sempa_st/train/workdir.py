@@ -11,11 +11,10 @@ from transformers.trainer_utils import sort_checkpoints
 
 from sempa_st.errors import SempaError
 from sempa_st.files import check_output_folder, read_json, write_json
-from sempa_st.prompt_eol import ADAPTER_WEIGHTS
 
 _IDENTITY = "identity.json"
 _BASE_SCORE = "base_score.json"
-_COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", ADAPTER_WEIGHTS)
+_COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
 class WorkDir:
@@ -56,10 +55,15 @@ class WorkDir:
         self.checkpoints.mkdir(parents=True)
         write_json(self.path / _IDENTITY, identity)
 
+    def started_with(self) -> dict[str, Any] | None:
+        """Return the identity that the run in progress was started with, or None where there is no such run."""
+        path = self.path / _IDENTITY
+        return read_json(path) if path.is_file() else None
+
     def _check_same(self, identity: dict[str, Any]) -> None:
-        if not (self.path / _IDENTITY).is_file():
+        started = self.started_with()
+        if started is None:
             raise SempaError(f"There is no unfinished run in {self.path} to resume. Start one without --resume.")
-        started = read_json(self.path / _IDENTITY)
         for name in identity.keys() | started.keys():
             if identity.get(name) != started.get(name):
                 raise SempaError(
@@ -82,7 +86,7 @@ class WorkDir:
         complete = [
             path
             for path in sort_checkpoints(str(self.checkpoints))
-            if all((Path(path) / name).is_file() for name in _COMPLETE)
+            if all((Path(path) / name).is_file() for name in _COMPLETE) and any(Path(path).glob("*.safetensors"))
         ]
         return complete[-1] if complete else None
 

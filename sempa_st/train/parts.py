@@ -1,0 +1,159 @@
+"""Which tensors the objectives of a run need in a batch, and what the reference says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sempa_st.config import TrainConfig
+from sempa_st.nli import NliData, Triplet
+from sempa_st.preferences import ranked_answers
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.train.alignment import Part
+from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
+from sempa_st.train.forwards import answer_log_probabilities
+from sempa_st.train.reference import cached_tensors, collect, in_batches
+from sempa_st.words import WordBags, document_frequencies
+
+_REFERENCE_TOKENS = 2048
+
+
+def batch_parts(
+    config: TrainConfig, data: NliData, tokenizer: PreTrainedTokenizerBase, module: PromptEOL, base_digest: str
+) -> list[Part]:
+    """Return the makers of a run's batches; runs the reference over the data where no earlier run did.
+
+    Args:
+        config: Settings.
+        data: Triplets.
+        tokenizer: The base's tokenizer, for text outside the embedding template.
+        module: Embedding module around the base, no adapter attached.
+        base_digest: Tells the base's weights from others, for the cache of the reference.
+    """
+    weights = config.objective_weights
+    identity = {
+        "base": base_digest,
+        "data": data.fingerprint(),
+        "dtype": str(module.model.dtype),
+        "transformers": _version("transformers"),
+    }
+    parts: list[Part] = []
+    if weights.keys() & {"one-word", "one-word-listwise", "contrastive"}:
+        rows = _reading_rows(config, data, module)
+        parts.append(lambda _, triplets: rows(triplets))
+    if weights.keys() & {"one-word", "one-word-listwise"}:
+        parts.append(_picked(_reference_states(config, data, module, identity)))
+    if weights.keys() & {"dpo", "listwise"}:
+        answers = AnswerRows(
+            tokenizer,
+            ranked_answers(data.triplets, tokenizer, paraphrase=config.paraphrase),
+            3 if "listwise" in weights else 2,
+            config.max_length,
+        )
+        parts.append(lambda indices, _: answers(indices))
+        parts.append(_picked(_reference_answers(config, answers, module, identity)))
+    if config.kl:
+        parts.append(_plain_text(tokenizer, config.max_seq_length))
+    return parts
+
+
+def _reading_rows(config: TrainConfig, data: NliData, module: PromptEOL) -> ReadingRows:
+    weights = config.objective_weights
+    words = bool(weights.keys() & {"one-word", "one-word-listwise"})
+    candidates = ("entailed", "contradicted", *(() if config.neutral == "none" else ("neutral",)))
+    compared = candidates if "contrastive" in weights else ()
+    return ReadingRows(
+        module,
+        ("premise", *compared),
+        candidates,
+        word_bags(config, module.tokenizer, data.triplets) if words else None,
+        pairwise="one-word" in weights,
+    )
+
+
+def word_bags(config: TrainConfig, tokenizer: Any, triplets: Sequence[Triplet]) -> WordBags:
+    """Return the maker of bags with a run's settings; idf weights are counted over all sentences of the triplets."""
+    frequencies = None
+    sentences = [s for t in triplets for s in (t.premise, t.entailed, t.contradicted)]
+    if config.word_weights == "idf":
+        frequencies = document_frequencies(sentences)
+    return WordBags(
+        tokenizer,
+        tokens=config.word_tokens,
+        forms=config.word_forms,
+        stop_words=config.stop_words,
+        frequencies=frequencies,
+        sentences=len(sentences),
+    )
+
+
+def _picked(tensor: dict[str, Tensor]) -> Part:
+    return lambda indices, _: {name: values[list(indices)] for name, values in tensor.items()}
+
+
+def _reference_states(
+    config: TrainConfig, data: NliData, module: PromptEOL, identity: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return ``reference_states`` of the premises, of shape (triplets, hidden)."""
+
+    def compute() -> dict[str, Tensor]:
+        premises = [triplet.premise for triplet in data.triplets]
+        distinct = list(dict.fromkeys(premises))
+        rows = module.token_rows(distinct)
+
+        def states(batch: list[int]) -> Tensor:
+            padded = module.tokenizer.pad({"input_ids": [rows[index] for index in batch]}, return_tensors="pt")
+            features = module(dict(padded.to(module.model.device)))
+            embedding: Tensor = features["sentence_embedding"]
+            return embedding
+
+        lengths = [len(row) for row in rows]
+        result = collect(len(rows), in_batches(lengths, _REFERENCE_TOKENS, "reference"), states)
+        place = {sentence: index for index, sentence in enumerate(distinct)}
+        return {"reference_states": result[[place[premise] for premise in premises]]}
+
+    full = {**identity, "template": config.template, "max_seq_length": config.max_seq_length}
+    return cached_tensors(full, compute, write=PartialState().is_main_process)
+
+
+def _reference_answers(
+    config: TrainConfig, answers: AnswerRows, module: PromptEOL, identity: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return ``reference_log_probabilities`` of shape (triplets, answers)."""
+
+    def compute() -> dict[str, Tensor]:
+        def log_probabilities(indices: list[int]) -> Tensor:
+            batch = {name: tensor.to(module.model.device) for name, tensor in answers(indices).items()}
+            return answer_log_probabilities(module.model, batch).view(len(indices), -1)
+
+        lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.rows]
+        batches = in_batches(lengths, 4 * _REFERENCE_TOKENS, "reference")
+        return {"reference_log_probabilities": collect(len(lengths), batches, log_probabilities)}
+
+    full = {
+        **identity,
+        "answers": answers.answers,
+        "paraphrase": config.paraphrase,
+        "max_length": config.max_length,
+    }
+    return cached_tensors(full, compute, write=PartialState().is_main_process)
+
+
+def _plain_text(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
+    def part(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
+        rows = [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets]
+        padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        return {f"plain_{name}": tensor for name, tensor in padded.items() if isinstance(tensor, torch.Tensor)}
+
+    return part
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,73 @@
+"""What the reference says of the data: computed once, before the adapter is there, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sempa_st.bases import cache_folder
+from sempa_st.files import atomic_file
+
+
+def cached_tensors(
+    identity: dict[str, Any], compute: Callable[[], dict[str, Tensor]], *, write: bool
+) -> dict[str, Tensor]:
+    """Return ``compute()``, or what it returned earlier for the same ``identity``.
+
+    Args:
+        identity: All that decides the result: base, data, template, type. JSON values only.
+        compute: Runs the reference; called only when nothing is cached.
+        write: Whether this process keeps the result for others.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "reference" / f"{digest[:32]}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError:
+            path.unlink(missing_ok=True)  # cut short or corrupted: computed anew
+    tensors = compute()
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as scratch:
+            save_file(tensors, scratch, metadata={"identity": json.dumps(identity)})
+    return tensors
+
+
+def in_batches(lengths: Sequence[int], tokens: int, desc: str) -> Iterator[list[int]]:
+    """Yield the numbers of rows of similar length, at most ``tokens`` padded tokens a batch, under a progress bar.
+
+    Args:
+        lengths: Tokens of each row.
+        tokens: Budget of a batch; a longer row makes a batch of its own.
+        desc: Name of the bar.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    with tqdm(total=len(order), desc=desc, unit="row", dynamic_ncols=True) as bar:
+        batch: list[int] = []
+        for index in order:
+            if batch and lengths[index] * (len(batch) + 1) > tokens:
+                yield batch
+                bar.update(len(batch))
+                batch = []
+            batch.append(index)
+        yield batch
+        bar.update(len(batch))
+
+
+def collect(rows: int, batches: Iterator[list[int]], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    """Return float32 results of all rows, in the order of their numbers."""
+    parts: list[Tensor | None] = [None] * rows
+    for batch in batches:
+        with torch.no_grad():
+            for index, value in zip(batch, compute(batch).float().cpu(), strict=True):
+                parts[index] = value
+    return torch.stack([part for part in parts if part is not None])

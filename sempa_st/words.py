@@ -1,0 +1,118 @@
+"""Bags of words: the "one word" that a template asks for, taken from a sentence (one-word objectives)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORD_TOKENS = ("first", "all")
+WORD_FORMS = ("written", "lower", "both")
+"""``both``: in lower case and capitalised, as either may open the answer."""
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
+_STOP_WORDS = """
+a an the is are was were be been being am of to in on at for with by and or but not no it its this that these those he
+she they him his her their them i you we my your our as from there do does did has have had will would can could should
+may might
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+"""Words that say little about what a sentence means; a sentence of nothing else keeps them."""
+
+
+class WordBags:
+    """Turn sentences into weighted bags of token ids, each a spelling of a content word as the template would end on.
+
+    Args:
+        tokenizer: Tokenizer of the base.
+        tokens: ``first``: the first token of each word; ``all``: every token, sharing the word's weight.
+        forms: One of :data:`WORD_FORMS`.
+        stop_words: Leave :data:`STOP_WORDS` out.
+        frequencies: Number of sentences that hold each lower-case word; with it words weigh log(1 + N / (1 + n)).
+        sentences: N, the number of sentences counted; needed with ``frequencies``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tokens: str = "first",
+        forms: str = "both",
+        stop_words: bool = True,
+        frequencies: Mapping[str, int] | None = None,
+        sentences: int = 0,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._all = tokens == "all"
+        self._forms = forms
+        self._stop_words = stop_words
+        self._frequencies = frequencies
+        self._sentences = sentences
+        self._ids: dict[str, list[int]] = {}
+
+    def __call__(self, sentence: str) -> dict[int, float]:
+        """Return the weight of each token id; the weights sum to 1.
+
+        A sentence without any word (punctuation alone) gives its own tokens.
+        """
+        words = content_words(sentence, stop_words=self._stop_words) or [sentence]
+        weights: dict[int, float] = defaultdict(float)
+        for word in words:
+            for form in self._spellings(word):
+                ids = self._token_ids(form)
+                for token in ids:
+                    weights[token] += self._weight(word) / len(ids)
+        total = sum(weights.values())
+        return {token: weight / total for token, weight in weights.items()}
+
+    def _spellings(self, word: str) -> list[str]:
+        if self._forms == "written":
+            return [word]
+        lower = word.lower()
+        return [lower] if self._forms == "lower" else [lower, lower.capitalize()]
+
+    def _token_ids(self, form: str) -> list[int]:
+        if form not in self._ids:
+            ids: list[int] = self._tokenizer(form, add_special_tokens=False)["input_ids"]
+            self._ids[form] = ids if self._all else ids[:1]
+        return self._ids[form]
+
+    def _weight(self, word: str) -> float:
+        if self._frequencies is None:
+            return 1.0
+        return math.log(1 + self._sentences / (1 + self._frequencies.get(word.lower(), 0)))
+
+
+def content_words(sentence: str, *, stop_words: bool = True) -> list[str]:
+    """Return the words of a sentence in order, without :data:`STOP_WORDS` unless nothing else is left."""
+    words: list[str] = _WORD.findall(sentence)
+    content = [word for word in words if word.lower() not in STOP_WORDS]
+    return content or words if stop_words else words
+
+
+def document_frequencies(sentences: Iterable[str]) -> Counter[str]:
+    """Count the sentences that hold each lower-case word."""
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update({word.lower() for word in _WORD.findall(sentence)})
+    return counts
+
+
+def without_shared(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[dict[int, float], ...]:
+    """Return two bags without the tokens that both hold, weights summing to 1 again; a bag left empty is kept whole."""
+    bags = []
+    for own, other in ((first, second), (second, first)):
+        left = {token: weight for token, weight in own.items() if token not in other} or dict(own)
+        total = sum(left.values())
+        bags.append({token: weight / total for token, weight in left.items()})
+    return tuple(bags)
+
+
+def bag_matrix(bags: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
+    """Return the distinct tokens of some bags, sorted, and each bag's weights over them."""
+    tokens = sorted({token for bag in bags for token in bag})
+    return tokens, [[bag.get(token, 0.0) for token in tokens] for bag in bags]

@@ -1,0 +1,220 @@
+"""Adapters that act on the template's closing tokens only."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    add_random_adapter,
+    make_config,
+    make_gemma,
+    make_llama,
+    make_tokenizer,
+    sample_sentences,
+)
+from peft import AutoPeftModelForCausalLM
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoModelForCausalLM
+
+import sempa_st
+from sempa_st.bases import load_tokenizer
+from sempa_st.copying import copy_model
+from sempa_st.errors import SempaError
+from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.train.forwards import last_states
+from sempa_st.train.run import train
+
+TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
+SENTENCES = ["A cat", "Dogs bark.", sample_sentences()[3], "", 'Who said "no"?', "word " * 90]
+TEXTS = ["The best thing about a rainy Sunday", "A cat means in one word", "Once upon a time there was"]
+
+
+def make_module(model: Any, **kwargs: Any) -> PromptEOL:
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    install_template(tokenizer, TEMPLATE)
+    activated = add_random_adapter(model, invocation=closing_tokens(tokenizer, "prompteol"))
+    return PromptEOL(activated, tokenizer, max_seq_length=160, **kwargs)
+
+
+def adapter_gradients(module: PromptEOL) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None}
+    module.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gemma])
+def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> None:
+    """States and gradients; the tiny Gemma's window of 16 tokens is shorter than most sentences here."""
+    module = make_module(make())
+    batch = module.preprocess(SENTENCES)
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert lengths.min() < lengths.max() == 160
+    two = last_states(module, batch["input_ids"], batch["attention_mask"])
+    one = module(dict(batch))["sentence_embedding"]
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    with torch.no_grad(), module.model.disable_adapter():
+        plain = module(dict(batch))["sentence_embedding"]
+    assert (one - plain).norm(dim=1).min() > 1e-2
+
+    direction = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) / one.numel()
+    (two * direction).sum().backward()
+    gradients = adapter_gradients(module)
+    (one * direction).sum().backward()
+    expected = adapter_gradients(module)
+    assert gradients.keys() == expected.keys()
+    assert all("lora_" in name for name in gradients)
+    assert sum(float(gradient.abs().sum()) > 0 for gradient in gradients.values()) > len(gradients) / 2
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", list(EMBEDDING_TEMPLATES))
+def test_every_sentence_ends_in_the_closing_tokens(template: str) -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES[template])
+    closing = closing_tokens(tokenizer, template)
+    assert len(closing) > 3
+    module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
+    marks = [f"x{a}{b}" for a in string.punctuation + " " for b in string.printable]
+    for row in module.token_rows([*marks, *sample_sentences(), *SENTENCES, "ö", "😀", "「猫」", "\n"]):
+        assert row[-len(closing) :] == closing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "activated"
+    train(
+        make_config(
+            tiny_base,
+            output,
+            objective="one-word-listwise",
+            activation="template",
+            learning_rate=2e-2,
+            checkpoint_samples=24,
+        )
+    )
+    return output
+
+
+def test_training_writes_a_custom_folder(folder: Path) -> None:
+    assert (folder_format(folder), is_activated(folder)) == ("custom", True)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tokenizer = load_tokenizer(folder)
+    assert settings["alora_invocation_tokens"] == closing_tokens(tokenizer, "prompteol")
+    assert json.loads((folder / "sempa_run.json").read_text())["config"]["activation"] == "template"
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+
+def test_the_generator_is_the_base_until_the_template_ends(folder: Path, tiny_base: Path) -> None:
+    tuned = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    tokenizer = make_tokenizer()
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = tokenizer(text, return_tensors="pt")
+            assert torch.equal(tuned(**ids).logits, base(**ids).logits)
+            drawn = [model.generate(**ids, max_new_tokens=8, do_sample=False) for model in (tuned, base)]
+            assert torch.equal(*drawn)
+        ids = tokenizer(TEMPLATE.text("A cat"), return_tensors="pt")
+        closing = len(tuned.active_peft_config.alora_invocation_tokens)
+        logits = tuned(**ids).logits, base(**ids).logits
+        assert torch.equal(*(values[:, :-closing] for values in logits))
+        assert (logits[0] - logits[1])[:, -closing:].abs().amax(dim=-1).min() > 1e-3
+
+
+def vectors_by_peft(folder: Path) -> np.ndarray:
+    """One sentence at a time through PEFT's own search for the closing tokens."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, vectors = make_tokenizer(), []
+    for sentence in SENTENCES[:-1]:
+        ids = tokenizer(TEMPLATE.text(sentence), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            vectors.append(model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1])
+    return torch.stack(vectors).numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_vectors_are_those_of_pefts_own_search(
+    folder: Path, tiny_base: Path, padding_side: str, batch_size: int
+) -> None:
+    model = sempa_st.load(folder, dtype="float32", device="cpu")
+    model.tokenizer.padding_side = padding_side
+    vectors = model.encode(SENTENCES, batch_size=batch_size)
+    np.testing.assert_allclose(vectors[:-1], vectors_by_peft(folder), rtol=0, atol=1e-5)
+    plain = sempa_st.load(tiny_base, dtype="float32", device="cpu").encode(SENTENCES[:-1])
+    assert np.abs(vectors[:-1] - plain).max(axis=1).min() > 1e-2
+
+
+def test_sentence_transformers_gives_the_same_vectors_when_trusted(folder: Path) -> None:
+    expected = sempa_st.load(folder, dtype="float32", device="cpu").encode(SENTENCES)
+    trusted = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(trusted.encode(SENTENCES), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(folder), device="cpu")
+
+
+def test_readers_that_would_pass_the_adapter_over_are_refused(folder: Path) -> None:
+    for reader in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=r"activated adapter: embed with sempa_st\.load"):
+            reader.from_pretrained(folder)
+    with pytest.raises(SempaError, match="activated one, which has no native form"):
+        sempa_st.load(folder, reader="native")
+
+
+def test_copies_stay_activated(folder: Path, tmp_path: Path) -> None:
+    for settings in ({"merge": True}, {"format": "native"}, {"merge": True, "format": "custom"}):
+        with pytest.raises(SempaError, match=r"activated one.*Expected format custom, without --merge"):
+            copy_model(str(folder), tmp_path / "wrong", **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "wrong").exists()
+    copy = copy_model(str(folder), tmp_path / "copy")
+    vectors = [sempa_st.load(path, dtype="float32", device="cpu").encode(SENTENCES) for path in (folder, copy)]
+    assert np.array_equal(*vectors)
+    with pytest.raises(ValueError, match="activated adapter"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_settings_that_do_not_go_together_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    one_word = {"objective": "one-word", "activation": "template"}
+    for message, settings in {
+        "objective dpo trains on text without the embedding template": {"activation": "template"},
+        "objective listwise trains on text": {**one_word, "objective": "one-word,listwise"},
+        "kl ties ordinary text": {**one_word, "kl": 0.1},
+        "Expected format custom": {**one_word, "format": "native"},
+        "gradient_checkpointing does not go": {**one_word, "gradient_checkpointing": True},
+        "holds both dpo and listwise": {"objective": "dpo,listwise"},
+        "Unknown objective 'nope'": {"objective": "nope"},
+        "lora_layers is '1-'": {"lora_layers": "1-"},
+        "lora_layers is 'a'": {"lora_layers": "a"},
+        "lora_layers is '2-1'": {"lora_layers": "2-1"},
+        "lora_layers is '1,,2'": {"lora_layers": "1,,2"},
+    }.items():
+        with pytest.raises(SempaError, match=message):
+            make_config(tiny_base, tmp_path, **settings)
+    assert make_config(tiny_base, tmp_path, **one_word).folder_format == "custom"
+    assert make_config(tiny_base, tmp_path, lora_layers="2, 0-1,1").adapted_layers == [0, 1, 2]
+    assert make_config(tiny_base, tmp_path).adapted_layers is None
+
+
+def test_only_the_chosen_layers_are_adapted(tiny_base: Path, tmp_path: Path) -> None:
+    names = [name for name, _ in add_random_adapter(make_llama(), layers=[0, 2]).named_parameters() if "lora_B" in name]
+    assert {name.split(".layers.")[1][0] for name in names} == {"0", "2"}
+    with pytest.raises(SempaError, match="no decoder layer 3 to adapt: the base's layers are 0 to 2"):
+        train(make_config(tiny_base, tmp_path / "model", lora_layers="1-3"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_template_without_an_end_of_its_own_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, TEMPLATE)
+    tokenizer.chat_template = {**tokenizer.chat_template, "open": "{{ messages[0]['content'] }}"}
+    with pytest.raises(SempaError, match="do not end in the same token"):
+        closing_tokens(tokenizer, "open")
