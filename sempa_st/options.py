@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
 from importlib import resources
 from pathlib import Path
@@ -20,13 +20,21 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given leaves no trace."""
+def add_options(parser: argparse.ArgumentParser, options: type, *, without: Collection[str] = ()) -> None:
+    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given leaves no trace.
+
+    Args:
+        parser: Parser to add the flags to.
+        options: The dataclass.
+        without: Fields that get no flag.
+    """
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of the options below (or the name of a shipped one)"
     )
     types_by_name = get_type_hints(options)
     for item in fields(options):
+        if item.name in without:
+            continue
         flag = "--" + item.name.replace("_", "-")
         help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
         kind = _plain_type(types_by_name[item.name])
@@ -45,12 +53,49 @@ def read_options(options: type[Options], given: Mapping[str, Any]) -> Options:
     Raises:
         SempaError: On an unknown key or a value of the wrong type in the file, or a value the dataclass refuses.
     """
-    known = {item.name: item for item in fields(options)}  # type: ignore[arg-type]
+    return options(**option_values(options, given))
+
+
+def option_values(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what :func:`read_options` builds the dataclass from: the fields that the file or a flag sets.
+
+    Raises:
+        SempaError: On an unknown key or a value of the wrong type in the file.
+    """
     values: dict[str, Any] = {}
     if path := given.get("config"):
-        values = _read_yaml(path, options, known)
-    values.update({name: value for name, value in given.items() if name in known})
-    return options(**values)
+        values = _read_config(path, options)
+    known = {item.name for item in fields(options)}
+    return values | {name: value for name, value in given.items() if name in known}
+
+
+def convert_option(options: type, key: Any, value: Any, where: str) -> tuple[str, Any]:
+    """Return the field that ``key`` names (with - or _) and ``value`` in that field's type.
+
+    Raises:
+        SempaError: If there is no such field, or the value is of the wrong type; the message starts with ``where``.
+    """
+    name = str(key).replace("-", "_")
+    known = [item.name for item in fields(options)]
+    if name not in known:
+        raise SempaError(f"{where} has the unknown key {key!r}. Known keys: {', '.join(known)}.")
+    return name, _convert(value, get_type_hints(options)[name], f"{where}: {key}")
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises:
+        SempaError: If it cannot be read, or is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SempaError(f"The file {path} is not YAML: {error}") from error
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -59,30 +104,17 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _read_yaml(path: str, options: type, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
-    import yaml
-
+def _read_config(path: str, options: type) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
-        file = shipped_configs().get(path, file)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SempaError(
-            f"The config file {path} cannot be read ({error.strerror}). Shipped ones: {', '.join(shipped_configs())}."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SempaError(f"The config file {path} is not YAML: {error}") from error
+        if path not in shipped_configs():
+            names = ", ".join(shipped_configs())
+            raise SempaError(f"The config file {path} cannot be read: there is no such file. Shipped ones: {names}.")
+        file = shipped_configs()[path]
+    content = load_yaml(file)
     if not isinstance(content, dict):
         raise SempaError(f"The config file {path} does not hold keys and values. Expected lines such as 'beta: 0.1'.")
-    types_by_name = get_type_hints(options)
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise SempaError(f"The config file {path} has the unknown key {key!r}. Known keys: {', '.join(known)}.")
-        values[name] = _convert(value, types_by_name[name], f"{path}: {key}")
-    return values
+    return dict(convert_option(options, key, value, f"The config file {path}") for key, value in content.items())
 
 
 def _convert(value: Any, annotation: Any, where: str) -> Any:
