@@ -14,7 +14,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("sempa-st", "torch", "transformers", "sentence-transformers", "peft", "trl", "mteb", "datasets", "numpy")
+_PACKAGES = (
+    "sempa-st",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "trl",
+    "mteb",
+    "lm-eval",
+    "datasets",
+    "numpy",
+)
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
