@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
-from sempa_st.files import atomic_folder, read_json
+from sempa_st.files import made_once, read_json
 from sempa_st.hub import model_folder
 
 if TYPE_CHECKING:
@@ -72,11 +72,14 @@ def resolve_base(name: str) -> Base:
     """Find a base model and check that it is a decoder with safetensors weights.
 
     Args:
-        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id.
+        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The folder that the embedded base is cached in is the
+            embedded base, and gets its portable name.
 
     Raises:
         SempaError: If it is not found, is no decoder, or has pickled weights only.
     """
+    if Path(name).resolve() == _embedded_folder().resolve():
+        name = EMBEDDED_BASE
     base = Base(name, embedded_base() if name == EMBEDDED_BASE else model_folder(name))
     if (base.folder / "adapter_config.json").is_file():
         raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
@@ -168,18 +171,11 @@ def embedded_base() -> Path:
     Raises:
         SempaError: If the PyPI package is not installed, or its file does not have the expected SHA-256.
     """
-    target = cache_folder() / f"{EMBEDDED_BASE}-{_GGUF_SHA256[:8]}"
-    if (target / "config.json").is_file():
-        return target
-    from filelock import FileLock
+    return made_once(_embedded_folder(), "config.json", _materialise)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if not (target / "config.json").is_file():
-            # What stands there without a config.json is no model: replace it.
-            with atomic_folder(target, overwrite=True) as partial:
-                _materialise(partial)
-    return target
+
+def _embedded_folder() -> Path:
+    return cache_folder() / f"{EMBEDDED_BASE}-{_GGUF_SHA256[:8]}"
 
 
 def _materialise(target: Path) -> None:

@@ -17,8 +17,10 @@ from sempa_st.config import TrainConfig
 from sempa_st.console import table
 from sempa_st.devices import DTYPES
 from sempa_st.errors import SempaError
+from sempa_st.generation_cli import add_generation_options, generation_command
 from sempa_st.options import add_options, read_options
 from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.sweep_cli import add_sweep_options, sweep_command
 
 _EXIT_UNFORESEEN = 1
 _EXIT_BAD_INPUT = 2
@@ -59,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sempa", description="Sentence embeddings from an LLM that keeps generating.")
     parser.add_argument("--version", action="version", version=f"sempa-st {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_encode, _add_evaluate, _add_copy, _add_demo):
+    for add in (_add_train, _add_sweep, _add_encode, _add_evaluate, _add_generation, _add_copy, _add_demo):
         add(commands)
     return parser
 
@@ -74,6 +76,10 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "Train an adapter by preference optimisation on NLI data.")
     add_options(parser, TrainConfig)
+
+
+def _add_sweep(commands: Any) -> None:
+    add_sweep_options(_command(commands, "sweep", sweep_command, "Train a grid of settings and keep the best model."))
 
 
 def _add_encode(commands: Any) -> None:
@@ -100,11 +106,19 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
 
 
+def _add_generation(commands: Any) -> None:
+    parser = _command(
+        commands, "generation", generation_command, "Measure how well models still generate, by lm-evaluation-harness."
+    )
+    add_generation_options(parser)
+    parser.add_argument("--batch-size", type=_positive, default=32, help="prompts a batch (default: 32)")
+
+
 def _add_copy(commands: Any) -> None:
     parser = _command(
         commands, "copy", _copy, "Copy a model so that it works here: after a move, in the other format, or merged."
     )
-    parser.add_argument("model", help="SemPA folder or Hub id, or a base (which becomes a PromptEOL folder)")
+    parser.add_argument("model", help="shipped model, SemPA folder, Hub id, or a base (which becomes such a folder)")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--format", choices=("native", "custom"), help="format of the copy (default: the source's)")
     parser.add_argument("--merge", action="store_true", help="write a full model with the adapter merged in")
@@ -121,7 +135,9 @@ def _add_demo(commands: Any) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", help=f"SemPA folder or Hub id, base ({EMBEDDED_BASE}, folder, Hub id), or any ST model"
+        "model",
+        help=f"shipped model (sempa-{EMBEDDED_BASE}), SemPA folder or Hub id, base ({EMBEDDED_BASE}, folder, Hub id), "
+        "or any ST model",
     )
     parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")

@@ -1,8 +1,9 @@
-"""The whole way on two cores: score a base, train it by DPO, open the folder with plain tools, score, generate."""
+"""The whole way on two cores: train the base, open the folder with plain tools, compare the models, generate."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,21 @@ SENTENCES = (
     "The shares fell sharply this morning.",
     "Stock prices went down a lot today.",
 )
+COMPARED = (
+    (1, 2, "same meaning, other words"),
+    (4, 5, "same meaning, other words"),
+    (1, 3, "other meaning, same words"),
+    (1, 4, "other meaning, other words"),
+)
+"""Numbers of two sentences, from 1, and how they relate."""
 PROMPT = "The best thing about a rainy Sunday is"
-_TRIPLETS = 96
+_OBJECTIVE = "one-word-listwise"
+_TRIPLETS = 192
+_BATCH_SIZE = 32
 
 
 def run_demo(output: Path) -> None:
-    """Train a small adapter on the shipped sample and print what it changed; about five minutes on two cores.
+    """Train a small adapter on the shipped sample and print what it changed; some five minutes on two cores.
 
     Args:
         output: Folder to write the model to; what an earlier demo left there is replaced, and nothing else is.
@@ -37,17 +47,18 @@ def run_demo(output: Path) -> None:
 
     earlier = (read_record(output) or {}).get("data", {}).get("source") == "sample"
 
-    _say(f"1/4  Train {EMBEDDED_BASE} by DPO on {_TRIPLETS} of the shipped triplets")
+    _say(f"1/4  Train {EMBEDDED_BASE} by {_OBJECTIVE} on {_TRIPLETS} of the shipped triplets")
     record, _ = train(
         TrainConfig(
             base=EMBEDDED_BASE,
             data="sample",
             output=str(output),
+            objective=_OBJECTIVE,
             max_triplets=_TRIPLETS,
-            learning_rate=5e-5,
-            batch_size=8,
+            learning_rate=2e-4,
+            batch_size=_BATCH_SIZE,
             gradient_accumulation=1,
-            checkpoint_samples=48,
+            checkpoint_samples=96,
             dev="sample",
             overwrite=earlier,
         )
@@ -55,31 +66,72 @@ def run_demo(output: Path) -> None:
     print(f"Spearman x 100 on the {record['dev']['pairs']} shipped pairs, before (0 triplets) and after:")
     print(run_table(record))
 
-    _say(f"2/4  Open {output} with plain sentence-transformers")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.util import pairwise_cos_sim
+    _say(f"2/4  Open {output} with plain sentence-transformers and with sempa_st.load, and compare the vectors")
+    print(f"smallest cosine between the two readers' vectors: {_smallest_cosine(output):.7f}")
 
-    model = SentenceTransformer(str(output), model_kwargs={"dtype": "float32"})
-    print(similarity_table(model))
+    _say("3/4  Compare the base, the model just trained and the models that the package ships")
+    print(comparison_table(_models(output)))
 
-    _say("3/4  Open the same folder with sempa_st.load and compare the vectors")
-    import sempa_st
-
-    ours = sempa_st.load(output, dtype="float32").encode(list(SENTENCES))
-    cosine = pairwise_cos_sim(ours, model.encode(list(SENTENCES)))
-    print(f"smallest cosine between the two readers' vectors: {cosine.min():.7f}")
-
-    _say("4/4  Generate with the same folder")
+    _say(f"4/4  Generate with {output}")
     print(generate(output))
     _say(f"Done in {time.monotonic() - started:.0f} s. The model is in {output}.")
 
 
-def similarity_table(model: SentenceTransformer) -> str:
-    """Lay out the cosine of each demo sentence with each other one."""
+def _smallest_cosine(folder: Path) -> float:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import pairwise_cos_sim
+
+    from sempa_st.loading import load
+
+    native = SentenceTransformer(str(folder), model_kwargs={"dtype": "float32"}).encode(list(SENTENCES))
+    return float(pairwise_cos_sim(load(folder, dtype="float32").encode(list(SENTENCES)), native).min())
+
+
+def _models(output: Path) -> Iterator[tuple[str, SentenceTransformer]]:
+    """Yield the models to compare, one in memory at a time, each under its column's name."""
+    from sempa_st.loading import load
+    from sempa_st.shipped import shipped_names
+
+    yield "base", load(EMBEDDED_BASE)
+    yield "just trained", load(output)
+    for name in shipped_names():
+        yield name, load(name)
+
+
+def comparison_table(models: Iterator[tuple[str, SentenceTransformer]]) -> str:
+    """Lay out models side by side: the cosine of pairs of demo sentences, and the score on the shipped graded pairs.
+
+    Args:
+        models: Name and model, read by our module.
+    """
+    columns = {name: [*_cosines(model), _spearman(model)] for name, model in models}
+    pairs = [f"{first} and {second}: {relation}" for first, second, relation in COMPARED]
+    rows = zip([*pairs, "Spearman x 100 on the shipped pairs"], *columns.values(), strict=True)
+    sentences = "\n".join(f"{number} {sentence}" for number, sentence in enumerate(SENTENCES, 1))
+    return f"{sentences}\n\n{table(['cosine of', *columns], [list(row) for row in rows])}"
+
+
+def _cosines(model: SentenceTransformer) -> list[float]:
     vectors = model.encode(list(SENTENCES))
-    rows = zip(SENTENCES, model.similarity(vectors, vectors).tolist(), strict=True)
-    header = ["", *(str(number) for number in range(1, len(SENTENCES) + 1))]
-    return table(header, [[f"{number} {sentence}", *row] for number, (sentence, row) in enumerate(rows, 1)])
+    similarity = model.similarity(vectors, vectors).tolist()
+    return [similarity[first - 1][second - 1] for first, second, _ in COMPARED]
+
+
+def _spearman(model: SentenceTransformer) -> float:
+    from sempa_st.prompt_eol import PromptEOL
+    from sempa_st.stsdata import dev_pairs
+    from sempa_st.train.trainer import DevScorer
+
+    module = model[0]
+    assert isinstance(module, PromptEOL)
+    scorer = DevScorer(
+        dev_pairs("sample", None),
+        module.tokenizer,
+        template=module.template,
+        max_seq_length=module.max_seq_length,
+        batch_size=_BATCH_SIZE,
+    )
+    return scorer(module.model)
 
 
 def generate(folder: Path) -> str:

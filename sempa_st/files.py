@@ -1,4 +1,4 @@
-"""Atomic writes, checked reads and row files. Standard library, with pyarrow only where parquet is asked for."""
+"""Atomic writes, checked reads and row files. Standard library; pyarrow and filelock only where they are needed."""
 
 from __future__ import annotations
 
@@ -73,6 +73,30 @@ def _swap_in(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached folder ``target``; on first use one process makes it, whole, and the others wait.
+
+    Args:
+        target: Folder to return.
+        mark: File that a finished folder holds; a folder without it is replaced.
+        make: Fills the empty folder that it is given.
+
+    Raises:
+        SempaError: If the folder is not there yet and cannot be written.
+    """
+    if (target / mark).is_file():
+        return target
+    from filelock import FileLock
+
+    with _explained(f"The cache folder {target.parent} cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not (target / mark).is_file():
+            with atomic_folder(target, overwrite=True) as partial:
+                make(partial)
+    return target
 
 
 def check_apart(output: str | Path, used: Sequence[Path]) -> None:

@@ -15,14 +15,21 @@ from sempa_st.stsdata import read_pairs
 PACKAGE = Path("sempa_st")
 LAYERS = [
     {"errors", "console"},
-    {"prompts", "devices", "files", "runinfo", "options", "hub", "prompt_eol"},
+    {"prompts", "devices", "files", "runinfo", "options", "hub", "prompt_eol", "objectives", "words", "train.losses"},
     {"nli", "bases"},
-    {"preferences", "stsdata", "adapters", "folder", "encoding", "config"},
-    {"card", "loading"},
-    {"copying", "train.callbacks"},
-    {"train.trainer", "train.workdir", "train.record", "evaluate.sts"},
+    {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
+    {"card", "grid", "evaluate.shared_prefix"},
+    {"shipped"},
+    {"loading"},
+    {"copying", "train.callbacks", "train.scores", "train.answers", "train.forwards", "train.reference"},
+    {"train.objectives", "train.batches"},
+    {"train.trainer", "train.workdir", "train.record", "train.ranking", "evaluate.sts", "evaluate.generation"},
+    {"train.alignment", "train.contrastive"},
+    {"train.parts"},
+    {"train.build"},
     {"train.run"},
-    {"demo"},
+    {"demo", "train.sweep"},
+    {"sweep_cli", "generation_cli"},
     {"cli"},
     {"__main__"},
 ]
@@ -67,7 +74,7 @@ def test_importing_everything_changes_no_global_state() -> None:
 import logging, os, sys
 import torch, trl, mteb, sentence_transformers
 before = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
-import sempa_st.train.run, sempa_st.evaluate.sts, sempa_st.loading, sempa_st.copying
+import sempa_st.train.run, sempa_st.evaluate.sts, sempa_st.evaluate.generation, sempa_st.loading, sempa_st.copying
 after = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
 assert before == after, (before, after)
 """
@@ -101,7 +108,7 @@ def test_the_shipped_pairs() -> None:
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("name", ["train", "encode", "evaluate", "copy", "demo"])
+@pytest.mark.parametrize("name", ["train", "sweep", "encode", "evaluate", "generation", "copy", "demo"])
 def test_every_command_has_help(name: str) -> None:
     result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
     assert result.returncode == 0

@@ -1,0 +1,179 @@
+"""Models that the package ships: small adapter folders, completed once on this machine from the embedded base."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sempa_st.adapters import attach_adapter
+from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.card import read_record, write_card
+from sempa_st.errors import SempaError
+from sempa_st.files import ROW_SUFFIXES, atomic_folder, check_apart, made_once, write_json
+from sempa_st.folder import (
+    MODULES,
+    RUN_RECORD,
+    base_of_adapter,
+    folder_digest,
+    folder_format,
+    folder_max_seq_length,
+    install_template,
+    is_activated,
+    is_adapter_folder,
+    set_base_reference,
+    template_name,
+    write_embedding_files,
+)
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, embedding_width
+from sempa_st.prompts import embedding_template
+
+_PACKAGE = Path(str(resources.files("sempa_st")))
+SHIPPED_MODELS = _PACKAGE / "data" / "models"
+"""Folder of the package with one small folder a model: adapter, run record, model card and notices."""
+_CARD = "README.md"
+_MAKERS = ("folder.py", "prompt_eol.py", "prompts.py", "shipped.py")
+"""Our files that decide what a completed folder holds."""
+_LEADING_FOLDERS = re.compile(r"(?<![^\s='\"])(?:~|\.{1,2})?/(?:[^\s/'\"]+/)*(?=[^\s/'\"]+)")
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the models that this package ships, sorted."""
+    return sorted(path.parent.name for path in SHIPPED_MODELS.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def shipped_model(name: str) -> Path:
+    """Return the complete folder of a shipped model, made in the cache folder on first use (some seconds).
+
+    Args:
+        name: One of :func:`shipped_names`.
+
+    Raises:
+        SempaError: If there is no such model, or its base is not installed.
+    """
+    if name not in shipped_names():
+        raise SempaError(f"Unknown shipped model {name!r}. Expected one of: {', '.join(shipped_names()) or 'none'}.")
+    try:
+        base = resolve_base(EMBEDDED_BASE)
+    except SempaError as error:
+        raise SempaError(f"The model {name!r} needs its base. {error}") from error
+    packed = SHIPPED_MODELS / name
+    target = cache_folder() / "models" / f"{name}-{_digest(packed, base)[:12]}"
+    return made_once(target, MODULES, lambda folder: _complete(packed, base, folder))
+
+
+def _digest(packed: Path, base: Base) -> str:
+    """Return a SHA-256 (hex) of all that a completed folder is made from, the base's place included."""
+    digest = hashlib.sha256(f"{base.reference}:{folder_digest(base.folder)}".encode())
+    for path in (*sorted(packed.iterdir()), *(_PACKAGE / name for name in _MAKERS)):
+        content = path.read_bytes()
+        digest.update(f"{path.name}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _complete(packed: Path, base: Base, folder: Path) -> None:
+    """Write into ``folder`` the model folder that ``packed`` and the base's tokenizer make."""
+    from transformers import AutoConfig
+
+    for path in packed.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    set_base_reference(folder, base.reference)
+    config = _record(folder)["config"]
+    tokenizer = load_tokenizer(base.folder)
+    install_template(tokenizer, embedding_template(config["template"]))
+    write_embedding_files(
+        folder,
+        tokenizer,
+        template=config["template"],
+        max_seq_length=config["max_seq_length"],
+        width=embedding_width(AutoConfig.from_pretrained(str(base.folder))),
+        format="custom" if is_activated(folder) else "native",
+    )
+
+
+def pack_model(folder: str | Path, target: str | Path, *, overwrite: bool = False) -> Path:
+    """Make the small folder that the package ships from a finished model folder on the embedded base.
+
+    The adapter's weights are rounded to bfloat16. Before anything is kept, the small folder is completed again and its
+    adapter put on the base.
+
+    Args:
+        folder: Folder that ``sempa train`` wrote.
+        target: Folder to write; its last part is the name of the model.
+        overwrite: Replace what stands at ``target``.
+
+    Raises:
+        SempaError: If ``folder`` is no trained adapter on the embedded base, or does not come back as it was.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, target = Path(folder), Path(target)
+    if not is_adapter_folder(folder) or not folder_format(folder):
+        raise SempaError(f"{folder} is no adapter folder of this package. Expected one that `sempa train` wrote.")
+    record = _public(_record(folder))
+    base = resolve_base(base_of_adapter(folder))
+    if base.name != EMBEDDED_BASE:
+        raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")
+    check_apart(target, [folder, base.folder])
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    with atomic_folder(target, overwrite=overwrite) as packed, tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(folder / ADAPTER_CONFIG, packed / ADAPTER_CONFIG)
+        set_base_reference(packed, EMBEDDED_BASE)
+        write_json(packed / RUN_RECORD, record)
+        save_file(rounded, packed / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (packed / ADAPTER_WEIGHTS).chmod(0o644)
+        base.write_notices(packed)
+        complete = Path(scratch)
+        _complete(packed, base, complete)
+        _check_same(folder, complete, base, rounded)
+        write_card(complete, target.name, base, record)
+        shutil.copyfile(complete / _CARD, packed / _CARD)
+    return target
+
+
+def _check_same(folder: Path, complete: Path, base: Base, rounded: dict[str, Any]) -> None:
+    """Raise :class:`SempaError` unless ``complete`` reads like ``folder`` and its adapter is the ``rounded`` one."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    for read in (template_name, folder_max_seq_length):
+        if read(folder) != read(complete):
+            raise SempaError(f"{folder} says {read(folder)!r}, its run record {read(complete)!r}. Restore one of them.")
+    tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), complete, base.name)
+    live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if live.keys() != rounded.keys() or any(not torch.equal(live[name], rounded[name].float()) for name in rounded):
+        raise SempaError(f"The adapter of {folder} does not come back as it was packed. Check the peft version.")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    if record is None:
+        raise SempaError(
+            f"{folder} has no {RUN_RECORD}, so what it was trained on is unknown. Expected a trained model."
+        )
+    return record
+
+
+def _public(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record to publish: the base's portable name, and of files on the author's machine the last part."""
+    config = {**record["config"], "base": EMBEDDED_BASE}
+    config |= {name: _file_name(config[name]) for name in ("data", "dev")}
+    return {
+        **record,
+        "base": EMBEDDED_BASE,
+        "command": _LEADING_FOLDERS.sub("", record["command"]),
+        "config": config,
+        "data": {**record["data"], "source": _file_name(record["data"]["source"])},
+        "dev": {**record["dev"], "source": _file_name(record["dev"]["source"])},
+    }
+
+
+def _file_name(source: str) -> str:
+    is_file = Path(source).suffix.lower() in ROW_SUFFIXES and ":" not in source
+    return Path(source).name if is_file else source
