@@ -77,9 +77,15 @@ class WordBags:
 
     def _token_ids(self, form: str) -> list[int]:
         if form not in self._ids:
-            ids: list[int] = self._tokenizer(form, add_special_tokens=False)["input_ids"]
+            # As it goes on after the template's closing quote: some tokenizers put a space before a lone word.
+            quote, ids = (self._plain_ids(text) for text in ('"', '"' + form))
+            ids = ids[len(quote) :] if ids[: len(quote)] == quote else self._plain_ids(form)
             self._ids[form] = ids if self._all else ids[:1]
         return self._ids[form]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _weight(self, word: str) -> float:
         if self._frequencies is None:

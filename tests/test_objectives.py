@@ -10,7 +10,9 @@ import torch
 from conftest import CHAT_TEMPLATE, make_gemma, make_llama, make_tokenizer, randomise
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from sempa_st.adapters import lora_config
@@ -382,3 +384,17 @@ def test_results_of_batches_come_back_in_order() -> None:
     assert len(batches) < len(lengths)
     result = collect(7, iter(batches), lambda batch: torch.tensor(batch)[:, None] * 2)
     assert result.tolist() == [[2.0 * index] for index in range(7)]
+
+
+def test_a_word_is_spelt_as_it_goes_on_after_a_quote() -> None:
+    """Tokenizers that mark the start of a text as the start of a word would give a lone word another first token."""
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, '▁"': 1, "▁cat": 2, "cat": 3}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split(Regex(r'▁?"|▁?\w+'), behavior="isolated"),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokenizer("cat")["input_ids"] == [2]
+    assert WordBags(tokenizer, forms="lower")("A cat") == {3: 1.0}

@@ -66,13 +66,17 @@ def test_values_out_of_range_are_named(flags: list[str], message: str) -> None:
 def test_data_and_output_are_needed() -> None:
     with pytest.raises(SempaError, match="--data is missing"):
         parse("--output", "o")
-    with pytest.raises(SempaError, match=r"nowhere.*cannot be read.*gemma3-270m-cpu, llama2-7b, llama3-8b"):
+    with pytest.raises(SempaError, match=r"nowhere.*cannot be read.*gemma3-270m-cpu, .*llama2-7b, llama3-8b"):
         parse("--config", "nowhere", *REQUIRED)
 
 
 def test_shipped_files_are_valid_and_the_papers() -> None:
-    assert set(shipped_configs()) == {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
-    for name in shipped_configs():
+    papers = {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
+    ours = {"gemma3-270m", "gemma3-270m-activated"}
+    assert set(shipped_configs()) == papers | ours
+    for name in ours:
+        assert "contrastive" in parse("--config", name, *REQUIRED).objective_weights
+    for name in papers:
         config = parse("--config", name, *REQUIRED)
         assert (config.beta, config.learning_rate, config.warmup_ratio) == (0.1, 1e-4, 0.05)
     config = parse("--config", "llama3-8b", "--output", "o")
