@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from sempa_st.errors import SempaError
+from sempa_st.files import read_json
 from sempa_st.shipped import SHIPPED_MODELS, pack_model
 
 
@@ -20,12 +21,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder that `sempa train` wrote, on the embedded base")
     parser.add_argument("name", help="name of the model, such as sempa-gemma3-270m")
+    parser.add_argument("--results", help="JSON file with tables of measured figures, for the card")
     parser.add_argument("--overwrite", action="store_true", help="replace the model of that name")
     args = parser.parse_args()
     if Path(args.name).name != args.name:
         parser.error(f"{args.name!r} is no plain name")
     try:
-        packed = pack_model(args.folder, SHIPPED_MODELS / args.name, overwrite=args.overwrite)
+        results = read_json(Path(args.results)) if args.results else None
+        packed = pack_model(args.folder, SHIPPED_MODELS / args.name, results=results, overwrite=args.overwrite)
     except SempaError as error:
         print(f"pack_model: {error}", file=sys.stderr)
         return 2

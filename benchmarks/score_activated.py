@@ -113,7 +113,6 @@ def continued(module: PromptEOL, rows: list[list[int]], models: int) -> Iterator
     ids, mask = padded["input_ids"], padded["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache()
-    prefix = ids.shape[1] - closing
     with model.disable_adapter():
         module.decoder(
             input_ids=ids[:, :-closing],
@@ -129,7 +128,7 @@ def continued(module: PromptEOL, rows: list[list[int]], models: int) -> Iterator
             position_ids=positions[:, -closing:],
             past_key_values=cache,
         )
-        cache.crop(prefix)
+        cache.crop(-closing)
         states: torch.Tensor = output.last_hidden_state[:, -1]
         return states
 

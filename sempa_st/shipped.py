@@ -96,7 +96,9 @@ def _complete(packed: Path, base: Base, folder: Path) -> None:
     )
 
 
-def pack_model(folder: str | Path, target: str | Path, *, overwrite: bool = False) -> Path:
+def pack_model(
+    folder: str | Path, target: str | Path, *, results: list[dict[str, Any]] | None = None, overwrite: bool = False
+) -> Path:
     """Make the small folder that the package ships from a finished model folder on the embedded base.
 
     The adapter's weights are rounded to bfloat16. Before anything is kept, the small folder is completed again and its
@@ -105,6 +107,7 @@ def pack_model(folder: str | Path, target: str | Path, *, overwrite: bool = Fals
     Args:
         folder: Folder that ``sempa train`` wrote.
         target: Folder to write; its last part is the name of the model.
+        results: Tables of measured figures for the run record and the card, each with ``title``, ``columns``, ``rows``.
         overwrite: Replace what stands at ``target``.
 
     Raises:
@@ -116,7 +119,7 @@ def pack_model(folder: str | Path, target: str | Path, *, overwrite: bool = Fals
     folder, target = Path(folder), Path(target)
     if not is_adapter_folder(folder) or not folder_format(folder):
         raise SempaError(f"{folder} is no adapter folder of this package. Expected one that `sempa train` wrote.")
-    record = _public(_record(folder))
+    record = _public(_record(folder)) | ({"results": results} if results else {})
     base = resolve_base(base_of_adapter(folder))
     if base.name != EMBEDDED_BASE:
         raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")

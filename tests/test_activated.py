@@ -17,10 +17,11 @@ from conftest import (
     make_llama,
     make_tokenizer,
     sample_sentences,
+    save_base,
 )
 from peft import AutoPeftModelForCausalLM
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import sempa_st
 from sempa_st.bases import load_tokenizer
@@ -218,3 +219,15 @@ def test_a_template_without_an_end_of_its_own_is_refused() -> None:
     tokenizer.chat_template = {**tokenizer.chat_template, "open": "{{ messages[0]['content'] }}"}
     with pytest.raises(SempaError, match="do not end in the same token"):
         closing_tokens(tokenizer, "open")
+
+
+def test_an_architecture_that_hides_its_tokens_is_refused(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=600, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    base = save_base(tmp_path / "tiny-opt", OPTForCausalLM(config), make_tokenizer(chat=None))
+    settings = {"objective": "one-word-listwise", "activation": "template"}
+    with pytest.raises(SempaError, match="does not work with OPTModel"):
+        train(make_config(base, tmp_path / "m", **settings))
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m.training").exists()

@@ -63,6 +63,9 @@ def record_of(**settings: Any) -> dict[str, Any]:
     }
 
 
+RESULTS = [{"title": "As measured:", "columns": ["model", "STS12"], "rows": [["base", 57.1], ["this", 70.2]]}]
+
+
 def train_nothing(folder: Path, base: Path, *, activated: bool) -> Path:
     """A folder as training leaves it: a random adapter on the embedded base, in another template than the default."""
     save_random_adapter(folder, base, make_gemma())
@@ -88,7 +91,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = save_base(_embedded_folder(), make_gemma(), make_tokenizer(chat=None))
         (base / "GEMMA_TERMS.html").write_text("<p>terms</p>")
         for name in (PLAIN, ACTIVATED):
-            pack_model(train_nothing(root / name, base, activated=name == ACTIVATED), root / "models" / name)
+            trained = train_nothing(root / name, base, activated=name == ACTIVATED)
+            pack_model(trained, root / "models" / name, results=RESULTS)
     return root
 
 
@@ -120,6 +124,8 @@ def test_a_packed_model_is_small_public_and_rounded(root: Path, name: str) -> No
     card = (packed / "README.md").read_text()
     assert f'sempa_st.load("{name}")' in card
     assert "base_model: google/gemma-3-270m" in card
+    assert record["results"] == RESULTS
+    assert "## Results\n\nAs measured:\n\n| model | STS12 |\n|---|---|\n| base | 57.1 |\n| this | 70.2 |\n" in card
     assert "Gemma Terms of Use" in (packed / "NOTICE").read_text()
     for file in ("sempa_run.json", "README.md", "NOTICE", "adapter_config.json"):
         assert "mine" not in (packed / file).read_text()

@@ -22,6 +22,7 @@ from sempa_st.adapters import lora_config
 from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.devices import pick_dtype
+from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, folder_digest
 from sempa_st.nli import NliData
 from sempa_st.preferences import preference_rows
@@ -123,7 +124,25 @@ def _alignment_trainer(parts: Ingredients, arguments: dict[str, Any]) -> Alignme
 
 def _tuned(parts: Ingredients) -> Any:
     """Return the model to train: with an adapter, the base frozen, or the base itself."""
-    return parts.model if parts.config.tuning == "full" else get_peft_model(parts.model, _adapter_settings(parts))
+    if parts.config.tuning == "full":
+        return parts.model
+    tuned = get_peft_model(parts.model, _adapter_settings(parts))
+    if parts.config.activation == "template":
+        _check_activation(_module(parts, tuned))
+    return tuned
+
+
+def _check_activation(module: PromptEOL) -> None:
+    """Raise :class:`SempaError` if PEFT cannot tell the tokens of a row apart in every layer of this architecture."""
+    features = {name: tensor.to(module.model.device) for name, tensor in module.preprocess(["A cat", "A"]).items()}
+    try:
+        with torch.no_grad():
+            module(features)
+    except (IndexError, RuntimeError) as error:
+        raise SempaError(
+            f"--activation template does not work with {type(module.decoder).__name__}, whose layers hide from PEFT "
+            f"which token is which ({error}). Leave it out for this base."
+        ) from error
 
 
 def _adapter_settings(parts: Ingredients) -> Any:
