@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.loading import Source, adapter_base, find_model
-from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def copy_model(
     *,
     format: str | None = None,
     merge: bool = False,
+    scale: float = 1.0,
     dtype: str = "float32",
     base: str | None = None,
     template: str | None = None,
@@ -56,6 +58,7 @@ def copy_model(
         output: Folder to write.
         format: ``native`` or ``custom``; that of the source when None (``native`` for a base).
         merge: Add the adapter's update to the base's weights and write a full causal language model.
+        scale: What the adapter's update is multiplied by, above 0. Below 1 all text moves less, ordinary text included.
         dtype: Type of merged weights; float32 keeps the vectors, bfloat16 halves the file.
         base: Base to point to, where the one the adapter names has moved.
         template: Embedding template for a bare base.
@@ -73,6 +76,11 @@ def copy_model(
     adapter = is_adapter_folder(source.folder)
     if merge and not adapter:
         raise SempaError(f"{model} holds no adapter, so there is nothing to merge. Leave out --merge.")
+    if scale != 1 and (merge or not adapter or not 0 < scale < math.inf):
+        raise SempaError(
+            f"--scale {scale} cannot be applied. Expected a number above 0, a model that holds an adapter, and "
+            "no --merge (merge the scaled copy instead)."
+        )
     if is_activated(source.folder) and (merge or format == "native"):
         raise SempaError(
             f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. Merged, or in "
@@ -92,6 +100,7 @@ def copy_model(
             copy_files(source.folder, folder, [*_SETTINGS, *weight_files(source.folder)])
             if adapter:
                 set_base_reference(folder, origin.reference)
+                _scale_adapter(folder / ADAPTER_WEIGHTS, scale)
         write_embedding_files(
             folder,
             tokenizer,
@@ -103,6 +112,8 @@ def copy_model(
         record = read_record(source.folder)
         if record is not None:
             record = {**record, "base": origin.name}
+            if scale != 1:
+                record["scale"] = scale * record.get("scale", 1)
             write_json(folder / RUN_RECORD, record)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)
@@ -128,6 +139,15 @@ def _embedding_settings(source: Source, template: str | None) -> tuple[PreTraine
         install_template(tokenizer, chosen)
         return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
     return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
+
+
+def _scale_adapter(path: Path, scale: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    if scale != 1:
+        tensors = load_file(path)
+        scaled = {name: scale * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+        save_file(scaled, path, metadata={"format": "pt"})
 
 
 def _width(folder: Path) -> int:

@@ -251,3 +251,17 @@ def test_nothing_half_written_is_left(adapter_folder: Path, tmp_path: Path, monk
     assert (kept / "precious.txt").read_text() == "mine"
     with pytest.raises(SempaError, match="not empty"):
         copy_model(str(adapter_folder), kept)
+
+
+def test_a_scaled_copy_moves_the_base_by_as_much(adapter_folder: Path, tmp_path: Path) -> None:
+    scaled = copy_model(str(adapter_folder), tmp_path / "half", scale=0.5)
+    vectors = sempa_st.load(scaled, dtype="float32", device="cpu").encode(SENTENCES[:4])
+    module = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
+    for name, tensor in module.named_parameters():
+        if "lora_B" in name:
+            tensor.data *= 0.5
+    assert vectors == pytest.approx(module.encode(SENTENCES[:4]), abs=1e-6)
+    for arguments in ({"scale": 0.0}, {"scale": 0.5, "merge": True}, {"scale": float("nan")}):
+        with pytest.raises(SempaError, match="cannot be applied"):
+            copy_model(str(adapter_folder), tmp_path / "refused", **arguments)
+    assert not (tmp_path / "refused").exists()
