@@ -287,7 +287,9 @@ def scores_of(text: str, columns: list[str]) -> list[float]:
 def test_the_demo_shows_the_shipped_models(tmp_path: Path, run_cli: Cli) -> None:
     code, out, err = run_cli("demo", "--output", tmp_path / "demo")
     assert code == 0, err
-    assert "smallest cosine between the two readers' vectors: 1.0000" in out
+    smallest = re.search(r"smallest cosine between the two readers' vectors: (\S+)", out)
+    assert smallest is not None
+    assert float(smallest[1]) >= 0.99999
     assert all(abs(score) <= 100 for score in scores_of(out, ["base", "just trained", PLAIN, ACTIVATED]))
     record = json.loads((tmp_path / "demo" / "sempa_run.json").read_text())
     assert (record["objective"], record["data"]["triplets"]) == ("one-word-listwise", 192)
