@@ -11,24 +11,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from scipy.stats import spearmanr
 from sentence_transformers.util import pairwise_cos_sim
-from tqdm import tqdm
-from transformers import DynamicCache
 
-from sempa_st.bases import load_causal_lm
+from sempa_st.bases import load_causal_lm, load_tokenizer
+from sempa_st.closing import OpenRows
 from sempa_st.console import table
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import is_activated, template_name
-from sempa_st.loading import adapter_base, find_model, load_tokenizer
-from sempa_st.prompt_eol import PromptEOL, activated, invocation_tokens
+from sempa_st.loading import adapter_base, find_model
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import run_info
 from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
+from sempa_st.train.reference import in_batches
 
 _TOKENS = 3000
 _BASE = "base"
@@ -79,65 +78,27 @@ def load_together(folders: list[Path]) -> PromptEOL:
 
 
 @torch.no_grad()
-def score_pairs(module: PromptEOL, pairs: GradedPairs, models: int, desc: str) -> list[float]:
+def score_pairs(module: PromptEOL, pairs: GradedPairs, models: int, task: str) -> list[float]:
     """Return the Spearman correlation times 100 of the base, then of each model."""
     sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
     rows = module.token_rows(sentences)
     vectors = [torch.empty(len(rows), module.get_embedding_dimension()) for _ in range(models + 1)]
-    with tqdm(total=len(rows), desc=desc, unit="sentence") as bar:
-        for batch in batches(rows):
-            for store, states in zip(vectors, continued(module, [rows[index] for index in batch], models), strict=True):
-                store[batch] = states
-            bar.update(len(batch))
+    for batch in in_batches([len(row) for row in rows], _TOKENS, task):
+        for store, states in zip(vectors, continued(module, [rows[index] for index in batch], models), strict=True):
+            store[batch] = states
     place = {sentence: index for index, sentence in enumerate(sentences)}
     first, second = ([place[sentence] for sentence in side] for side in (pairs.first, pairs.second))
     return [100 * float(spearmanr(pairwise_cos_sim(v[first], v[second]), pairs.scores).statistic) for v in vectors]
 
 
-def batches(rows: list[list[int]]) -> Iterator[list[int]]:
-    """Yield the numbers of rows of similar length, under a budget of tokens."""
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-        if batch and len(rows[index]) * (len(batch) + 1) > _TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    yield batch
-
-
 def continued(module: PromptEOL, rows: list[list[int]], models: int) -> Iterator[torch.Tensor]:
     """Yield the last token's states of the base, then of each model, the sentences themselves run once."""
-    model: Any = module.model
-    closing = len(invocation_tokens(model))
     padded = module.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    ids, mask = padded["input_ids"], padded["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    with model.disable_adapter():
-        module.decoder(
-            input_ids=ids[:, :-closing],
-            attention_mask=mask[:, :-closing],
-            position_ids=positions[:, :-closing],
-            past_key_values=cache,
-        )
-
-    def close() -> torch.Tensor:
-        output = module.decoder(
-            input_ids=ids[:, -closing:],
-            attention_mask=mask,
-            position_ids=positions[:, -closing:],
-            past_key_values=cache,
-        )
-        cache.crop(-closing)
-        states: torch.Tensor = output.last_hidden_state[:, -1]
-        return states
-
-    with model.disable_adapter():
-        yield close()
+    open_rows = OpenRows(module, padded["input_ids"], padded["attention_mask"])
+    yield open_rows.base_states()
     for number in range(models):
-        model.set_adapter(str(number))
-        with activated(model, torch.zeros(len(rows), dtype=torch.long)):
-            yield close()
+        module.model.set_adapter(str(number))
+        yield open_rows.last_states()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def generation_command(args: argparse.Namespace) -> None:
     """
     from sempa_st.evaluate.generation import expand_tasks, load_tasks
     from sempa_st.files import check_output_file, write_json
-    from sempa_st.loading import find_model
+    from sempa_st.loading import describe_method, find_model
     from sempa_st.runinfo import run_info
     from sempa_st.stsdata import data_dir_or_default
 
@@ -68,26 +68,30 @@ def generation_command(args: argparse.Namespace) -> None:
             raise SempaError(f"The output {args.output} exists. Choose another one, or pass --overwrite to replace it.")
     names = expand_tasks(args.tasks)
     limits = parse_limits(args.limit, names)
-    for model in args.models:
-        if find_model(model).kind == "sentence-transformers":
+    sources = [find_model(model) for model in args.models]
+    for model, source in zip(args.models, sources, strict=True):
+        if source.kind == "sentence-transformers":
             raise SempaError(f"{model} is no language model. Expected a folder of this package, or a base.")
+    adapters = any(source.kind == "sempa" for source in sources)
     tasks = load_tasks(names, data_dir=data_dir_or_default(args.data_dir), limits=limits)
-    results = [_score(model, tasks, args) for model in args.models]
+    results = []
+    for model, source in zip(args.models, sources, strict=True):
+        # Beside an adapter, a bare base that it is compared with has no base of its own to replace.
+        base = args.base if source.kind == "sempa" or not adapters else None
+        results.append(_score(model, describe_method(source, None), tasks, base, args))
     report = {"models": results, "run": {"limits": limits, **run_info()}}
     print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else _report(report))
     if args.output:
         write_json(args.output, report)
 
 
-def _score(name: str, tasks: Sequence[LoadedTask], args: argparse.Namespace) -> dict[str, Any]:
+def _score(
+    name: str, method: str, tasks: Sequence[LoadedTask], base: str | None, args: argparse.Namespace
+) -> dict[str, Any]:
     from sempa_st.evaluate.generation import Generator, average
-    from sempa_st.loading import describe_method, find_model, load
+    from sempa_st.loading import load
     from sempa_st.prompt_eol import PromptEOL
 
-    source = find_model(name)
-    adapters = [model for model in args.models if find_model(model).kind == "sempa"]
-    # Beside an adapter, a bare base that it is compared with has no base of its own to replace.
-    base = args.base if source.kind == "sempa" or not adapters else None
     model = load(name, dtype=args.dtype, device=args.device, base=base)
     module = model[0]
     assert isinstance(module, PromptEOL)
@@ -100,7 +104,7 @@ def _score(name: str, tasks: Sequence[LoadedTask], args: argparse.Namespace) -> 
         print(f"{name}: {generator.lm.cut} prompts were too long and lost their beginning.", file=sys.stderr)
     return {
         "model": name,
-        "method": describe_method(source, None),
+        "method": method,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "chat": generator.chat,

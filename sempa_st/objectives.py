@@ -8,7 +8,9 @@ from sempa_st.errors import SempaError
 
 SEQUENCE_OBJECTIVES = ("dpo", "listwise")
 """State the preference over whole answers to a paraphrase request."""
-READING_OBJECTIVES = ("one-word", "one-word-listwise", "contrastive")
+WORD_OBJECTIVES = ("one-word", "one-word-listwise")
+"""State it over the words at the template's last position."""
+READING_OBJECTIVES = (*WORD_OBJECTIVES, "contrastive")
 """State it at the template's last position, whose state is the embedding."""
 OBJECTIVES = (*SEQUENCE_OBJECTIVES, *READING_OBJECTIVES)
 

@@ -65,10 +65,16 @@ class PromptEOL(InputModule):
         self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The layers with the LM head, adapter included but not PEFT's wrapper."""
+        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        assert isinstance(causal_lm, PreTrainedModel)
+        return causal_lm
+
+    @property
     def decoder(self) -> PreTrainedModel:
         """The layers without the LM head, adapter included."""
-        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        decoder = causal_lm.base_model
+        decoder = self.causal_lm.base_model
         assert isinstance(decoder, PreTrainedModel)
         return decoder
 

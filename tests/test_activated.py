@@ -59,11 +59,13 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
     batch = module.preprocess(SENTENCES)
     lengths = batch["attention_mask"].sum(dim=1)
     assert lengths.min() < lengths.max() == 160
-    two = last_states(module, batch["input_ids"], batch["attention_mask"])
+    two, reference = last_states(module, batch["input_ids"], batch["attention_mask"], reference_rows=3)
     one = module(dict(batch))["sentence_embedding"]
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
     with torch.no_grad(), module.model.disable_adapter():
         plain = module(dict(batch))["sentence_embedding"]
+    torch.testing.assert_close(reference, plain[:3], rtol=0, atol=1e-5)
+    assert not reference.requires_grad
     assert (one - plain).norm(dim=1).min() > 1e-2
 
     direction = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) / one.numel()

@@ -15,9 +15,10 @@ from generation_data import PAGES, SUBJECTS, TRUTHS, question, write_generation_
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.evaluate.generation import Generator, average, has_chat_template, load_tasks
+from sempa_st.evaluate.generation import Generator, average, load_tasks
 from sempa_st.evaluate.shared_prefix import SharedPrefixLM
 from sempa_st.gendata import check_local_files, parse_limits, read_splits, subset
+from sempa_st.preferences import own_chat_template
 
 Choices = list[str]
 
@@ -128,9 +129,9 @@ def test_a_chat_template_is_used_where_there_is_one(
 ) -> None:
     plain = sempa_st.load(tiny_gemma, dtype="float32", device="cpu")
     assert "prompteol" in plain.tokenizer.chat_template  # for embedding; it is no chat template
-    assert not has_chat_template(plain.tokenizer)
-    assert not has_chat_template(make_tokenizer(chat=None))
-    assert has_chat_template(model.tokenizer)
+    assert own_chat_template(plain.tokenizer) is None
+    assert own_chat_template(make_tokenizer(chat=None)) is None
+    assert own_chat_template(model.tokenizer) is not None
     prompts: list[str] = []
 
     def answer(self: Any, requests: list[Any], **_: Any) -> list[str]:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_gemma, make_llama, make_tokenizer, randomise
+from conftest import CHAT_TEMPLATE, add_random_adapter, make_gemma, make_llama, make_tokenizer, randomise
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -174,6 +175,32 @@ def test_log_probabilities_of_answers_token_by_token() -> None:
             total = sum(float(logits[place - 1, ids[place]]) for place in places)
             assert float(actual[row]) == pytest.approx(total, abs=1e-3)
             assert places[-1] == length - 1
+
+
+@pytest.mark.parametrize("cut", [0, 20])
+def test_a_request_run_once_has_the_gradients_of_one_run_per_answer(cut: int) -> None:
+    """Layers that are run again for their gradients keep no cache, so with them every answer runs its own request."""
+    tokenizer = make_tokenizer()
+    model: Any = add_random_adapter(make_llama())
+    causal_lm = model.get_base_model()
+    batch = answers_of(tokenizer, [replace(triplet, neutral="A short one.") for triplet in TRIPLETS], 3)
+    if cut:
+        batch = answers_of(tokenizer, TRIPLETS, 3, batch["answer_input_ids"].shape[1] - cut)
+    found = []
+    for again in (False, True):
+        if again:
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        log_probabilities = answer_log_probabilities(causal_lm, batch)
+        (log_probabilities / 100).square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found.append((log_probabilities.detach(), gradients))
+    (shared, shared_gradients), (whole, gradients) = found
+    torch.testing.assert_close(shared, whole, rtol=1e-6, atol=1e-5)
+    assert all("lora_" in name for name in gradients)
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+    torch.testing.assert_close(shared_gradients, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_three_ranked_answers_and_rows_that_have_two() -> None:

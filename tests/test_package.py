@@ -16,7 +16,7 @@ PACKAGE = Path("sempa_st")
 LAYERS = [
     {"errors", "console"},
     {"prompts", "devices", "files", "runinfo", "options", "hub", "prompt_eol", "objectives", "words", "train.losses"},
-    {"nli", "bases"},
+    {"nli", "bases", "closing"},
     {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
     {"card", "grid", "evaluate.shared_prefix"},
     {"shipped"},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 from sempa_st.gendata import FILES, MMLU_SHOTS, Splits, by_subject, check_local_files, read_splits, subset
+from sempa_st.preferences import own_chat_template
 
 if TYPE_CHECKING:
     from sempa_st.prompt_eol import PromptEOL
@@ -189,12 +190,6 @@ def _dataset(splits: Splits) -> Callable[..., Any]:
     return build
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a chat template of its own; a named one for embedding is none."""
-    own = tokenizer.chat_template
-    return "default" in own if isinstance(own, dict) else bool(own)
-
-
 class Generator:
     """A model as the harness sees it.
 
@@ -210,8 +205,9 @@ class Generator:
     def __init__(self, module: PromptEOL, *, batch_size: int = 32, chat: bool | None = None) -> None:
         from sempa_st.evaluate.shared_prefix import SharedPrefixLM
 
-        self.chat = has_chat_template(module.tokenizer) if chat is None else chat
-        if self.chat and not has_chat_template(module.tokenizer):
+        has_template = own_chat_template(module.tokenizer) is not None
+        self.chat = has_template if chat is None else chat
+        if self.chat and not has_template:
             raise SempaError("The tokenizer has no chat template of its own. Leave out --chat.")
         with _quiet():
             self.lm = SharedPrefixLM(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from sempa_st.config import TrainConfig
 from sempa_st.nli import Triplet
@@ -90,20 +90,18 @@ class AlignmentTrainer(DevScored, Trainer):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         return loss
 
-    @property
-    def _causal_lm(self) -> PreTrainedModel:
-        model = self._module.model
-        causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
-        return causal_lm
-
     def _reading_loss(self, batch: Batch) -> Tensor:
         config, weights = self._config, self._weights
-        states = last_states(self._module, batch["input_ids"], batch["attention_mask"])
-        roles = states.split(len(batch["same"]))  # the premises, then what they are compared with
+        rows = len(batch["same"])
+        # An activated adapter leaves the reference at hand; any other finds it in the batch, from the cache on disk.
+        at_hand = rows if "words" in batch and "reference_states" not in batch else 0
+        states, reference_states = last_states(self._module, batch["input_ids"], batch["attention_mask"], at_hand)
+        reference_states = batch.get("reference_states", reference_states)
+        roles = states.split(rows)  # the premises, then what they are compared with
         loss = states.new_zeros(())
         if "words" in batch:
-            policy = word_logits(self._causal_lm, roles[0], batch["words"])
-            reference = word_logits(self._causal_lm, batch["reference_states"], batch["words"]).detach()
+            policy = word_logits(self._module.causal_lm, roles[0], batch["words"])
+            reference = word_logits(self._module.causal_lm, reference_states, batch["words"]).detach()
             if weight := weights.get("one-word"):
                 outcome = one_word_outcome(policy, reference, batch["pair_bags"], config.word_beta)
                 loss = loss + weight * self._note(outcome)
@@ -119,7 +117,7 @@ class AlignmentTrainer(DevScored, Trainer):
         return in_batch_outcome(scores, batch["same"], batch["neutral_known"], neutral=self._config.neutral)
 
     def _answer_loss(self, batch: Batch) -> Tensor:
-        policy = answer_log_probabilities(self._causal_lm, batch).view(len(batch["answers"]), -1)
+        policy = answer_log_probabilities(self._module.causal_lm, batch).view(len(batch["answers"]), -1)
         reference = batch["reference_log_probabilities"]
         name = "listwise" if "listwise" in self._weights else "dpo"
         outcome = ranked_answers_outcome(policy, reference, batch["answers"], self._config.beta)
@@ -131,8 +129,10 @@ class AlignmentTrainer(DevScored, Trainer):
         chosen = places[torch.randperm(len(places))[: self._config.kl_positions].to(places.device)].unbind(1)
         decoder = self._module.decoder
         with torch.no_grad(), self._module.model.disable_adapter():
-            reference = full_logits(self._causal_lm, decoder(**inputs, use_cache=False).last_hidden_state[chosen])
-        policy = full_logits(self._causal_lm, decoder(**inputs, use_cache=False).last_hidden_state[chosen])
+            reference = full_logits(
+                self._module.causal_lm, decoder(**inputs, use_cache=False).last_hidden_state[chosen]
+            )
+        policy = full_logits(self._module.causal_lm, decoder(**inputs, use_cache=False).last_hidden_state[chosen])
         kl = reference_kl(policy, reference)
         self._figures.setdefault("kl", []).append(kl.detach())
         return kl

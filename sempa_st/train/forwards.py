@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
-from sempa_st.prompt_eol import PromptEOL, activated, invocation_tokens
+from sempa_st.closing import OpenRows
+from sempa_st.prompt_eol import PromptEOL, invocation_tokens
 
-_ROWS_TOGETHER = 32
+_ROWS_TOGETHER = 64
+_PADDING = 128
+"""Tokens of padding that a group of rows may hold: about what a forward pass of its own costs."""
 
 
-def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+class ReadStates(NamedTuple):
+    """States of shape (rows, hidden) under the model, and of the first rows under the reference, without gradients."""
+
+    states: Tensor
+    reference: Tensor
+
+
+def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, reference_rows: int = 0) -> ReadStates:
     """Return the state at each row's last token, with gradients to the adapter.
 
     Rows of similar length are run together: premises are longer than hypotheses, and padding costs as much as text.
@@ -21,51 +35,44 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) ->
         module: Embedding module around the live model.
         input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
-
-    Returns:
-        States of shape (rows, hidden).
+        reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an activated adapter,
+            to which it comes for the price of the closing tokens.
     """
     lengths = attention_mask.sum(dim=1)
-    order = lengths.argsort(stable=True)
-    states = []
-    for rows in order.split(_ROWS_TOGETHER):
-        longest = int(lengths[rows[-1]])
-        states.append(_run_together(module, input_ids[rows, -longest:], attention_mask[rows, -longest:]))
-    return torch.cat(states)[order.argsort()]
+    states: dict[int, Tensor] = {}
+    reference: dict[int, Tensor] = {}
+    for rows in alike(lengths.tolist()):
+        width = int(lengths[rows].max())
+        ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
+        if not invocation_tokens(module.model):
+            found = module({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+        else:
+            open_rows = OpenRows(module, ids, mask)
+            found = open_rows.last_states()
+            wanted = [place for place, row in enumerate(rows) if row < reference_rows]
+            if wanted:
+                base = open_rows.base_states(torch.tensor(wanted, device=ids.device))
+                reference |= dict(zip([rows[place] for place in wanted], base, strict=True))
+        states |= dict(zip(rows, found, strict=True))
+    ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
+    return ReadStates(ordered[0], ordered[1][:reference_rows])
 
 
-def _run_together(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run rows padded on the left.
+def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of rows in groups of similar length, so that little of a group is padding.
 
-    What stands before an activated adapter's closing tokens never meets the adapter, so it is run without gradients,
-    as a key/value cache for the few tokens that are trained.
+    Args:
+        lengths: Tokens of each row.
     """
-    closing = len(invocation_tokens(module.model))
-    if not closing:
-        features = module({"input_ids": input_ids, "attention_mask": attention_mask})
-        states: Tensor = features["sentence_embedding"]
-        return states
-    decoder = module.decoder
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=decoder.config)
-    with torch.no_grad():
-        decoder(
-            input_ids=input_ids[:, :-closing],
-            attention_mask=attention_mask[:, :-closing],
-            position_ids=positions[:, :-closing],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    with activated(module.model, torch.zeros(len(input_ids), dtype=torch.long)):
-        output = decoder(
-            input_ids=input_ids[:, -closing:],
-            attention_mask=attention_mask,
-            position_ids=positions[:, -closing:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    last: Tensor = output.last_hidden_state[:, -1]
-    return last
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    group: list[int] = []
+    for row in order:
+        padding = sum(lengths[row] - lengths[other] for other in group)
+        if len(group) == _ROWS_TOGETHER or padding > _PADDING:
+            yield group
+            group = []
+        group.append(row)
+    yield group
 
 
 def word_logits(causal_lm: PreTrainedModel, states: Tensor, words: Tensor) -> Tensor:
@@ -96,22 +103,73 @@ def cap_logits(causal_lm: PreTrainedModel, logits: Tensor) -> Tensor:
 def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return log pi(y | x) of whole answers, the LM head run on the answers' positions only.
 
+    The request is run once for all of its answers, as a key/value cache with gradients, unless the layers are to be
+    run again for the gradients (checkpointing), which keeps no cache.
+
     Args:
         causal_lm: Model with the head.
         batch: ``answer_input_ids``, ``answer_attention_mask`` and ``answer`` (True on answer tokens), each of shape
-            (rows, tokens).
+            (rows x answers, tokens), and ``answers``, of shape (rows,).
 
     Returns:
-        Sums over each answer's tokens, of shape (rows,).
+        Sums over each answer's tokens, of shape (rows x answers,).
     """
-    input_ids = batch["answer_input_ids"]
-    output = causal_lm.base_model(input_ids=input_ids, attention_mask=batch["answer_attention_mask"], use_cache=False)
-    answer = batch["answer"][:, 1:]
-    states = output.last_hidden_state[:, :-1][answer]
-    logits = full_logits(causal_lm, states)
-    token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][answer], reduction="none")
+    input_ids, answer = batch["answer_input_ids"], batch["answer"]
+    if _shares_requests(causal_lm, input_ids.shape[1]):
+        states, input_ids, answer = _states_after_requests(causal_lm, batch)
+    else:
+        mask = batch["answer_attention_mask"]
+        output = causal_lm.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        states, input_ids, answer = output.last_hidden_state[:, :-1], input_ids[:, 1:], answer[:, 1:]
+    logits = full_logits(causal_lm, states[answer])
+    token_logps = -functional.cross_entropy(logits, input_ids[answer], reduction="none")
     rows = torch.arange(len(answer), device=answer.device)[:, None].expand_as(answer)[answer]
     return token_logps.new_zeros(len(answer)).index_add(0, rows, token_logps)
+
+
+def _shares_requests(causal_lm: PreTrainedModel, width: int) -> bool:
+    decoder: Any = causal_lm.base_model
+    runs_again = any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
+    window = getattr(causal_lm.config.get_text_config(), "sliding_window", None)
+    # Padding stands between a short request and its answers: positions must be told, and no window may count it.
+    told = "position_ids" in inspect.signature(decoder.forward).parameters
+    return told and not runs_again and (window is None or width <= window)
+
+
+def _states_after_requests(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states, the tokens that they predict and which of these are answer tokens, from the answers' start on."""
+    input_ids, mask, answer = batch["answer_input_ids"], batch["answer_attention_mask"], batch["answer"]
+    rows, width = len(batch["answers"]), input_ids.shape[1]
+    every = len(input_ids) // rows
+    places = torch.arange(width, device=input_ids.device)
+    starts = torch.where(answer.any(dim=1), answer.int().argmax(dim=1), mask.sum(dim=1)).view(rows, every).amin(dim=1)
+    longest = int(starts.max())
+    request = (places[:longest] < starts[:, None]).to(mask.dtype)
+    cache = DynamicCache()
+    output = causal_lm.base_model(
+        input_ids=input_ids[::every, :longest],
+        attention_mask=request,
+        position_ids=places[None, :longest],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    last = output.last_hidden_state[torch.arange(rows, device=places.device), starts - 1]
+    cache.batch_repeat_interleave(every)
+    starts = starts.repeat_interleave(every)
+    beyond = int((mask.sum(dim=1) - starts).max())
+    positions = starts[:, None] + places[:beyond]
+    inside = positions.clamp(max=width - 1)
+    present = mask.gather(1, inside) * (positions < width)
+    input_ids, answer = input_ids.gather(1, inside), answer.gather(1, inside) & present.bool()
+    output = causal_lm.base_model(
+        input_ids=input_ids,
+        attention_mask=torch.cat([request.repeat_interleave(every, dim=0), present], dim=1),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    states = torch.cat([last.repeat_interleave(every, dim=0)[:, None], output.last_hidden_state[:, :-1]], dim=1)
+    return states, input_ids, answer
 
 
 def full_logits(causal_lm: PreTrainedModel, states: Tensor) -> Tensor:

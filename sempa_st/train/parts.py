@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sempa_st.config import TrainConfig
 from sempa_st.nli import NliData, Triplet
+from sempa_st.objectives import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES
 from sempa_st.preferences import ranked_answers
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import Part
@@ -40,15 +42,15 @@ def batch_parts(
         "base": base_digest,
         "data": data.fingerprint(),
         "dtype": str(module.model.dtype),
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
     }
     parts: list[Part] = []
-    if weights.keys() & {"one-word", "one-word-listwise", "contrastive"}:
+    if weights.keys() & READING_OBJECTIVES:
         rows = _reading_rows(config, data, module)
         parts.append(lambda _, triplets: rows(triplets))
-    if weights.keys() & {"one-word", "one-word-listwise"}:
+    if weights.keys() & WORD_OBJECTIVES and config.activation != "template":
         parts.append(_picked(_reference_states(config, data, module, identity)))
-    if weights.keys() & {"dpo", "listwise"}:
+    if weights.keys() & SEQUENCE_OBJECTIVES:
         answers = AnswerRows(
             tokenizer,
             ranked_answers(data.triplets, tokenizer, paraphrase=config.paraphrase),
@@ -64,7 +66,7 @@ def batch_parts(
 
 def _reading_rows(config: TrainConfig, data: NliData, module: PromptEOL) -> ReadingRows:
     weights = config.objective_weights
-    words = bool(weights.keys() & {"one-word", "one-word-listwise"})
+    words = bool(weights.keys() & WORD_OBJECTIVES)
     candidates = ("entailed", "contradicted", *(() if config.neutral == "none" else ("neutral",)))
     compared = candidates if "contrastive" in weights else ()
     return ReadingRows(
@@ -151,9 +153,3 @@ def _plain_text(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
         return {f"plain_{name}": tensor for name, tensor in padded.items() if isinstance(tensor, torch.Tensor)}
 
     return part
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

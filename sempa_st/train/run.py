@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
     with _broken_off(work):
         trainer = build_trainer(parts, work)
         # The adapter starts at zero: this is the base's score.
-        base_score = work.base_score(lambda: _base_score(parts, trainer.generator()), write=state.is_main_process)
+        base_score = _base_score(parts, trainer.generator())
         trainer.train(resume_from_checkpoint=work.last_checkpoint() if config.resume else None)
     record = run_record(
         config,

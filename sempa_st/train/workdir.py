@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from sempa_st.errors import SempaError
 from sempa_st.files import check_output_folder, read_json, write_json
 
 _IDENTITY = "identity.json"
-_BASE_SCORE = "base_score.json"
 _COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
@@ -70,16 +68,6 @@ class WorkDir:
                     f"The run in {self.path} was started with {name} = {started.get(name)!r}, now it is "
                     f"{identity.get(name)!r}. Resume with the same settings, or start anew with --overwrite."
                 )
-
-    def base_score(self, measure: Callable[[], float], *, write: bool) -> float:
-        """Return the dev score before training: measured once, and kept for a resumed run if ``write`` is set."""
-        path = self.path / _BASE_SCORE
-        if path.is_file():
-            return float(read_json(path))
-        score = measure()
-        if write:
-            write_json(path, score)
-        return score
 
     def last_checkpoint(self) -> str | None:
         """Return the newest checkpoint that was written to its end, if any."""
