@@ -236,6 +236,31 @@ def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monk
     assert ours == pytest.approx(float(manual), abs=1e-5)
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_prompts_are_run_once_for_trls_gradients(tiny_base: Path, tmp_path: Path, tuning: str) -> None:
+    config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
+    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    model: Any = trainer.model
+    if tuning == "lora":
+        randomise(model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens: list[int] = []
+    decoder = trainer.generator().get_base_model().base_model if tuning == "lora" else model.base_model
+    decoder.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    gradients, seen = [], []
+    for compute_loss in (SempaTrainer.compute_loss, DPOTrainer.compute_loss):
+        compute_loss(trainer, model, batch).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+        seen.append(sum(tokens))
+        tokens.clear()
+    passes = 2 if tuning == "lora" else 1  # a full model's reference is a copy of its own
+    assert seen[1] == passes * batch["input_ids"].numel()
+    prompts = int((batch["completion_mask"].argmax(dim=1)).min()) * len(batch["input_ids"]) // 2
+    assert seen[0] <= seen[1] - passes * prompts
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
 def test_the_dev_score_is_scipys_on_the_embeddings(tiny_base: Path) -> None:
     pairs = dev_pairs("sample", None)
     tokenizer = load_tokenizer(tiny_base)

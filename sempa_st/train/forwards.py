@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
 from sempa_st.prompt_eol import PromptEOL, invocation_tokens
+from sempa_st.train.prefixes import grouped_states
 
 _ROWS_TOGETHER = 64
 _PADDING = 128
@@ -103,73 +103,22 @@ def cap_logits(causal_lm: PreTrainedModel, logits: Tensor) -> Tensor:
 def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return log pi(y | x) of whole answers, the LM head run on the answers' positions only.
 
-    The request is run once for all of its answers, as a key/value cache with gradients, unless the layers are to be
-    run again for the gradients (checkpointing), which keeps no cache.
-
     Args:
         causal_lm: Model with the head.
         batch: ``answer_input_ids``, ``answer_attention_mask`` and ``answer`` (True on answer tokens), each of shape
-            (rows x answers, tokens), and ``answers``, of shape (rows,).
+            (rows x answers, tokens), a row's answers next to each other, and ``answers``, of shape (rows,).
 
     Returns:
         Sums over each answer's tokens, of shape (rows x answers,).
     """
-    input_ids, answer = batch["answer_input_ids"], batch["answer"]
-    if _shares_requests(causal_lm, input_ids.shape[1]):
-        states, input_ids, answer = _states_after_requests(causal_lm, batch)
-    else:
-        mask = batch["answer_attention_mask"]
-        output = causal_lm.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        states, input_ids, answer = output.last_hidden_state[:, :-1], input_ids[:, 1:], answer[:, 1:]
-    logits = full_logits(causal_lm, states[answer])
-    token_logps = -functional.cross_entropy(logits, input_ids[answer], reduction="none")
+    input_ids = batch["answer_input_ids"]
+    group = len(input_ids) // len(batch["answers"])
+    states = grouped_states(causal_lm.base_model, input_ids, batch["answer_attention_mask"], group)
+    answer = batch["answer"][:, 1:]
+    logits = full_logits(causal_lm, states[:, :-1][answer])
+    token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][answer], reduction="none")
     rows = torch.arange(len(answer), device=answer.device)[:, None].expand_as(answer)[answer]
     return token_logps.new_zeros(len(answer)).index_add(0, rows, token_logps)
-
-
-def _shares_requests(causal_lm: PreTrainedModel, width: int) -> bool:
-    decoder: Any = causal_lm.base_model
-    runs_again = any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
-    window = getattr(causal_lm.config.get_text_config(), "sliding_window", None)
-    # Padding stands between a short request and its answers: positions must be told, and no window may count it.
-    told = "position_ids" in inspect.signature(decoder.forward).parameters
-    return told and not runs_again and (window is None or width <= window)
-
-
-def _states_after_requests(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states, the tokens that they predict and which of these are answer tokens, from the answers' start on."""
-    input_ids, mask, answer = batch["answer_input_ids"], batch["answer_attention_mask"], batch["answer"]
-    rows, width = len(batch["answers"]), input_ids.shape[1]
-    every = len(input_ids) // rows
-    places = torch.arange(width, device=input_ids.device)
-    starts = torch.where(answer.any(dim=1), answer.int().argmax(dim=1), mask.sum(dim=1)).view(rows, every).amin(dim=1)
-    longest = int(starts.max())
-    request = (places[:longest] < starts[:, None]).to(mask.dtype)
-    cache = DynamicCache()
-    output = causal_lm.base_model(
-        input_ids=input_ids[::every, :longest],
-        attention_mask=request,
-        position_ids=places[None, :longest],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    last = output.last_hidden_state[torch.arange(rows, device=places.device), starts - 1]
-    cache.batch_repeat_interleave(every)
-    starts = starts.repeat_interleave(every)
-    beyond = int((mask.sum(dim=1) - starts).max())
-    positions = starts[:, None] + places[:beyond]
-    inside = positions.clamp(max=width - 1)
-    present = mask.gather(1, inside) * (positions < width)
-    input_ids, answer = input_ids.gather(1, inside), answer.gather(1, inside) & present.bool()
-    output = causal_lm.base_model(
-        input_ids=input_ids,
-        attention_mask=torch.cat([request.repeat_interleave(every, dim=0), present], dim=1),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    states = torch.cat([last.repeat_interleave(every, dim=0)[:, None], output.last_hidden_state[:, :-1]], dim=1)
-    return states, input_ids, answer
 
 
 def full_logits(causal_lm: PreTrainedModel, states: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
+from sempa_st.train.prefixes import pairs_together
 
 
 @contextmanager
@@ -127,6 +128,8 @@ class SempaTrainer(DevScored, DPOTrainer):
     """DPO on preference data, judged by the dev score; see :class:`DevScored` for the arguments."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return TRL's loss, with the LM head run on completion tokens only, on every kind of device."""
-        with completion_tokens_only():
+        """Return TRL's loss; prompts are run once for both completions, and the LM head on completion tokens only."""
+        model = self.generator()
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        with completion_tokens_only(), pairs_together(causal_lm.base_model):
             return super().compute_loss(*args, **kwargs)
