@@ -74,7 +74,12 @@ def load_together(folders: list[Path]) -> PromptEOL:
     tuned = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
     for number, folder in enumerate(folders[1:], 1):
         tuned.load_adapter(str(folder), adapter_name=str(number))
-    return PromptEOL(tuned.eval(), load_tokenizer(folders[0]), template=str(template_name(folders[0])))
+    module = PromptEOL(tuned.eval(), load_tokenizer(folders[0]), template=str(template_name(folders[0])))
+    if not module.closing_only:
+        raise SempaError(
+            f"The adapter of {folders[0]} acts on more than the closing tokens. Score it with sempa evaluate."
+        )
+    return module
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sempa_st.prompt_eol import PromptEOL, activated, invocation_tokens
+from sempa_st.prompt_eol import PromptEOL, activated
 
 
 class OpenRows:
@@ -16,14 +16,14 @@ class OpenRows:
     of the rows begin with is run for one of them.
 
     Args:
-        module: Embedding module around a model with activated adapters.
+        module: Embedding module around a model with adapters that act on the template's closing tokens.
         input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
     """
 
     def __init__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> None:
         self._module = module
-        self._closing = len(invocation_tokens(module.model))
+        self._closing = module.closing_only
         self._cache = DynamicCache()
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         shared = self._shared_tokens(input_ids, attention_mask)
@@ -40,7 +40,7 @@ class OpenRows:
 
     def last_states(self) -> Tensor:
         """Return the states at the rows' last tokens, of shape (rows, hidden), under the adapter that is active."""
-        with activated(self._module.model, torch.zeros(len(self._ids), dtype=torch.long)):
+        with activated(self._module.model, [self._closing] * len(self._ids)):
             return self._close()
 
     def base_states(self, rows: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from sempa_st.options import option
 from sempa_st.prompts import DEFAULT_PARAPHRASE, DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES, PARAPHRASE_TEMPLATES
 from sempa_st.words import WORD_FORMS, WORD_TOKENS
 
-ACTIVATIONS = ("always", "template")
+ACTIVATIONS = ("always", "sentence", "template")
 TUNINGS = ("lora", "full")
 FORMATS = ("auto", "native", "custom")
 NEUTRAL = ("none", "negative", "second")
@@ -37,7 +37,8 @@ class TrainConfig:
     )
     activation: str = option(
         "always",
-        "where the adapter acts: always, or on the embedding template's closing tokens only",
+        "where the adapter acts: always, on a sentence under the embedding template, or on the template's closing "
+        "tokens only",
         choices=ACTIVATIONS,
     )
     paraphrase: str = option(DEFAULT_PARAPHRASE, "paraphrase instruction", choices=tuple(PARAPHRASE_TEMPLATES))
@@ -118,29 +119,40 @@ class TrainConfig:
         weights = self.objective_weights
         if len(weights.keys() & set(SEQUENCE_OBJECTIVES)) > 1:
             raise SempaError(f"The objective {self.objective!r} holds both dpo and listwise. Expected one of them.")
-        if self.tuning == "full" and (self.kl or self.activation == "template"):
+        if self.tuning == "full" and (self.kl or self.is_activated):
             raise SempaError(
-                "--tuning full leaves no base to switch back to, as --kl and --activation template need. Expected "
-                "tuning lora with them."
+                "--tuning full leaves no base to switch back to, as --kl and --activation need. Expected tuning lora "
+                "with them."
             )
-        if self.activation == "template":
-            if sequence := weights.keys() & set(SEQUENCE_OBJECTIVES):
-                raise SempaError(
-                    f"The objective {min(sequence)} trains on text without the embedding template, where an adapter "
-                    f"with --activation template does nothing. Expected of: {', '.join(READING_OBJECTIVES)}."
-                )
-            if self.kl:
-                raise SempaError("--kl ties ordinary text to the base; with --activation template it never leaves it.")
-            if self.gradient_checkpointing:
-                raise SempaError(
-                    "gradient_checkpointing does not go with --activation template: of each sentence only the closing "
-                    "tokens are trained, and its recomputation would miss the adapter. Leave it out."
-                )
-            if self.format == "native":
-                raise SempaError(
-                    "Plain sentence-transformers would not apply an adapter of --activation template. Expected format "
-                    "custom (or auto)."
-                )
+        if self.is_activated:
+            self._check_activated(weights.keys() & set(SEQUENCE_OBJECTIVES))
+
+    def _check_activated(self, sequence_objectives: set[str]) -> None:
+        if sequence_objectives:
+            raise SempaError(
+                f"The objective {min(sequence_objectives)} trains on text without the embedding template, where an "
+                f"adapter with --activation {self.activation} does nothing. Expected of: "
+                f"{', '.join(READING_OBJECTIVES)}."
+            )
+        if self.kl:
+            raise SempaError(
+                f"--kl ties ordinary text to the base; with --activation {self.activation} it never leaves it."
+            )
+        if self.gradient_checkpointing:
+            raise SempaError(
+                f"gradient_checkpointing does not go with --activation {self.activation}: layers that are run again "
+                "would miss the adapter. Leave it out."
+            )
+        if self.format == "native":
+            raise SempaError(
+                f"Plain sentence-transformers would not apply an adapter of --activation {self.activation}. Expected "
+                "format custom (or auto)."
+            )
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether the adapter acts under the embedding template only (an activated LoRA)."""
+        return self.activation != "always"
 
     @property
     def objective_weights(self) -> dict[str, float]:
@@ -152,7 +164,7 @@ class TrainConfig:
         """Format of the folder, ``auto`` decided."""
         if self.format != "auto":
             return self.format
-        return "custom" if self.activation == "template" else "native"
+        return "custom" if self.is_activated else "native"
 
     @property
     def adapted_layers(self) -> list[int] | None:

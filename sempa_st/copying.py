@@ -83,7 +83,7 @@ def copy_model(
         )
     if is_activated(source.folder) and (merge or format == "native"):
         raise SempaError(
-            f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. Merged, or in "
+            f"The adapter of {model} is an activated one: it acts on text under the template only. Merged, or in "
             "the format native, it would act on every token or on none. Expected format custom, without --merge."
         )
     if source.kind == "sempa" and template:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import string
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ _TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 _POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 _SAMPLED_BYTES = 1 << 20
 _ENDINGS = ("It ends.", "Really?", "Stop!", "And so on ...", "and so on...", "(he said)", "70%", "it's me'", "a.b.")
+_BEGINNINGS = ("...", "....", "''", "--", "((", "?!", " A", "\n", '""', "«", "“Yes", "2", "ö")
 _PROBES = ("", "A cat sleeps", 'She said "no"?', "Ünïcode — 12 °C 😀", "it's")
 
 
@@ -79,6 +82,23 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) 
     return ids
 
 
+def opening_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Return the token ids that every sentence under ``template`` begins with, whatever its own first character.
+
+    Args:
+        tokenizer: Tokenizer with the template installed.
+        template: Name of the template.
+
+    Raises:
+        SempaError: If there are none but the start token.
+    """
+    sentences = [*_PROBES, *string.punctuation, *_BEGINNINGS]
+    shared = _common_start([_template_ids(tokenizer, template, sentence) for sentence in sentences])
+    if not set(shared) - {tokenizer.bos_token_id}:
+        raise SempaError(f"Sentences under the template {template!r} do not begin alike with this tokenizer.")
+    return shared
+
+
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """Return the token ids that every sentence under ``template`` ends in, whatever its own last character.
 
@@ -89,13 +109,16 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[in
     Raises:
         SempaError: If there are none.
     """
-    rows = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in (*_PROBES, *_ENDINGS)]
-    shared = 0
-    while len({tuple(row[: shared + 1]) for row in rows}) == 1:
-        shared += 1
+    sentences = [*_PROBES, *_ENDINGS]
+    shared = _common_start([_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences])
     if not shared:
         raise SempaError(f"Sentences under the template {template!r} do not end in the same token with this tokenizer.")
-    return rows[0][:shared][::-1]
+    return shared[::-1]
+
+
+def _common_start(rows: list[list[int]]) -> list[int]:
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return [tokens[0] for tokens in same]
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -233,7 +256,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def is_activated(folder: Path) -> bool:
-    """Whether the adapter in ``folder`` acts on the template's closing tokens only (an activated LoRA)."""
+    """Whether the adapter in ``folder`` acts under the template only (an activated LoRA)."""
     return is_adapter_folder(folder) and bool(read_json(folder / ADAPTER_CONFIG).get("alora_invocation_tokens"))
 
 

@@ -67,8 +67,7 @@ class PromptEOL(InputModule):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The layers with the LM head, adapter included but not PEFT's wrapper."""
-        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        assert isinstance(causal_lm, PreTrainedModel)
+        causal_lm: PreTrainedModel = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         return causal_lm
 
     @property
@@ -77,6 +76,13 @@ class PromptEOL(InputModule):
         decoder = self.causal_lm.base_model
         assert isinstance(decoder, PreTrainedModel)
         return decoder
+
+    @property
+    def closing_only(self) -> int:
+        """Number of the template's closing tokens, where an activated adapter acts on these alone; else 0."""
+        invocation = invocation_tokens(self.model)
+        opening = invocation and self._token_ids(["0"], None)[0][: len(invocation)] == invocation
+        return 0 if opening else len(invocation)
 
     @property
     def max_seq_length(self) -> int:
@@ -127,7 +133,8 @@ class PromptEOL(InputModule):
         # Positions count real tokens only, so that padding on the left moves no learned position embedding.
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        with activated(self.model, mask.shape[1] - 1 - last):
+        closing, width = self.closing_only, mask.shape[1]
+        with activated(self.model, (width - 1 - last + closing).tolist() if closing else [width] * len(last)):
             output = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
         states = output.last_hidden_state
         features["sentence_embedding"] = states[torch.arange(len(last), device=states.device), last]
@@ -158,11 +165,7 @@ class PromptEOL(InputModule):
         return transformer_config(self.template, self.max_seq_length)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Save the model (an adapter alone, where there is one), the tokenizer, the settings and this source file.
-
-        ``SentenceTransformer.save_pretrained`` names this class by the package it was loaded from; ``sempa copy``
-        writes folders that open where sempa_st is not installed.
-        """
+        """Save the model (an adapter alone, where there is one), the tokenizer, the settings and this source file."""
         save_model(self.model, output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)
@@ -186,9 +189,7 @@ class PromptEOL(InputModule):
         backend: str = "torch",
         **kwargs: Any,
     ) -> PromptEOL:
-        """Load a model folder or Hub repository, of format ``native`` or ``custom``.
-
-        The arguments are those of every sentence-transformers module.
+        """Load a model folder or Hub repository, of format ``native`` or ``custom``; arguments as for any module.
 
         Raises:
             ValueError: If the backend is not torch, the folder names no template, or the adapter does not fit.
@@ -221,27 +222,25 @@ class PromptEOL(InputModule):
 
 
 def invocation_tokens(model: Any) -> list[int]:
-    """Return the closing tokens from which on a model's activated adapter acts; none for any other model."""
+    """Return the template's tokens from which on a model's activated adapter acts; none for any other model."""
     if not hasattr(model, "peft_config"):
         return []
     return getattr(model.active_peft_config, "alora_invocation_tokens", None) or []
 
 
-def activated(model: Any, padding: Tensor) -> AbstractContextManager[Any]:
-    """Let an activated adapter act on each row's closing tokens, and nowhere else, for the time of a forward pass.
+def activated(model: Any, tokens: list[int]) -> AbstractContextManager[Any]:
+    """Let an activated adapter act on the end of each row, and nowhere else, for the time of a forward pass.
 
-    PEFT looks for these tokens in what passes through the PEFT model; the decoder alone is run here, and what it reads
-    always ends in the template.
+    PEFT looks for invocation tokens in what passes through the PEFT model; the decoder alone is run here, and what it
+    reads is always under the template.
 
     Args:
         model: Any model; without an activated adapter nothing is done.
-        padding: Number of padding tokens on the right of each row, of shape (batch,).
+        tokens: Number of tokens of each row that the adapter acts on, padding on the right included.
     """
-    closing = len(invocation_tokens(model))
-    if not closing:
+    if not invocation_tokens(model):
         return nullcontext()
-    offsets = (padding + closing).tolist()
-    context: AbstractContextManager[Any] = model._enable_peft_forward_hooks(alora_offsets=offsets)
+    context: AbstractContextManager[Any] = model._enable_peft_forward_hooks(alora_offsets=tokens)
     return context
 
 

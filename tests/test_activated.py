@@ -27,7 +27,7 @@ import sempa_st
 from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
-from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated
+from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated, opening_tokens
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.train.forwards import last_states
@@ -91,15 +91,27 @@ def test_every_sentence_ends_in_the_closing_tokens(template: str) -> None:
         assert row[-len(closing) :] == closing
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    output = tmp_path_factory.mktemp("trained") / "activated"
+@pytest.mark.parametrize("template", list(EMBEDDING_TEMPLATES))
+def test_every_sentence_begins_with_the_opening_tokens(template: str) -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES[template])
+    opening = opening_tokens(tokenizer, template)
+    assert len(opening) > 2
+    module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
+    marks = [f"{a}{b}x" for a in string.printable for b in string.punctuation + " "]
+    for row in module.token_rows([*marks, *sample_sentences(), *SENTENCES, "ö", "😀", "「猫」", "\n"]):
+        assert row[: len(opening)] == opening
+
+
+@pytest.fixture(scope="module", params=["template", "sentence"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    output = tmp_path_factory.mktemp("trained") / request.param
     train(
         make_config(
             tiny_base,
             output,
             objective="one-word-listwise",
-            activation="template",
+            activation=request.param,
             learning_rate=2e-2,
             checkpoint_samples=24,
         )
@@ -111,12 +123,13 @@ def test_training_writes_a_custom_folder(folder: Path) -> None:
     assert (folder_format(folder), is_activated(folder)) == ("custom", True)
     settings = json.loads((folder / "adapter_config.json").read_text())
     tokenizer = load_tokenizer(folder)
-    assert settings["alora_invocation_tokens"] == closing_tokens(tokenizer, "prompteol")
-    assert json.loads((folder / "sempa_run.json").read_text())["config"]["activation"] == "template"
+    tokens = {"template": closing_tokens, "sentence": opening_tokens}[folder.name](tokenizer, "prompteol")
+    assert settings["alora_invocation_tokens"] == tokens
+    assert json.loads((folder / "sempa_run.json").read_text())["config"]["activation"] == folder.name
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
 
 
-def test_the_generator_is_the_base_until_the_template_ends(folder: Path, tiny_base: Path) -> None:
+def test_the_generator_is_the_base_where_the_adapter_does_not_act(folder: Path, tiny_base: Path) -> None:
     tuned = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     tokenizer = make_tokenizer()
@@ -128,9 +141,10 @@ def test_the_generator_is_the_base_until_the_template_ends(folder: Path, tiny_ba
             assert torch.equal(*drawn)
         ids = tokenizer(TEMPLATE.text("A cat"), return_tensors="pt")
         closing = len(tuned.active_peft_config.alora_invocation_tokens)
+        acts = closing if folder.name == "template" else ids["input_ids"].shape[1]
         logits = tuned(**ids).logits, base(**ids).logits
-        assert torch.equal(*(values[:, :-closing] for values in logits))
-        assert (logits[0] - logits[1])[:, -closing:].abs().amax(dim=-1).min() > 1e-3
+        assert torch.equal(*(values[:, :-acts] for values in logits))
+        assert (logits[0] - logits[1])[:, -acts:].abs().amax(dim=-1).min() > 1e-3
 
 
 def vectors_by_peft(folder: Path) -> np.ndarray:
@@ -202,7 +216,9 @@ def test_settings_that_do_not_go_together_are_refused(tiny_base: Path, tmp_path:
     }.items():
         with pytest.raises(SempaError, match=message):
             make_config(tiny_base, tmp_path, **settings)
-    assert make_config(tiny_base, tmp_path, **one_word).folder_format == "custom"
+    for activation in ("template", "sentence"):
+        config = make_config(tiny_base, tmp_path, **{**one_word, "activation": activation})
+        assert (config.folder_format, config.is_activated) == ("custom", True)
     assert make_config(tiny_base, tmp_path, lora_layers="2, 0-1,1").adapted_layers == [0, 1, 2]
     assert make_config(tiny_base, tmp_path).adapted_layers is None
 
@@ -215,12 +231,14 @@ def test_only_the_chosen_layers_are_adapted(tiny_base: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_template_without_an_end_of_its_own_is_refused() -> None:
+def test_a_template_without_words_of_its_own_is_refused() -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, TEMPLATE)
     tokenizer.chat_template = {**tokenizer.chat_template, "open": "{{ messages[0]['content'] }}"}
     with pytest.raises(SempaError, match="do not end in the same token"):
         closing_tokens(tokenizer, "open")
+    with pytest.raises(SempaError, match="do not begin alike"):
+        opening_tokens(tokenizer, "open")
 
 
 def test_an_architecture_that_hides_its_tokens_is_refused(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class AlignmentTrainer(DevScored, Trainer):
     def _reading_loss(self, batch: Batch) -> Tensor:
         config, weights = self._config, self._weights
         rows = len(batch["same"])
-        # An activated adapter leaves the reference at hand; any other finds it in the batch, from the cache on disk.
+        # Where only closing tokens are adapted the reference is at hand; else it is in the batch, from the disk.
         at_hand = rows if "words" in batch and "reference_states" not in batch else 0
         states, reference_states = last_states(self._module, batch["input_ids"], batch["attention_mask"], at_hand)
         reference_states = batch.get("reference_states", reference_states)

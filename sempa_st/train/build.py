@@ -23,7 +23,7 @@ from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.devices import pick_dtype
 from sempa_st.errors import SempaError
-from sempa_st.folder import closing_tokens, folder_digest
+from sempa_st.folder import closing_tokens, folder_digest, opening_tokens
 from sempa_st.nli import NliData
 from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL
@@ -127,7 +127,7 @@ def _tuned(parts: Ingredients) -> Any:
     if parts.config.tuning == "full":
         return parts.model
     tuned = get_peft_model(parts.model, _adapter_settings(parts))
-    if parts.config.activation == "template":
+    if parts.config.is_activated:
         _check_activation(_module(parts, tuned))
     return tuned
 
@@ -140,16 +140,15 @@ def _check_activation(module: PromptEOL) -> None:
             module(features)
     except (IndexError, RuntimeError) as error:
         raise SempaError(
-            f"--activation template does not work with {type(module.decoder).__name__}, whose layers hide from PEFT "
+            f"--activation does not work with {type(module.decoder).__name__}, whose layers hide from PEFT "
             f"which token is which ({error}). Leave it out for this base."
         ) from error
 
 
 def _adapter_settings(parts: Ingredients) -> Any:
     config = parts.config
-    invocation = None
-    if config.activation == "template":
-        invocation = closing_tokens(parts.scorer.tokenizer, config.template)
+    tokens = {"sentence": opening_tokens, "template": closing_tokens}.get(config.activation)
+    invocation = tokens(parts.scorer.tokenizer, config.template) if tokens else None
     return lora_config(
         parts.model,
         r=config.lora_r,

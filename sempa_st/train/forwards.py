@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
-from sempa_st.prompt_eol import PromptEOL, invocation_tokens
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.prefixes import grouped_states
 
 _ROWS_TOGETHER = 64
@@ -35,8 +35,8 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
         module: Embedding module around the live model.
         input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
-        reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an activated adapter,
-            to which it comes for the price of the closing tokens.
+        reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an adapter that
+            acts on the closing tokens alone, to which it comes for the price of these.
     """
     lengths = attention_mask.sum(dim=1)
     states: dict[int, Tensor] = {}
@@ -44,7 +44,7 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
     for rows in alike(lengths.tolist()):
         width = int(lengths[rows].max())
         ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
-        if not invocation_tokens(module.model):
+        if not module.closing_only:
             found = module({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
         else:
             open_rows = OpenRows(module, ids, mask)
