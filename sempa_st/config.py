@@ -138,10 +138,10 @@ class TrainConfig:
             raise SempaError(
                 f"--kl ties ordinary text to the base; with --activation {self.activation} it never leaves it."
             )
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing and self.activation == "template":
             raise SempaError(
-                f"gradient_checkpointing does not go with --activation {self.activation}: layers that are run again "
-                "would miss the adapter. Leave it out."
+                "gradient_checkpointing does not go with --activation template: of each sentence only the closing "
+                "tokens are trained, and its recomputation would miss the adapter. Leave it out."
             )
         if self.format == "native":
             raise SempaError(

@@ -22,9 +22,12 @@ from sempa_st.folder import (
     folder_format,
     folder_max_seq_length,
     install_template,
+    invocation_of,
     is_activated,
     is_adapter_folder,
+    opening_tokens,
     set_base_reference,
+    set_invocation,
     template_name,
     weight_files,
     write_embedding_files,
@@ -82,10 +85,7 @@ def copy_model(
             "no --merge (merge the scaled copy instead)."
         )
     if is_activated(source.folder) and (merge or format == "native"):
-        raise SempaError(
-            f"The adapter of {model} is an activated one: it acts on text under the template only. Merged, or in "
-            "the format native, it would act on every token or on none. Expected format custom, without --merge."
-        )
+        _check_whole_rows(model, source.folder, merge)
     if source.kind == "sempa" and template:
         raise SempaError(f"{model} brings its own template; --template {template!r} is for bare bases only.")
     origin = _origin(source, adapter, base)
@@ -100,6 +100,9 @@ def copy_model(
             copy_files(source.folder, folder, [*_SETTINGS, *weight_files(source.folder)])
             if adapter:
                 set_base_reference(folder, origin.reference)
+                if format == "native" and is_activated(folder):
+                    set_invocation(folder, None)
+                    (folder / CONFIG).unlink()  # it refused the readers that can open the copy
                 _scale_adapter(folder / ADAPTER_WEIGHTS, scale)
         write_embedding_files(
             folder,
@@ -139,6 +142,23 @@ def _embedding_settings(source: Source, template: str | None) -> tuple[PreTraine
         install_template(tokenizer, chosen)
         return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
     return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
+
+
+def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
+    """Raise :class:`SempaError` unless the activated adapter in ``folder`` acts on the whole of what is embedded.
+
+    A plain adapter of the same weights then gives the same vectors; it only acts on all other text as well.
+    """
+    if merge:
+        raise SempaError(
+            f"The adapter of {model} is an activated one, which cannot be merged. If it acts on whole sentences, "
+            "a copy with --format native can be."
+        )
+    if invocation_of(folder) != opening_tokens(load_tokenizer(folder), template_name(folder) or DEFAULT_TEMPLATE):
+        raise SempaError(
+            f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. In the format "
+            "native it would act on every token or on none. Expected format custom."
+        )
 
 
 def _scale_adapter(path: Path, scale: float) -> None:

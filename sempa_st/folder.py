@@ -255,9 +255,20 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def invocation_of(folder: Path) -> list[int]:
+    """Return the tokens from which on the adapter in ``folder`` acts, if it is an activated one."""
+    return read_json(folder / ADAPTER_CONFIG).get("alora_invocation_tokens") or [] if is_adapter_folder(folder) else []
+
+
+def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
+    """Let the adapter in ``folder`` act from these tokens on, or always."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    write_json(folder / ADAPTER_CONFIG, {**settings, "alora_invocation_tokens": list(tokens) if tokens else None})
+
+
 def is_activated(folder: Path) -> bool:
     """Whether the adapter in ``folder`` acts under the template only (an activated LoRA)."""
-    return is_adapter_folder(folder) and bool(read_json(folder / ADAPTER_CONFIG).get("alora_invocation_tokens"))
+    return bool(invocation_of(folder))
 
 
 def base_of_adapter(folder: Path) -> str:

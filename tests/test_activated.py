@@ -188,15 +188,34 @@ def test_readers_that_would_pass_the_adapter_over_are_refused(folder: Path) -> N
 
 
 def test_copies_stay_activated(folder: Path, tmp_path: Path) -> None:
-    for settings in ({"merge": True}, {"format": "native"}, {"merge": True, "format": "custom"}):
-        with pytest.raises(SempaError, match=r"activated one.*Expected format custom, without --merge"):
-            copy_model(str(folder), tmp_path / "wrong", **settings)  # type: ignore[arg-type]
+    for format in ("custom", "native"):
+        with pytest.raises(SempaError, match="activated one, which cannot be merged"):
+            copy_model(str(folder), tmp_path / "wrong", merge=True, format=format)
+    if folder.name == "template":
+        with pytest.raises(SempaError, match=r"activated one.*Expected format custom"):
+            copy_model(str(folder), tmp_path / "wrong", format="native")
     assert not (tmp_path / "wrong").exists()
     copy = copy_model(str(folder), tmp_path / "copy")
     vectors = [sempa_st.load(path, dtype="float32", device="cpu").encode(SENTENCES) for path in (folder, copy)]
     assert np.array_equal(*vectors)
     with pytest.raises(ValueError, match="activated adapter"):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_native_copy_of_whole_sentences_has_the_same_vectors(folder: Path, tmp_path: Path, merge: bool) -> None:
+    if folder.name == "template":
+        pytest.skip("its adapter acts on a part of the row")
+    copy = copy_model(str(folder), tmp_path / "native", format="native")
+    if merge:
+        copy = copy_model(str(copy), tmp_path / "merged", merge=True)
+    expected = sempa_st.load(folder, dtype="float32", device="cpu").encode(SENTENCES)
+    plain = SentenceTransformer(str(copy), device="cpu")
+    np.testing.assert_allclose(plain.encode(SENTENCES), expected, rtol=0, atol=1e-5)
+    ids = make_tokenizer()(TEXTS[0], return_tensors="pt")
+    tuned = sempa_st.load(copy, dtype="float32", device="cpu")[0].model(**ids).logits
+    activated = sempa_st.load(folder, dtype="float32", device="cpu")[0].model(**ids).logits
+    assert (tuned - activated).abs().max() > 1e-3
 
 
 def test_settings_that_do_not_go_together_are_refused(tiny_base: Path, tmp_path: Path) -> None:

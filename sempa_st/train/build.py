@@ -126,10 +126,17 @@ def _tuned(parts: Ingredients) -> Any:
     """Return the model to train: with an adapter, the base frozen, or the base itself."""
     if parts.config.tuning == "full":
         return parts.model
-    tuned = get_peft_model(parts.model, _adapter_settings(parts))
-    if parts.config.is_activated:
-        _check_activation(_module(parts, tuned))
-    return tuned
+    tokens = {"sentence": opening_tokens, "template": closing_tokens}.get(parts.config.activation)
+    if tokens is None:
+        return get_peft_model(parts.model, _adapter_settings(parts))
+    invocation = tokens(parts.scorer.tokenizer, parts.config.template)
+    activated = get_peft_model(parts.model, _adapter_settings(parts, invocation))
+    _check_activation(_module(parts, activated))
+    if parts.config.activation == "template":
+        return activated
+    # All that is trained on is under the template, where the adapter acts on the whole row like any other.
+    activated.unload()
+    return get_peft_model(parts.model, _adapter_settings(parts))
 
 
 def _check_activation(module: PromptEOL) -> None:
@@ -145,10 +152,8 @@ def _check_activation(module: PromptEOL) -> None:
         ) from error
 
 
-def _adapter_settings(parts: Ingredients) -> Any:
+def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -> Any:
     config = parts.config
-    tokens = {"sentence": opening_tokens, "template": closing_tokens}.get(config.activation)
-    invocation = tokens(parts.scorer.tokenizer, config.template) if tokens else None
     return lora_config(
         parts.model,
         r=config.lora_r,

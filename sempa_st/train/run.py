@@ -29,7 +29,9 @@ from sempa_st.folder import (
     folder_digest,
     install_template,
     is_adapter_folder,
+    opening_tokens,
     set_base_reference,
+    set_invocation,
     weight_files,
     write_embedding_files,
 )
@@ -186,6 +188,8 @@ def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[st
         copy_files(Path(best), folder, [*_MODEL_SETTINGS, *weight_files(Path(best))])
         if is_adapter_folder(folder):
             set_base_reference(folder, parts.base.reference)
+        if config.activation == "sentence":
+            set_invocation(folder, opening_tokens(parts.scorer.tokenizer, config.template))
         write_embedding_files(
             folder,
             parts.scorer.tokenizer,
