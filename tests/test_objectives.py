@@ -33,6 +33,7 @@ from sempa_st.train.objectives import (
     ranked_answers_outcome,
     reference_kl,
 )
+from sempa_st.train.prefixes import grouped_states
 from sempa_st.train.reference import collect, in_batches
 from sempa_st.train.scores import similarity_score, word_score
 from sempa_st.words import STOP_WORDS, WordBags, bag_matrix, content_words, document_frequencies, without_shared
@@ -201,6 +202,16 @@ def test_a_request_run_once_has_the_gradients_of_one_run_per_answer(cut: int) ->
     assert all("lora_" in name for name in gradients)
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
     torch.testing.assert_close(shared_gradients, gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_that_share_nothing_are_run_as_they_are() -> None:
+    decoder = make_llama().base_model
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8], [9, 6, 7], [4, 6, 7]])
+    with torch.no_grad():
+        expected = decoder(input_ids=ids).last_hidden_state
+        for rows in ([0, 1], [2, 3], [0, 1, 2, 3]):
+            found = grouped_states(decoder, ids[rows], torch.ones_like(ids[rows]), 2)
+            torch.testing.assert_close(found, expected[rows], rtol=0, atol=1e-5)
 
 
 def test_three_ranked_answers_and_rows_that_have_two() -> None:

@@ -26,14 +26,14 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
         States of shape (rows, tokens, hidden); those of padding hold anything.
     """
     width = input_ids.shape[1]
-    if group == 1 or not _can_share(decoder, width):
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
     places = torch.arange(width, device=input_ids.device)
     grouped, lengths = input_ids.view(-1, group, width), attention_mask.sum(dim=1)
     same = (grouped == grouped[:, :1]).all(dim=1) & (places < lengths.view(-1, group).amin(dim=1)[:, None] - 1)
     shared = same.long().cumprod(dim=1).sum(dim=1)
+    if not int(shared.min()) or not _can_share(decoder, width):
+        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
     start = int(shared.max())
     beginning = (places[:start] < shared[:, None]).to(attention_mask.dtype)
     cache = DynamicCache()
