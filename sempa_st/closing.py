@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sempa_st.cached import run_on, window_covers
 from sempa_st.prompt_eol import PromptEOL, activated
 
 
@@ -62,22 +63,13 @@ class OpenRows:
 
     def _run(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         seen = self._cache.get_seq_length() + input_ids.shape[1]
-        output = self._module.decoder(
-            input_ids=input_ids,
-            attention_mask=self._mask[: len(input_ids), :seen],
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        states: Tensor = output.last_hidden_state
-        return states
+        return run_on(self._module.decoder, self._cache, input_ids, self._mask[: len(input_ids), :seen], positions)
 
     def _shared_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> int:
         """Return how many tokens all rows begin with, at least one before the closing tokens left out."""
         width = input_ids.shape[1]
-        window = getattr(self._module.decoder.config.get_text_config(), "sliding_window", None)
-        if window is not None and width > window:
-            return 0  # padding between the opening and the rest would count as distance
+        if not window_covers(self._module.decoder, width):
+            return 0
         starts = attention_mask.argmax(dim=1, keepdim=True)
         places = (starts + torch.arange(width, device=starts.device)).clamp(max=width - 1)
         aligned = input_ids.gather(1, places)

@@ -14,8 +14,20 @@ from sempa_st.stsdata import read_pairs
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console"},
-    {"prompts", "devices", "files", "runinfo", "options", "hub", "prompt_eol", "objectives", "words", "train.losses"},
+    {"errors", "console", "cached", "train.losses"},
+    {
+        "cached",
+        "prompts",
+        "devices",
+        "files",
+        "runinfo",
+        "options",
+        "hub",
+        "prompt_eol",
+        "objectives",
+        "words",
+        "train.losses",
+    },
     {"nli", "bases", "closing"},
     {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
     {"card", "grid", "evaluate.shared_prefix"},

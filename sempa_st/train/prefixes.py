@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from sempa_st.cached import run_on, window_covers
+
 
 def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, group: int) -> Tensor:
     """Return the last hidden states of rows, the beginning that a group's rows share run once, with its gradients.
@@ -37,38 +39,25 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
     start = int(shared.max())
     beginning = (places[:start] < shared[:, None]).to(attention_mask.dtype)
     cache = DynamicCache()
-    once = _run(decoder, cache, input_ids[::group, :start], beginning, places[None, :start])
+    once = run_on(decoder, cache, input_ids[::group, :start], beginning, places[None, :start])
     cache.batch_repeat_interleave(group)
 
     shared = shared.repeat_interleave(group)[:, None]
     present = shared + places[: int((lengths - shared[:, 0]).max())] < lengths[:, None]
     positions = (shared + places[: present.shape[1]]).clamp(max=width - 1)
     mask = torch.cat([beginning.repeat_interleave(group, dim=0), present.to(beginning.dtype)], dim=1)
-    each = _run(decoder, cache, input_ids.gather(1, positions), mask, positions)
+    each = run_on(decoder, cache, input_ids.gather(1, positions), mask, positions)
 
     both = torch.cat([once.repeat_interleave(group, dim=0), each], dim=1)
     source = torch.where(places < shared, places, places - shared + start).clamp(max=both.shape[1] - 1)
     return both.gather(1, source[..., None].expand(-1, -1, both.shape[2]))
 
 
-def _run(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-    output = decoder(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    states: Tensor = output.last_hidden_state
-    return states
-
-
 def _can_share(decoder: Any, width: int) -> bool:
     if any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules()):
         return False  # layers that are run again for their gradients keep no cache
-    # Padding stands between a short beginning and the rest: positions must be told, and no window may count it.
-    window = getattr(decoder.config.get_text_config(), "sliding_window", None)
-    return "position_ids" in inspect.signature(decoder.forward).parameters and (window is None or width <= window)
+    # Padding stands between a short beginning and the rest, so positions must be told.
+    return "position_ids" in inspect.signature(decoder.forward).parameters and window_covers(decoder, width)
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""Runs of a decoder that go on from a key/value cache, with padding in the middle of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+
+def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    """Run tokens after those in the cache, which takes them up.
+
+    Args:
+        decoder: Layers without the LM head.
+        cache: What was run before; empty at first.
+        input_ids: Token ids of shape (rows, tokens).
+        attention_mask: 0 on padding, of shape (rows, tokens in the cache + tokens).
+        positions: Of the tokens, padding not counted, of shape (rows, tokens) or (1, tokens).
+
+    Returns:
+        Last hidden states of shape (rows, tokens, hidden).
+    """
+    output = decoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def window_covers(decoder: Any, width: int) -> bool:
+    """Whether rows of ``width`` tokens may hold padding in their middle: a sliding window counts it as distance."""
+    window = getattr(decoder.config.get_text_config(), "sliding_window", None)
+    return window is None or width <= window
