@@ -20,17 +20,23 @@ class OpenRows:
         module: Embedding module around a model with adapters that act on the template's closing tokens.
         input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
+        closing: Number of closing tokens; those of the active adapter when left out.
+
+    Attributes:
+        mask: 0 on padding, of shape (rows, tokens): what the rows open with, padding, the rest.
     """
 
-    def __init__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def __init__(
+        self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, *, closing: int | None = None
+    ) -> None:
         self._module = module
-        self._closing = module.closing_only
+        self._closing = module.closing_only if closing is None else closing
         self._cache = DynamicCache()
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         shared = self._shared_tokens(input_ids, attention_mask)
         # The rows' opening moves in front of the padding.
-        self._mask = attention_mask * (positions >= shared)
-        self._mask[:, :shared] = 1
+        self.mask = attention_mask * (positions >= shared)
+        self.mask[:, :shared] = 1
         with torch.no_grad(), module.model.disable_adapter():
             if shared:
                 start = int(attention_mask[0].argmax())
@@ -52,7 +58,7 @@ class OpenRows:
         """
         if rows is not None:
             self._cache.batch_select_indices(rows)
-            self._mask, self._ids, self._positions = self._mask[rows], self._ids[rows], self._positions[rows]
+            self.mask, self._ids, self._positions = self.mask[rows], self._ids[rows], self._positions[rows]
         with torch.no_grad(), self._module.model.disable_adapter():
             return self._close()
 
@@ -63,7 +69,7 @@ class OpenRows:
 
     def _run(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         seen = self._cache.get_seq_length() + input_ids.shape[1]
-        return run_on(self._module.decoder, self._cache, input_ids, self._mask[: len(input_ids), :seen], positions)
+        return run_on(self._module.decoder, self._cache, input_ids, self.mask[: len(input_ids), :seen], positions)
 
     def _shared_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> int:
         """Return how many tokens all rows begin with, at least one before the closing tokens left out."""

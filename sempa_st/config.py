@@ -72,6 +72,7 @@ class TrainConfig:
     dtype: str = option("auto", "type of the frozen weights and of the arithmetic", choices=DTYPES)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     checkpoint_samples: int = option(19_968, "triplets between two checkpoints, each scored on the dev pairs")
+    patience: int = option(0, "stop after this many checkpoints without a better dev score; 0 for never")
     dev: str = option("stsb", "pairs to choose the best checkpoint on: stsb (STS-B dev), sample, or a file")
     data_dir: str | None = option(None, "local folder with sts/stsb.dev.parquet, instead of the Hub")
     dev_batch_size: int = option(32, "sentences a batch when the dev pairs are embedded")
@@ -111,7 +112,7 @@ class TrainConfig:
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SempaError(f"{name} is {getattr(self, name)}. Expected a share from 0 to below 1.")
-        for name in ("weight_decay", "kl"):
+        for name in ("weight_decay", "kl", "patience"):
             if not getattr(self, name) >= 0:
                 raise SempaError(f"{name} is {getattr(self, name)}. Expected 0 or more.")
 

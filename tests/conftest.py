@@ -121,9 +121,9 @@ def randomise(tuned: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def save_random_adapter(folder: Path, base: Path, model: Any) -> Path:
+def save_random_adapter(folder: Path, base: Path, model: Any, **settings: Any) -> Path:
     """Write a random adapter beside its base's name."""
-    add_random_adapter(model).save_pretrained(folder, save_embedding_layers=False)
+    add_random_adapter(model, **settings).save_pretrained(folder, save_embedding_layers=False)
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -181,12 +181,12 @@ def adapter_folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) ->
     return finish_adapter(tmp_path_factory.mktemp("models") / "tiny-sempa", tiny_base, make_llama())
 
 
-def finish_adapter(folder: Path, base: Path, model: Any, *, format: str = "native") -> Path:
+def finish_adapter(folder: Path, base: Path, model: Any, *, format: str = "native", **settings: Any) -> Path:
     from sempa_st.bases import load_tokenizer
     from sempa_st.folder import install_template, write_embedding_files
     from sempa_st.prompts import EMBEDDING_TEMPLATES
 
-    save_random_adapter(folder, base, model)
+    save_random_adapter(folder, base, model, **settings)
     tokenizer = load_tokenizer(base)
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
     write_embedding_files(

@@ -30,6 +30,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated, opening_tokens
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.train.contrastive import GroupedPromptEOL
 from sempa_st.train.forwards import last_states
 from sempa_st.train.run import train
 
@@ -38,12 +39,16 @@ SENTENCES = ["A cat", "Dogs bark.", sample_sentences()[3], "", 'Who said "no"?',
 TEXTS = ["The best thing about a rainy Sunday", "A cat means in one word", "Once upon a time there was"]
 
 
-def make_module(model: Any, **kwargs: Any) -> PromptEOL:
+def make_parts(model: Any, *, activated: bool = False) -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     install_template(tokenizer, TEMPLATE)
-    activated = add_random_adapter(model, invocation=closing_tokens(tokenizer, "prompteol"))
-    return PromptEOL(activated, tokenizer, max_seq_length=160, **kwargs)
+    invocation = closing_tokens(tokenizer, "prompteol") if activated else None
+    return add_random_adapter(model, invocation=invocation), tokenizer
+
+
+def make_module(model: Any, **kwargs: Any) -> PromptEOL:
+    return PromptEOL(*make_parts(model, activated=True), max_seq_length=160, **kwargs)
 
 
 def adapter_gradients(module: PromptEOL) -> dict[str, torch.Tensor]:
@@ -67,11 +72,28 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
     torch.testing.assert_close(reference, plain[:3], rtol=0, atol=1e-5)
     assert not reference.requires_grad
     assert (one - plain).norm(dim=1).min() > 1e-2
+    check_gradients(module, two, one)
 
-    direction = torch.randn(one.shape, generator=torch.Generator().manual_seed(0)) / one.numel()
-    (two * direction).sum().backward()
+
+@pytest.mark.parametrize("make", [make_llama, make_gemma])
+@pytest.mark.parametrize("sentences", [SENTENCES, ["A cat", "A dog", "Birds"]], ids=["long", "short"])
+def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str]) -> None:
+    """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
+    module = GroupedPromptEOL(*make_parts(make()), max_seq_length=160)
+    batch = module.preprocess(sentences)
+    together = module(dict(batch))["sentence_embedding"]
+    alone = [PromptEOL.forward(module, module.preprocess([text]))["sentence_embedding"] for text in sentences]
+    one = torch.cat(alone)
+    torch.testing.assert_close(together, one, rtol=0, atol=1e-5)
+    check_gradients(module, together, one)
+
+
+def check_gradients(module: PromptEOL, first: torch.Tensor, second: torch.Tensor) -> None:
+    """Two ways to the same states have the same gradients, to the adapter and to nothing else."""
+    direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)) / first.numel()
+    (first * direction).sum().backward()
     gradients = adapter_gradients(module)
-    (one * direction).sum().backward()
+    (second * direction).sum().backward()
     expected = adapter_gradients(module)
     assert gradients.keys() == expected.keys()
     assert all("lora_" in name for name in gradients)

@@ -90,6 +90,18 @@ def test_plain_readers_open_the_folder(trained: tuple[Path, dict[str, Any]]) -> 
     assert 'SentenceTransformer("tiny-sempa")' in card
 
 
+def test_patience_ends_a_run_whose_dev_score_has_stopped_rising(
+    trained: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    whole = trained[1]["dev"]["scores"]
+    values = [score["spearman"] for score in whole]
+    stop = next(n for n in range(2, len(values)) if values[n] <= max(values[1:n]))
+    assert stop < len(values) - 1, "the whole run rises all the time, so this test shows nothing"
+    record, _ = train(make_config(tiny_base, tmp_path / "model", epochs=3, patience=1))
+    assert record["dev"]["scores"] == whole[: stop + 1]
+    assert record["best_step"] == max(whole[1 : stop + 1], key=lambda score: score["spearman"])["step"]
+
+
 class InterruptError(Exception):
     pass
 

@@ -28,8 +28,8 @@ from sempa_st.nli import NliData
 from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
-from sempa_st.train.callbacks import DEV_METRIC, PairProgress
-from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
+from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
+from sempa_st.train.contrastive import ContrastiveTrainer, GroupedPromptEOL, contrastive_rows
 from sempa_st.train.parts import batch_parts
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
@@ -77,6 +77,8 @@ def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
             trainer = _alignment_trainer(parts, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PairProgress(rows_per_step, len(parts.data.triplets)))
+    if config.patience:
+        trainer.add_callback(Patience(config.patience))
     return trainer
 
 
@@ -98,7 +100,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
 def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=parts.scorer,
-        module=_module(parts, _tuned(parts)),
+        module=_module(parts, _tuned(parts), GroupedPromptEOL),
         temperature=parts.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=contrastive_rows(parts.data.triplets),
@@ -164,9 +166,9 @@ def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -
     )
 
 
-def _module(parts: Ingredients, model: Any) -> PromptEOL:
+def _module(parts: Ingredients, model: Any, kind: type[PromptEOL] = PromptEOL) -> PromptEOL:
     config = parts.config
-    return PromptEOL(model, parts.scorer.tokenizer, template=config.template, max_seq_length=config.max_seq_length)
+    return kind(model, parts.scorer.tokenizer, template=config.template, max_seq_length=config.max_seq_length)
 
 
 @contextmanager

@@ -65,3 +65,21 @@ class PairProgress(TrainerCallback):
     def _move_to(self, state: TrainerState) -> None:
         if self._bar is not None:
             self._bar.update(min(state.global_step * self._pairs_per_step, self._bar.total) - self._bar.n)
+
+
+class Patience(TrainerCallback):
+    """Stop a run once its dev score has stopped rising.
+
+    It looks at the trainer's own history, so that a resumed run stops where an uninterrupted one would.
+
+    Args:
+        checkpoints: Number of scores in a row that beat no earlier one, at least 1.
+    """
+
+    def __init__(self, checkpoints: int) -> None:
+        self._checkpoints = checkpoints
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the trainer to stop where the best score lies that far back."""
+        scores = [line[DEV_METRIC] for line in state.log_history if DEV_METRIC in line]
+        control.should_training_stop |= len(scores) - 1 - scores.index(max(scores)) >= self._checkpoints

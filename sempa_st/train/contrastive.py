@@ -13,7 +13,17 @@ from transformers import Trainer
 
 from sempa_st.nli import Triplet
 from sempa_st.prompt_eol import PromptEOL, save_model
+from sempa_st.train.forwards import last_states
 from sempa_st.train.trainer import DevScored
+
+
+class GroupedPromptEOL(PromptEOL):
+    """The embedding module with a faster forward pass for training: rows of similar length together, openings once."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``, whose rows are padded on the left."""
+        features["sentence_embedding"] = last_states(self, features["input_ids"], features["attention_mask"]).states
+        return features
 
 
 class ContrastiveTrainer(DevScored, SentenceTransformerTrainer):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, invocation_tokens
 from sempa_st.train.prefixes import grouped_states
 
 _ROWS_TOGETHER = 64
@@ -45,7 +45,7 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
         width = int(lengths[rows].max())
         ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
         if not module.closing_only:
-            found = module({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+            found = _whole_rows(module, ids, mask)
         else:
             open_rows = OpenRows(module, ids, mask)
             found = open_rows.last_states()
@@ -56,6 +56,20 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
         states |= dict(zip(rows, found, strict=True))
     ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
     return ReadStates(ordered[0], ordered[1][:reference_rows])
+
+
+def _whole_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the states at the last tokens of rows that are adapted as a whole, what they open with run once."""
+    if invocation_tokens(module.model):
+        states: Tensor = module({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
+        return states
+    width, lengths = input_ids.shape[1], attention_mask.sum(dim=1)
+    places = torch.arange(width, device=input_ids.device)
+    # Padding moves to the right, behind everything that is read.
+    from_start = (attention_mask.argmax(dim=1, keepdim=True) + places).clamp(max=width - 1)
+    mask = (places < lengths[:, None]).to(attention_mask.dtype)
+    states = grouped_states(module.decoder, input_ids.gather(1, from_start), mask, len(input_ids))
+    return states[torch.arange(len(lengths), device=states.device), lengths - 1]
 
 
 def alike(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -1,0 +1,186 @@
+"""Score many adapters, and their base, on the seven STS test sets in one pass over the sentences.
+
+What the models share is run once for each batch of sentences: activated adapters go on from the base's key/value cache
+of all but the template's closing tokens, and plain adapters that leave the lower layers alone (``--lora-layers``) from
+the base's states below their first layer. The scores are those of ``sempa evaluate --protocol senteval``.
+
+    python benchmarks/score_together.py MODEL ... --data-dir DIR --output FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from scipy.stats import spearmanr
+from sentence_transformers.util import pairwise_cos_sim
+from torch import Tensor, nn
+
+from sempa_st.bases import load_causal_lm, load_tokenizer
+from sempa_st.closing import OpenRows
+from sempa_st.console import table
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json, write_json
+from sempa_st.folder import closing_tokens, install_template, invocation_of, is_adapter_folder, template_name
+from sempa_st.loading import adapter_base, find_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
+from sempa_st.prompts import embedding_template
+from sempa_st.runinfo import run_info
+from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
+from sempa_st.train.reference import in_batches
+
+_TOKENS = 3000
+_BASE = "base"
+
+
+@dataclass
+class Together:
+    """Adapters on one base, by the number of their folder.
+
+    Args:
+        module: Embedding module around the base with all adapters.
+        first_layers: First adapted layer of each plain adapter; 0 of an activated one, which goes on from the cache.
+        closing: Number of the template's closing tokens.
+        below: States that enter such a layer under the base, as the batch at hand leaves them, piece by piece.
+    """
+
+    module: PromptEOL
+    first_layers: list[int]
+    closing: int
+    below: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Score the models named on the command line; finished sets of an earlier call are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="folders of adapters on one base and template")
+    parser.add_argument("--data-dir", required=True, help="folder with sts/*.parquet")
+    parser.add_argument("--split", default="test", choices=("test", "dev"))
+    parser.add_argument("--tasks", default=",".join(STS_TASKS))
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    output = Path(args.output)
+    folders = {name: find_model(name).folder for name in args.models}
+    together = load_together(list(folders.values()))
+    scores: dict[str, dict[str, float]] = read_json(output)["scores"] if output.is_file() else {}
+    names = [_BASE, *args.models]
+    for task in args.tasks.split(","):
+        if all(task in scores.get(name, {}) for name in names):
+            continue
+        pairs = read_pairs(local_files(args.data_dir, task, args.split, "senteval"))
+        for name, score in zip(names, score_pairs(together, pairs, task), strict=True):
+            scores.setdefault(name, {})[task] = score
+        write_json(output, {**run_info(), "protocol": "senteval", "split": args.split, "scores": scores})
+    tasks = [task for task in STS_TASKS if task in scores[_BASE]]
+    rows = [
+        [name, *(scores[name][t] for t in tasks), sum(scores[name][t] for t in tasks) / len(tasks)] for name in names
+    ]
+    print(table(["model", *tasks, "average"], rows))
+
+
+def load_together(folders: list[Path]) -> Together:
+    """Put the adapters of all folders on one base, named 0, 1, ...
+
+    Raises:
+        SempaError: If a folder holds no adapter, or one that shares no work with its base.
+    """
+    template = str(template_name(folders[0]))
+    tokenizer = load_tokenizer(folders[0])
+    install_template(tokenizer, embedding_template(template))
+    closing = closing_tokens(tokenizer, template)
+    first_layers = []
+    for folder in folders:
+        adapted = is_adapter_folder(folder) and read_json(folder / ADAPTER_CONFIG).get("layers_to_transform")
+        invocation = invocation_of(folder)
+        if invocation != closing and not (adapted and not invocation and min(adapted)):
+            raise SempaError(
+                f"{folder} shares no work with its base. Expected an adapter that acts on the closing tokens only, or "
+                "on upper layers only. Score it with sempa evaluate."
+            )
+        first_layers.append(0 if invocation else min(adapted))
+    model = load_causal_lm(adapter_base(folders[0]).folder, torch.float32)
+    tuned = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
+    for number, folder in enumerate(folders[1:], 1):
+        tuned.load_adapter(str(folder), adapter_name=str(number))
+    return Together(PromptEOL(tuned.eval(), tokenizer, template=template), first_layers, len(closing))
+
+
+@torch.no_grad()
+def score_pairs(together: Together, pairs: GradedPairs, task: str) -> list[float]:
+    """Return the Spearman correlation times 100 of the base, then of each model."""
+    module = together.module
+    sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
+    rows = module.token_rows(sentences)
+    vectors = [torch.empty(len(rows), module.get_embedding_dimension()) for _ in [_BASE, *together.first_layers]]
+    for batch in in_batches([len(row) for row in rows], _TOKENS, task):
+        for store, states in zip(vectors, continued(together, [rows[index] for index in batch]), strict=True):
+            store[batch] = states
+    place = {sentence: index for index, sentence in enumerate(sentences)}
+    first, second = ([place[sentence] for sentence in side] for side in (pairs.first, pairs.second))
+    return [100 * float(spearmanr(pairwise_cos_sim(v[first], v[second]), pairs.scores).statistic) for v in vectors]
+
+
+def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
+    """Yield the last token's states of the base, then of each model, what they share run once."""
+    module = together.module
+    padded = module.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    activated = [str(number) for number, first in enumerate(together.first_layers) if not first]
+    module.model.set_adapter(activated[0] if activated else "0")
+    with caught_below(together):
+        open_rows = OpenRows(module, padded["input_ids"], padded["attention_mask"], closing=together.closing)
+        yield open_rows.base_states()
+    for number, first in enumerate(together.first_layers):
+        module.model.set_adapter(str(number))
+        yield go_on_above(together, open_rows, first) if first else open_rows.last_states()
+
+
+@contextmanager
+def caught_below(together: Together) -> Iterator[None]:
+    """Keep the states that enter the first adapted layers, for the time of the base's passes over a batch."""
+    handles = []
+    for first in set(together.first_layers) - {0}:
+        together.below[first] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], first: int = first) -> None:
+            together.below[first].append(inputs[0])
+
+        handles.append(together.module.decoder.layers[first].register_forward_pre_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def go_on_above(together: Together, open_rows: OpenRows, first: int) -> Tensor:
+    """Return the last token's states under the active adapter, run from its first layer on."""
+    decoder: Any = together.module.decoder
+    states = torch.cat([piece.expand(len(open_rows.mask), -1, -1) for piece in together.below[first]], dim=1)
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList([*[_PassOn() for _ in layers[:first]], *layers[first:]])
+    try:
+        output = decoder(
+            inputs_embeds=states,
+            attention_mask=open_rows.mask,
+            position_ids=(open_rows.mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+    finally:
+        decoder.layers = layers
+    last: Tensor = output.last_hidden_state[:, -1]
+    return last
+
+
+class _PassOn(nn.Module):
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return states
+
+
+if __name__ == "__main__":
+    main()

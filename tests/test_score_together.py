@@ -1,0 +1,44 @@
+"""The benchmark that scores many adapters in one pass gives the vectors that each of them gives by itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish_adapter, make_llama, make_tokenizer, sample_sentences
+
+import sempa_st
+from sempa_st.errors import SempaError
+from sempa_st.folder import closing_tokens, install_template
+from sempa_st.prompts import EMBEDDING_TEMPLATES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from score_together import continued, load_together
+
+
+def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    closing = closing_tokens(tokenizer, "prompteol")
+    adapters = ({"layers": [1, 2]}, {"invocation": closing, "format": "custom"}, {"layers": [2]})
+    folders = [
+        finish_adapter(tmp_path / str(seed), tiny_base, make_llama(), seed=seed, **settings)
+        for seed, settings in enumerate(adapters)
+    ]
+    together = load_together(folders)
+    sentences = sample_sentences()[:5]
+    found = list(continued(together, together.module.token_rows(sentences)))
+    alone = [
+        sempa_st.load(path, dtype="float32", device="cpu").encode(sentences, convert_to_tensor=True)
+        for path in (tiny_base, *folders)
+    ]
+    for states, expected in zip(found, alone, strict=True):
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    assert min(float((a - b).norm()) for a, b in zip(alone, alone[1:], strict=False)) > 1e-2
+
+
+def test_an_adapter_that_shares_nothing_is_refused(adapter_folder: Path) -> None:
+    with pytest.raises(SempaError, match="shares no work with its base"):
+        load_together([adapter_folder])
