@@ -81,6 +81,8 @@ def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentenc
     """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
     module = GroupedPromptEOL(*make_parts(make()), max_seq_length=160)
     batch = module.preprocess(sentences)
+    # As sentence-transformers' loss joins the columns of a batch, with padding on the right too.
+    batch = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}
     together = module(dict(batch))["sentence_embedding"]
     alone = [PromptEOL.forward(module, module.preprocess([text]))["sentence_embedding"] for text in sentences]
     one = torch.cat(alone)
