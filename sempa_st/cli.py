@@ -122,6 +122,11 @@ def _add_copy(commands: Any) -> None:
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--format", choices=("native", "custom"), help="format of the copy (default: the source's)")
     parser.add_argument("--merge", action="store_true", help="write a full model with the adapter merged in")
+    parser.add_argument(
+        "--activate",
+        action="store_true",
+        help="let a plain adapter act on sentences under the template only; other text gets the base's exact output",
+    )
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply the adapter's update by this")
     parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="type of merged weights")
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")
@@ -229,6 +234,7 @@ def _copy(args: argparse.Namespace) -> None:
         args.output,
         format=args.format,
         merge=args.merge,
+        activate=args.activate,
         scale=args.scale,
         dtype=args.dtype,
         base=args.base,

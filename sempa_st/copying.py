@@ -48,6 +48,7 @@ def copy_model(
     *,
     format: str | None = None,
     merge: bool = False,
+    activate: bool = False,
     scale: float = 1.0,
     dtype: str = "float32",
     base: str | None = None,
@@ -59,7 +60,10 @@ def copy_model(
     Args:
         model: Shipped model, SemPA folder or Hub id, or a base.
         output: Folder to write.
-        format: ``native`` or ``custom``; that of the source when None (``native`` for a base).
+        format: ``native`` or ``custom``; when None that of the source (``native`` for a base), or what ``activate``
+            needs.
+        activate: Let a plain adapter act on sentences under the template and on nothing else: the vectors stay, and
+            any other text gets the base's output bit for bit.
         merge: Add the adapter's update to the base's weights and write a full causal language model.
         scale: What the adapter's update is multiplied by, above 0. Below 1 all text moves less, ordinary text included.
         dtype: Type of merged weights; float32 keeps the vectors, bfloat16 halves the file.
@@ -74,9 +78,14 @@ def copy_model(
     source = find_model(model)
     if source.kind == "sentence-transformers":
         raise SempaError(f"{model} is a plain sentence-transformers model. Expected a SemPA folder or a base.")
-    format = format or folder_format(source.folder) or "native"
+    format = format or ("custom" if activate else folder_format(source.folder)) or "native"
     check_format(format)
     adapter = is_adapter_folder(source.folder)
+    if activate and (merge or format == "native" or not adapter or is_activated(source.folder)):
+        raise SempaError(
+            f"--activate cannot be applied to {model} like this. Expected a model that holds a plain adapter, no "
+            "--merge, and format custom."
+        )
     if merge and not adapter:
         raise SempaError(f"{model} holds no adapter, so there is nothing to merge. Leave out --merge.")
     if scale != 1 and (merge or not adapter or not 0 < scale < math.inf):
@@ -103,6 +112,8 @@ def copy_model(
                 if format == "native" and is_activated(folder):
                     set_invocation(folder, None)
                     (folder / CONFIG).unlink()  # it refused the readers that can open the copy
+                if activate:
+                    set_invocation(folder, opening_tokens(tokenizer, template))
                 _scale_adapter(folder / ADAPTER_WEIGHTS, scale)
         write_embedding_files(
             folder,

@@ -242,6 +242,30 @@ def test_a_native_copy_of_whole_sentences_has_the_same_vectors(folder: Path, tmp
     assert (tuned - activated).abs().max() > 1e-3
 
 
+def test_a_plain_adapter_can_be_activated(adapter_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+    copy = copy_model(str(adapter_folder), tmp_path / "activated", activate=True)
+    assert folder_format(copy) == "custom"
+    plain, activated, base = (
+        sempa_st.load(path, dtype="float32", device="cpu") for path in (adapter_folder, copy, tiny_base)
+    )
+    np.testing.assert_allclose(activated.encode(SENTENCES), plain.encode(SENTENCES), rtol=0, atol=1e-5)
+    ids = make_tokenizer()(TEXTS[0], return_tensors="pt")
+    logits = [model[0].model(**ids).logits for model in (activated, base, plain)]
+    assert torch.equal(logits[0], logits[1])
+    assert (logits[1] - logits[2]).abs().max() > 1e-3
+    back = copy_model(str(copy), tmp_path / "plain", format="native")
+    assert json.loads((back / "adapter_config.json").read_text())["alora_invocation_tokens"] is None
+    for source, settings in (
+        (adapter_folder, {"merge": True}),
+        (adapter_folder, {"format": "native"}),
+        (tiny_base, {}),
+        (copy, {}),
+    ):
+        with pytest.raises(SempaError, match="--activate cannot be applied"):
+            copy_model(str(source), tmp_path / "refused", activate=True, **settings)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_settings_that_do_not_go_together_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     one_word = {"objective": "one-word", "activation": "template"}
     for message, settings in {
