@@ -236,7 +236,7 @@ def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monk
     with torch.no_grad():
         ours = trainer.compute_loss(trainer.model, batch)
         completion_tokens = int(batch["completion_mask"].sum())
-        assert scored == [completion_tokens, completion_tokens]  # policy and reference: what TRL scores on a GPU
+        assert scored == [completion_tokens]  # what TRL scores on a GPU; the reference was run before
         trls = DPOTrainer.compute_loss(trainer, trainer.model, batch)
         arguments = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
         policy = sequence_log_probability(trainer.model, *arguments)
@@ -246,6 +246,36 @@ def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monk
     manual = -torch.nn.functional.logsigmoid(config.beta * (chosen - rejected)).mean()
     assert ours == pytest.approx(float(trls), abs=1e-6)
     assert ours == pytest.approx(float(manual), abs=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_reference_is_run_once_for_all_runs(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: str
+) -> None:
+    """Its columns are a manual pass of the base over the rows; a second run on the same data reads them."""
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
+    config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
+    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    rows = list(trainer.train_dataset)
+    assert len(rows) == 24
+    base = make_llama()
+    for row in rows:
+        for name in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{name}_ids"]])
+            completion = torch.zeros_like(ids)
+            completion[:, len(row["prompt_ids"]) :] = 1
+            with torch.no_grad():
+                expected = sequence_log_probability(base, ids, torch.ones_like(ids), completion)
+            assert row[f"ref_{name}_logps"] == pytest.approx(float(expected), abs=1e-4)
+
+    def fail(*args: Any) -> Any:
+        raise AssertionError("the reference was run again")
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", fail)
+    again = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    assert list(again.train_dataset) == rows
+    with pytest.raises(AssertionError, match="run again"):
+        build_trainer(_gather(replace(config, paraphrase="generate"), "cpu"), WorkDir(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -266,10 +296,9 @@ def test_prompts_are_run_once_for_trls_gradients(tiny_base: Path, tmp_path: Path
         model.zero_grad()
         seen.append(sum(tokens))
         tokens.clear()
-    passes = 2 if tuning == "lora" else 1  # a full model's reference is a copy of its own
-    assert seen[1] == passes * batch["input_ids"].numel()
+    assert seen[1] == batch["input_ids"].numel()
     prompts = int((batch["completion_mask"].argmax(dim=1)).min()) * len(batch["input_ids"]) // 2
-    assert seen[0] <= seen[1] - passes * prompts
+    assert seen[0] <= seen[1] - prompts
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
 
 

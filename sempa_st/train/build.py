@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.train.contrastive import ContrastiveTrainer, GroupedPromptEOL, contrastive_rows
-from sempa_st.train.parts import batch_parts
+from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
@@ -84,13 +83,14 @@ def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
 
 def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
     config = parts.config
-    full = config.tuning == "full"
-    adapter = {"ref_model": deepcopy(parts.model)} if full else {"peft_config": _adapter_settings(parts)}
+    adapter = {} if config.tuning == "full" else {"peft_config": _adapter_settings(parts)}
     rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
+    identity = reference_identity(parts.data, parts.model, folder_digest(parts.base.folder))
     return SempaTrainer(
         dev_scorer=parts.scorer,
+        reference=answers_identity(config, identity, 2),
         model=parts.model,
-        args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length),
+        args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length, precompute_ref_log_probs=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=parts.tokenizer,
         **adapter,

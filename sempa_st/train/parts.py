@@ -19,7 +19,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
-from sempa_st.train.reference import cached_tensors, collect, in_batches
+from sempa_st.train.reference import REFERENCE, cached_tensors, collect, in_batches
 from sempa_st.words import WordBags, document_frequencies
 
 _REFERENCE_TOKENS = 2048
@@ -38,12 +38,7 @@ def batch_parts(
         base_digest: Tells the base's weights from others, for the cache of the reference.
     """
     weights = config.objective_weights
-    identity = {
-        "base": base_digest,
-        "data": data.fingerprint(),
-        "dtype": str(module.model.dtype),
-        "transformers": version("transformers"),
-    }
+    identity = reference_identity(data, module.model, base_digest)
     parts: list[Part] = []
     if weights.keys() & READING_OBJECTIVES:
         rows = _reading_rows(config, data, module)
@@ -62,6 +57,27 @@ def batch_parts(
     if config.kl:
         parts.append(_plain_text(tokenizer, config.max_seq_length))
     return parts
+
+
+def reference_identity(data: NliData, model: Any, base_digest: str) -> dict[str, Any]:
+    """Return what decides anything that the reference says of the data.
+
+    Args:
+        data: Triplets.
+        model: The base.
+        base_digest: Tells the base's weights from others.
+    """
+    return {
+        "base": base_digest,
+        "data": data.fingerprint(),
+        "dtype": str(model.dtype),
+        "transformers": version("transformers"),
+    }
+
+
+def answers_identity(config: TrainConfig, identity: dict[str, Any], answers: int) -> dict[str, Any]:
+    """Return what decides the log-probabilities of whole answers, ``answers`` of a row."""
+    return {**identity, "answers": answers, "paraphrase": config.paraphrase, "max_length": config.max_length}
 
 
 def _reading_rows(config: TrainConfig, data: NliData, module: PromptEOL) -> ReadingRows:
@@ -135,14 +151,9 @@ def _reference_answers(
 
         lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.rows]
         batches = in_batches(lengths, 4 * _REFERENCE_TOKENS, "reference")
-        return {"reference_log_probabilities": collect(len(lengths), batches, log_probabilities)}
+        return {REFERENCE: collect(len(lengths), batches, log_probabilities)}
 
-    full = {
-        **identity,
-        "answers": answers.answers,
-        "paraphrase": config.paraphrase,
-        "max_length": config.max_length,
-    }
+    full = answers_identity(config, identity, answers.answers)
     return cached_tensors(full, compute, write=PartialState().is_main_process)
 
 

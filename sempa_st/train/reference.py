@@ -16,6 +16,9 @@ from tqdm import tqdm
 from sempa_st.bases import cache_folder
 from sempa_st.files import atomic_file
 
+REFERENCE = "reference_log_probabilities"
+"""Name of the log-probabilities of whole answers, best first, of shape (triplets, answers)."""
+
 
 def cached_tensors(
     identity: dict[str, Any], compute: Callable[[], dict[str, Tensor]], *, write: bool

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import trl.trainer.utils
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
@@ -17,6 +21,9 @@ from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
 from sempa_st.train.prefixes import pairs_together
+from sempa_st.train.reference import REFERENCE, cached_tensors
+
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @contextmanager
@@ -125,11 +132,59 @@ class DevScored(Trainer):
 
 
 class SempaTrainer(DevScored, DPOTrainer):
-    """DPO on preference data, judged by the dev score; see :class:`DevScored` for the arguments."""
+    """DPO on preference data, judged by the dev score.
+
+    The reference is run once, before training, and kept on disk for the next run on the same base and data.
+
+    Args:
+        reference: All that decides the reference's log-probabilities.
+        **kwargs: Arguments of TRL's trainer, with ``precompute_ref_log_probs`` set; see also :class:`DevScored`.
+    """
+
+    def __init__(self, *, reference: dict[str, Any], **kwargs: Any) -> None:
+        self._reference = reference
+        super().__init__(**kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL's own form keeps its results beside a data set that lies on the disk; this one is in memory.
+        if name == "eval":
+            return dataset  # never looked at
+        main = self.accelerator.is_main_process
+        kept = cached_tensors(
+            self._reference, lambda: {REFERENCE: self._run_reference(dataset, batch_size)}, write=main
+        )[REFERENCE]
+        for column, values in zip(_REFERENCE_COLUMNS, kept.T.tolist(), strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _run_reference(self, dataset: Any, batch_size: int) -> Tensor:
+        """Return the log-probabilities of chosen and rejected, of shape (rows, 2); rows of similar length together."""
+        order = torch.tensor(
+            [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+        ).argsort()
+        loader = self.accelerator.prepare(
+            DataLoader(dataset.select(order.tolist()), batch_size, collate_fn=self.data_collator)
+        )
+        hidden = not self.accelerator.is_main_process
+        found = [
+            torch.stack(self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch)), dim=1).cpu()
+            for batch in tqdm(loader, desc="reference", unit="batch", dynamic_ncols=True, disable=hidden)
+        ]
+        return torch.cat(found)[order.argsort()]
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's log-probabilities of the reference, at the price of :meth:`compute_loss`."""
+        with self._once():
+            return super().compute_ref_log_probs(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss; prompts are run once for both completions, and the LM head on completion tokens only."""
+        with self._once():
+            return super().compute_loss(*args, **kwargs)
+
+    @contextmanager
+    def _once(self) -> Iterator[None]:
         model = self.generator()
         causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
         with completion_tokens_only(), pairs_together(causal_lm.base_model):
-            return super().compute_loss(*args, **kwargs)
+            yield
