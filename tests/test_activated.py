@@ -20,6 +20,7 @@ from conftest import (
     save_base,
 )
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -127,20 +128,24 @@ def test_every_sentence_begins_with_the_opening_tokens(template: str) -> None:
         assert row[: len(opening)] == opening
 
 
+def train_words(base: Path, output: Path, activation: str) -> Path:
+    settings = {"objective": "one-word-listwise", "learning_rate": 2e-2, "checkpoint_samples": 24}
+    train(make_config(base, output, activation=activation, **settings))
+    return output
+
+
 @pytest.fixture(scope="module", params=["template", "sentence"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    output = tmp_path_factory.mktemp("trained") / request.param
-    train(
-        make_config(
-            tiny_base,
-            output,
-            objective="one-word-listwise",
-            activation=request.param,
-            learning_rate=2e-2,
-            checkpoint_samples=24,
-        )
-    )
-    return output
+    return train_words(tiny_base, tmp_path_factory.mktemp("trained") / request.param, request.param)
+
+
+def test_on_whole_sentences_it_is_trained_as_a_plain_one(folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+    if folder.name == "template":
+        pytest.skip("its adapter acts on a part of the row")
+    plain = train_words(tiny_base, tmp_path / "plain", "always")
+    tensors = [load_file(path / "adapter_model.safetensors") for path in (folder, plain)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 def test_training_writes_a_custom_folder(folder: Path) -> None:

@@ -72,7 +72,7 @@ def test_data_and_output_are_needed() -> None:
 
 def test_shipped_files_are_valid_and_the_papers() -> None:
     papers = {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
-    ours = {"gemma3-270m", "gemma3-270m-activated"}
+    ours = {"gemma3-270m", "gemma3-270m-activated", "gemma3-270m-closing"}
     assert set(shipped_configs()) == papers | ours
     for name in ours:
         assert "contrastive" in parse("--config", name, *REQUIRED).objective_weights

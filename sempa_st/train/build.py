@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,17 +128,23 @@ def _tuned(parts: Ingredients) -> Any:
     """Return the model to train: with an adapter, the base frozen, or the base itself."""
     if parts.config.tuning == "full":
         return parts.model
-    tokens = {"sentence": opening_tokens, "template": closing_tokens}.get(parts.config.activation)
-    if tokens is None:
-        return get_peft_model(parts.model, _adapter_settings(parts))
-    invocation = tokens(parts.scorer.tokenizer, parts.config.template)
-    activated = get_peft_model(parts.model, _adapter_settings(parts, invocation))
-    _check_activation(_module(parts, activated))
     if parts.config.activation == "template":
+        activated = _activated(parts, closing_tokens)
+        _check_activation(_module(parts, activated))
         return activated
-    # All that is trained on is under the template, where the adapter acts on the whole row like any other.
-    activated.unload()
+    if parts.config.activation == "sentence":
+        # All that is trained on is under the template, where the adapter acts on the whole row like any other. So it
+        # is trained as a plain one, from the same start.
+        with torch.random.fork_rng():
+            activated = _activated(parts, opening_tokens)
+            _check_activation(_module(parts, activated))
+            activated.unload()
     return get_peft_model(parts.model, _adapter_settings(parts))
+
+
+def _activated(parts: Ingredients, tokens: Callable[[Any, str], list[int]]) -> Any:
+    invocation = tokens(parts.scorer.tokenizer, parts.config.template)
+    return get_peft_model(parts.model, _adapter_settings(parts, invocation))
 
 
 def _check_activation(module: PromptEOL) -> None:
