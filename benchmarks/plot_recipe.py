@@ -50,9 +50,8 @@ def draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
     base = data["base"]
     for row in data["rows"]:
         rise = 100 * (row["perplexity"] / base["perplexity"] - 1)
-        axes.scatter(rise, row["dev"], s=40)
-        axes.annotate(row["name"], (rise, row["dev"]), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.margins(x=0.15)
+        axes.scatter(rise, row["dev"], s=40, label=row["name"])
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
     axes.axvline(2, linestyle="--", color="grey", linewidth=1)
     axes.axhline(base["dev"], linestyle=":", color="grey", linewidth=1)
     axes.set_xlabel(f"rise of the WikiText-2 perplexity in % (base: {base['perplexity']:.2f})")
