@@ -120,7 +120,8 @@ def trls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         peft_config=lora_config(model),
     )
     randomise(trainer.model)
-    trainer.model.eval()
+    # In float64, so that the formula is compared: a sum of twenty float32 log-probabilities rounds by more than 1e-6.
+    trainer.model.double().eval()
     return trainer, tokenizer
 
 
