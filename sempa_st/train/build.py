@@ -85,7 +85,9 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
     config = parts.config
     adapter = {} if config.tuning == "full" else {"peft_config": _adapter_settings(parts)}
     rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
-    identity = reference_identity(parts.data, parts.model, folder_digest(parts.base.folder))
+    # Weights that are trained themselves are float32; the arithmetic need not be.
+    dtype = pick_dtype(config.dtype, parts.device)
+    identity = reference_identity(parts.data, dtype, folder_digest(parts.base.folder))
     return SempaTrainer(
         dev_scorer=parts.scorer,
         reference=answers_identity(config, identity, 2),

@@ -38,7 +38,7 @@ def batch_parts(
         base_digest: Tells the base's weights from others, for the cache of the reference.
     """
     weights = config.objective_weights
-    identity = reference_identity(data, module.model, base_digest)
+    identity = reference_identity(data, module.model.dtype, base_digest)
     parts: list[Part] = []
     if weights.keys() & READING_OBJECTIVES:
         rows = _reading_rows(config, data, module)
@@ -59,18 +59,18 @@ def batch_parts(
     return parts
 
 
-def reference_identity(data: NliData, model: Any, base_digest: str) -> dict[str, Any]:
+def reference_identity(data: NliData, dtype: torch.dtype, base_digest: str) -> dict[str, Any]:
     """Return what decides anything that the reference says of the data.
 
     Args:
         data: Triplets.
-        model: The base.
+        dtype: Type of the reference's arithmetic.
         base_digest: Tells the base's weights from others.
     """
     return {
         "base": base_digest,
         "data": data.fingerprint(),
-        "dtype": str(model.dtype),
+        "dtype": str(dtype),
         "transformers": version("transformers"),
     }
 
