@@ -27,10 +27,9 @@ from sempa_st.closing import OpenRows
 from sempa_st.console import table
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.folder import closing_tokens, install_template, invocation_of, is_adapter_folder, template_name
+from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
 from sempa_st.loading import adapter_base, find_model
 from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
-from sempa_st.prompts import embedding_template
 from sempa_st.runinfo import run_info
 from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
 from sempa_st.train.reference import in_batches
@@ -92,7 +91,6 @@ def load_together(folders: list[Path]) -> Together:
     """
     template = str(template_name(folders[0]))
     tokenizer = load_tokenizer(folders[0])
-    install_template(tokenizer, embedding_template(template))
     closing = closing_tokens(tokenizer, template)
     first_layers = []
     for folder in folders:
