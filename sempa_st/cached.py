@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +37,13 @@ def window_covers(decoder: Any, width: int) -> bool:
     """Whether rows of ``width`` tokens may hold padding in their middle: a sliding window counts it as distance."""
     window = getattr(decoder.config.get_text_config(), "sliding_window", None)
     return window is None or width <= window
+
+
+def takes_positions(decoder: Any) -> bool:
+    """Whether a decoder can be told positions, which padding or another row before a token would shift."""
+    return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def keeps_no_cache(decoder: Any) -> bool:
+    """Whether layers are run again for their gradients (gradient checkpointing), with which no cache is kept."""
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())

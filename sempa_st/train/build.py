@@ -28,7 +28,7 @@ from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
-from sempa_st.train.contrastive import ContrastiveTrainer, GroupedPromptEOL, contrastive_rows
+from sempa_st.train.contrastive import ContrastiveTrainer, PackedPromptEOL, contrastive_rows
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
@@ -102,7 +102,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
 def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=parts.scorer,
-        module=_module(parts, _tuned(parts), GroupedPromptEOL),
+        module=_module(parts, _tuned(parts), PackedPromptEOL),
         temperature=parts.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=contrastive_rows(parts.data.triplets),

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
+from sempa_st.packing import can_pack, packed_states
 from sempa_st.prompt_eol import PromptEOL, invocation_tokens
 from sempa_st.train.prefixes import grouped_states
 
@@ -29,47 +30,44 @@ class ReadStates(NamedTuple):
 def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, reference_rows: int = 0) -> ReadStates:
     """Return the state at each row's last token, with gradients to the adapter.
 
-    Rows of similar length are run together: premises are longer than hypotheses, and padding costs as much as text.
+    Padding, which would cost as much as text, is all but left out: rows are packed, or run with others of their length.
 
     Args:
         module: Embedding module around the live model.
-        input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
+        input_ids: Rendered templates, padded on the left, of shape (rows, tokens). Where the adapter does not act on
+            the closing tokens alone, padding may stand on either side.
         attention_mask: 0 on padding, of the same shape.
         reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an adapter that
             acts on the closing tokens alone, to which it comes for the price of these.
     """
+    if module.closing_only:
+        return _closing_states(module, input_ids, attention_mask, reference_rows)
+    rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+    # PEFT finds the tokens that an activated adapter acts on by their place in a row of its own.
+    if invocation_tokens(module.model) or not can_pack(module.decoder, max(len(row) for row in rows)):
+        features = PromptEOL.forward(module, {"input_ids": input_ids, "attention_mask": attention_mask})
+        states: Tensor = features["sentence_embedding"]
+    else:
+        packed = packed_states(module.decoder, rows)
+        states = packed.states.index_select(0, torch.stack([places[-1] for places in packed.places]))
+    return ReadStates(states, states[:0])
+
+
+def _closing_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, reference_rows: int) -> ReadStates:
+    """Return the states under an adapter of the closing tokens; rows of similar length are run together."""
     lengths = attention_mask.sum(dim=1)
     states: dict[int, Tensor] = {}
     reference: dict[int, Tensor] = {}
     for rows in alike(lengths.tolist()):
         width = int(lengths[rows].max())
-        ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
-        if not module.closing_only:
-            found = _whole_rows(module, ids, mask)
-        else:
-            open_rows = OpenRows(module, ids, mask)
-            found = open_rows.last_states()
-            wanted = [place for place, row in enumerate(rows) if row < reference_rows]
-            if wanted:
-                base = open_rows.base_states(torch.tensor(wanted, device=ids.device))
-                reference |= dict(zip([rows[place] for place in wanted], base, strict=True))
-        states |= dict(zip(rows, found, strict=True))
+        open_rows = OpenRows(module, input_ids[rows, -width:], attention_mask[rows, -width:])
+        states |= dict(zip(rows, open_rows.last_states(), strict=True))
+        wanted = [place for place, row in enumerate(rows) if row < reference_rows]
+        if wanted:
+            base = open_rows.base_states(torch.tensor(wanted, device=input_ids.device))
+            reference |= dict(zip([rows[place] for place in wanted], base, strict=True))
     ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
     return ReadStates(ordered[0], ordered[1][:reference_rows])
-
-
-def _whole_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states at the last tokens of rows that are adapted as a whole, what they open with run once."""
-    if invocation_tokens(module.model):
-        states: Tensor = module({"input_ids": input_ids, "attention_mask": attention_mask})["sentence_embedding"]
-        return states
-    width, lengths = input_ids.shape[1], attention_mask.sum(dim=1)
-    places = torch.arange(width, device=input_ids.device)
-    # Padding moves to the right, behind everything that is read.
-    from_start = (attention_mask.argmax(dim=1, keepdim=True) + places).clamp(max=width - 1)
-    mask = (places < lengths[:, None]).to(attention_mask.dtype)
-    states = grouped_states(module.decoder, input_ids.gather(1, from_start), mask, len(input_ids))
-    return states[torch.arange(len(lengths), device=states.device), lengths - 1]
 
 
 def alike(lengths: Sequence[int]) -> Iterator[list[int]]:

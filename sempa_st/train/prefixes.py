@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sempa_st.cached import run_on, window_covers
+from sempa_st.packing import can_pack, packed_states
 
 
 def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, group: int) -> Tensor:
@@ -27,37 +25,15 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
     Returns:
         States of shape (rows, tokens, hidden); those of padding hold anything.
     """
-    width = input_ids.shape[1]
-    places = torch.arange(width, device=input_ids.device)
-    grouped, lengths = input_ids.view(-1, group, width), attention_mask.sum(dim=1)
-    same = (grouped == grouped[:, :1]).all(dim=1) & (places < lengths.view(-1, group).amin(dim=1)[:, None] - 1)
-    shared = same.long().cumprod(dim=1).sum(dim=1)
-    if not int(shared.min()) or not _can_share(decoder, width):
+    kept = attention_mask.bool()
+    if not can_pack(decoder, int(kept.sum(dim=1).max())):
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
-    start = int(shared.max())
-    beginning = (places[:start] < shared[:, None]).to(attention_mask.dtype)
-    cache = DynamicCache()
-    once = run_on(decoder, cache, input_ids[::group, :start], beginning, places[None, :start])
-    cache.batch_repeat_interleave(group)
-
-    shared = shared.repeat_interleave(group)[:, None]
-    present = shared + places[: int((lengths - shared[:, 0]).max())] < lengths[:, None]
-    positions = (shared + places[: present.shape[1]]).clamp(max=width - 1)
-    mask = torch.cat([beginning.repeat_interleave(group, dim=0), present.to(beginning.dtype)], dim=1)
-    each = run_on(decoder, cache, input_ids.gather(1, positions), mask, positions)
-
-    both = torch.cat([once.repeat_interleave(group, dim=0), each], dim=1)
-    source = torch.where(places < shared, places, places - shared + start).clamp(max=both.shape[1] - 1)
-    return both.gather(1, source[..., None].expand(-1, -1, both.shape[2]))
-
-
-def _can_share(decoder: Any, width: int) -> bool:
-    if any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules()):
-        return False  # layers that are run again for their gradients keep no cache
-    # Padding stands between a short beginning and the rest, so positions must be told.
-    return "position_ids" in inspect.signature(decoder.forward).parameters and window_covers(decoder, width)
+    packed = packed_states(decoder, [row[mask] for row, mask in zip(input_ids, kept, strict=True)], group)
+    places = torch.zeros_like(input_ids)
+    places[kept] = torch.cat(packed.places)
+    return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)
 
 
 @contextmanager

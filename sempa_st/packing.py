@@ -1,0 +1,153 @@
+"""Rows of tokens run one behind another, what they begin with once, so that next to nothing that is run is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sempa_st.cached import keeps_no_cache, run_on, takes_positions, window_covers
+
+_WIDTH, _STEP = 128, 16
+"""Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
+_OWN_MASKS = ("sdpa", "eager")
+"""Implementations of attention that take a mask of queries by keys."""
+
+
+class Packed(NamedTuple):
+    """States of shape (places, hidden) and, for each row, the places of its tokens."""
+
+    states: Tensor
+    places: list[Tensor]
+
+
+class _Layout(NamedTuple):
+    """Tensors of shape (packs, tokens), and for each row the places of its tokens among all of these.
+
+    ``owners`` holds the number of each token's group, -1 on padding, and ``parts`` the number of its row in the group
+    from 1, or 0 where all rows of the group begin with it.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    owners: Tensor
+    parts: Tensor
+    places: list[Tensor]
+
+
+def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packed:
+    """Run a decoder on rows in packs, with gradients.
+
+    What all rows begin with is run once, into a key/value cache; what the rows of a group begin with beyond that, once
+    for the group. Positions and a mask make each token see its own row and no other.
+
+    Args:
+        decoder: Layers without the LM head, for which :func:`can_pack` holds.
+        rows: Token ids of each row, of shape (tokens,), without padding.
+        group: Number of rows of a group, which stand next to each other.
+    """
+    opening = 0 if keeps_no_cache(decoder) else _shared_tokens(rows)
+    layout = _lay_out([row[opening:] for row in rows], group)
+    cache = DynamicCache()
+    once = rows[0].new_empty(0)
+    there = torch.arange(opening, device=once.device)
+    if opening:
+        beginning = rows[0][None, :opening]
+        once = run_on(decoder, cache, beginning, torch.ones_like(beginning), there[None])[0]
+        cache.batch_repeat_interleave(len(layout.ids))
+    mask = _own_keys(layout.owners, layout.parts, opening, decoder.dtype)
+    states = run_on(decoder, cache, layout.ids, mask, opening + layout.positions).flatten(0, 1)
+    return Packed(
+        torch.cat([once, states]) if opening else states,
+        [torch.cat([there, opening + places]) for places in layout.places],
+    )
+
+
+def can_pack(decoder: Any, longest: int) -> bool:
+    """Whether a decoder can be told rows in one pack apart.
+
+    Args:
+        decoder: Layers without the LM head.
+        longest: Tokens of the longest row.
+    """
+    return (
+        takes_positions(decoder)
+        and decoder.config.get_text_config()._attn_implementation in _OWN_MASKS
+        and window_covers(decoder, longest)
+    )
+
+
+def fill_packs(sizes: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Return what goes into each pack, by number, and the width of the packs: the one that leaves the least room.
+
+    Args:
+        sizes: Tokens of each thing to pack.
+
+    >>> fill_packs([100, 50, 60])
+    ([[0], [2, 1]], 110)
+    """
+    longest = max(sizes)
+    found = [_fill(sizes, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
+    return min(found, key=lambda filled: len(filled[0]) * filled[1])
+
+
+def _lay_out(rows: list[Tensor], group: int) -> _Layout:
+    groups = [rows[start : start + group] for start in range(0, len(rows), group)]
+    shared = [_shared_tokens(members) if group > 1 else 0 for members in groups]
+    packs, width = fill_packs(
+        [begin + sum(len(row) - begin for row in members) for begin, members in zip(shared, groups, strict=True)]
+    )
+    ids = rows[0].new_zeros(len(packs), width)
+    layout = _Layout(ids, torch.zeros_like(ids), torch.full_like(ids, -1), torch.zeros_like(ids), list(rows))
+    for number, pack in enumerate(packs):
+        end = 0
+        for index in pack:
+            begin, start = shared[index], end
+            for part, row in enumerate(groups[index]):
+                new = row[begin:] if part else row  # the first row brings what the group begins with
+                here = torch.arange(end, end + len(new), device=ids.device)
+                layout.ids[number, here] = new
+                layout.positions[number, here] = here - end + len(row) - len(new)
+                layout.owners[number, here] = index
+                layout.parts[number, here] = part + 1
+                places = torch.cat([torch.arange(start, start + begin, device=ids.device), here[begin - len(row) :]])
+                layout.places[index * group + part] = number * width + places
+                end += len(new)
+            layout.parts[number, start : start + begin] = 0
+    return layout
+
+
+def _fill(sizes: Sequence[int], most: int) -> tuple[list[list[int]], int]:
+    """Fill packs of at most ``most`` tokens: the longest first, each where it leaves the least room."""
+    packs: list[list[int]] = []
+    rooms: list[int] = []
+    for thing in sorted(range(len(sizes)), key=lambda thing: -sizes[thing]):
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= sizes[thing]]
+        if not fitting:
+            packs.append([])
+            rooms.append(most)
+        number = min(fitting)[1] if fitting else len(packs) - 1
+        packs[number].append(thing)
+        rooms[number] -= sizes[thing]
+    return packs, most - min(rooms)
+
+
+def _shared_tokens(rows: Sequence[Tensor]) -> int:
+    """Return how many tokens all rows begin with, the last one of each row left out."""
+    most = min(len(row) for row in rows) - 1
+    beginnings = torch.stack([row[:most] for row in rows])
+    return int((beginnings == beginnings[0]).all(dim=0).long().cumprod(0).sum())
+
+
+def _own_keys(owners: Tensor, parts: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the attention scores, of shape (packs, 1, tokens, opening + tokens).
+
+    A token sees the opening, what its group begins with (part 0), and its own row up to itself; padding sees padding.
+    """
+    same_part = (parts[:, None] == 0) | (parts[:, :, None] == parts[:, None])
+    own = ((owners[:, :, None] == owners[:, None]) & same_part).tril()
+    seen = torch.cat([own.new_ones(*own.shape[:2], opening), own], dim=2)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -1,0 +1,125 @@
+"""Rows run in packs equal rows run one at a time: states and gradients, on the architectures that transformers has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+)
+
+from sempa_st.packing import can_pack, fill_packs, packed_states
+
+SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+}
+OTHERS = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 8},
+}
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "opt", "gpt_neox"]
+
+
+def make_decoder(family: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **OTHERS.get(family, {}), **changes})
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.base_model.eval()
+
+
+def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:
+    """Make rows that begin alike, and alike in a group beyond that."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(number: int) -> torch.Tensor:
+        return torch.randint(3, 600, (number,), generator=generator)
+
+    first, rows = draw(opening), []
+    for start in range(0, len(lengths), group):
+        same = draw(begin)
+        rows += [torch.cat([first, same, draw(length)]) for length in lengths[start : start + group]]
+    return rows
+
+
+def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
+    assert can_pack(decoder, max(len(row) for row in rows))
+    packed = packed_states(decoder, rows, group)
+    together = [packed.states[places] for places in packed.places]
+    alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
+    gradients = []
+    for found in (together, alone):
+        for states, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+        decoder.zero_grad()
+        total = sum((states * way).mean() for states, way in zip(found, directions, strict=True))
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients[1].values())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("opening", [0, 4])
+def test_packed_rows_equal_rows_alone(family: str, opening: int) -> None:
+    check_equal(make_decoder(family), make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], opening))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("opening", [0, 4])
+def test_packed_groups_equal_rows_alone(family: str, opening: int) -> None:
+    """Answers to one request, whose tokens before them are run once; one answer is empty but for a token."""
+    check_equal(make_decoder(family), make_rows([5, 9, 1, 12, 3, 3, 8, 30, 20], opening, group=3, begin=6), group=3)
+
+
+def test_the_attention_of_the_model_may_be_eager() -> None:
+    decoder = make_decoder("llama", attn_implementation="eager")
+    assert decoder.config._attn_implementation == "eager"
+    check_equal(decoder, make_rows([9, 4, 30], 4))
+
+
+def test_gradient_checkpointing_keeps_no_cache_and_packs_all_the_same() -> None:
+    decoder = make_decoder("llama")
+    decoder.gradient_checkpointing_enable()
+    decoder.train()
+    check_equal(decoder, make_rows([9, 4, 30, 7], 4, group=2, begin=3), group=2)
+
+
+def test_rows_longer_than_the_sliding_window_are_not_packed() -> None:
+    decoder = make_decoder("gemma3_text")
+    assert can_pack(decoder, 64)
+    assert not can_pack(decoder, 65)
+
+
+def test_packs_hold_everything_once_and_little_room() -> None:
+    sizes = [int(size) for size in torch.randint(4, 60, (96,), generator=torch.Generator().manual_seed(0))]
+    packs, width = fill_packs(sizes)
+    assert sorted(thing for pack in packs for thing in pack) == list(range(96))
+    assert max(sum(sizes[thing] for thing in pack) for pack in packs) == width
+    assert len(packs) * width < 1.05 * sum(sizes)
+
+
+def test_less_is_run_than_the_rows_hold() -> None:
+    """Three answers to each of four requests: the opening once, each request once."""
+    decoder = make_llama().base_model
+    seen: list[int] = []
+    decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
+    rows = make_rows([6] * 12, 5, group=3, begin=20)
+    packed_states(decoder, rows, group=3)
+    assert seen == [5, 4 * (20 + 18)]
+    assert sum(len(row) for row in rows) == 12 * 31
