@@ -2,7 +2,8 @@
 
 What the models share is run once for each batch of sentences: activated adapters go on from the base's key/value cache
 of all but the template's closing tokens, and plain adapters that leave the lower layers alone (``--lora-layers``) from
-the base's states below their first layer. The scores are those of ``sempa evaluate --protocol senteval``.
+the base's states below their first layer. A plain adapter of all layers shares nothing and is run packed. The scores
+are those of ``sempa evaluate --protocol senteval``.
 
     python benchmarks/score_together.py MODEL ... --data-dir DIR --output FILE.json
 """
@@ -29,6 +30,7 @@ from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
 from sempa_st.loading import adapter_base, find_model
+from sempa_st.packing import packed_states
 from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
 from sempa_st.runinfo import run_info
 from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
@@ -44,13 +46,13 @@ class Together:
 
     Args:
         module: Embedding module around the base with all adapters.
-        first_layers: First adapted layer of each plain adapter; 0 of an activated one, which goes on from the cache.
+        first_layers: First adapted layer of each plain adapter; None of an activated one, which goes on from the cache.
         closing: Number of the template's closing tokens.
         below: States that enter such a layer under the base, as the batch at hand leaves them, piece by piece.
     """
 
     module: PromptEOL
-    first_layers: list[int]
+    first_layers: list[int | None]
     closing: int
     below: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -87,21 +89,21 @@ def load_together(folders: list[Path]) -> Together:
     """Put the adapters of all folders on one base, named 0, 1, ...
 
     Raises:
-        SempaError: If a folder holds no adapter, or one that shares no work with its base.
+        SempaError: If a folder holds no adapter, or one that acts from the template's opening on.
     """
     template = str(template_name(folders[0]))
     tokenizer = load_tokenizer(folders[0])
     closing = closing_tokens(tokenizer, template)
-    first_layers = []
+    first_layers: list[int | None] = []
     for folder in folders:
-        adapted = is_adapter_folder(folder) and read_json(folder / ADAPTER_CONFIG).get("layers_to_transform")
-        invocation = invocation_of(folder)
-        if invocation != closing and not (adapted and not invocation and min(adapted)):
+        invocation = invocation_of(folder) if is_adapter_folder(folder) else None
+        if invocation is None or invocation not in ([], closing):
             raise SempaError(
-                f"{folder} shares no work with its base. Expected an adapter that acts on the closing tokens only, or "
-                "on upper layers only. Score it with sempa evaluate."
+                f"{folder} cannot be scored with others. Expected an adapter, plain or of the closing tokens. Score it "
+                "with sempa evaluate."
             )
-        first_layers.append(0 if invocation else min(adapted))
+        layers = read_json(folder / ADAPTER_CONFIG).get("layers_to_transform")
+        first_layers.append(None if invocation else min(layers or [0]))
     model = load_causal_lm(adapter_base(folders[0]).folder, torch.float32)
     tuned = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
     for number, folder in enumerate(folders[1:], 1):
@@ -128,21 +130,27 @@ def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
     """Yield the last token's states of the base, then of each model, what they share run once."""
     module = together.module
     padded = module.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    activated = [str(number) for number, first in enumerate(together.first_layers) if not first]
+    activated = [str(number) for number, first in enumerate(together.first_layers) if first is None]
     module.model.set_adapter(activated[0] if activated else "0")
     with caught_below(together):
         open_rows = OpenRows(module, padded["input_ids"], padded["attention_mask"], closing=together.closing)
         yield open_rows.base_states()
     for number, first in enumerate(together.first_layers):
         module.model.set_adapter(str(number))
-        yield go_on_above(together, open_rows, first) if first else open_rows.last_states()
+        if first is None:
+            yield open_rows.last_states()
+        elif first:
+            yield go_on_above(together, open_rows, first)
+        else:
+            packed = packed_states(module.decoder, [torch.tensor(row) for row in rows])
+            yield packed.states[[int(places[-1]) for places in packed.places]]
 
 
 @contextmanager
 def caught_below(together: Together) -> Iterator[None]:
     """Keep the states that enter the first adapted layers, for the time of the base's passes over a batch."""
     handles = []
-    for first in set(together.first_layers) - {0}:
+    for first in filter(None, set(together.first_layers)):
         together.below[first] = []
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], first: int = first) -> None:

@@ -12,7 +12,7 @@ from conftest import finish_adapter, make_llama, make_tokenizer, sample_sentence
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.folder import closing_tokens, install_template
+from sempa_st.folder import closing_tokens, install_template, opening_tokens
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -23,7 +23,7 @@ def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> Non
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
     closing = closing_tokens(tokenizer, "prompteol")
-    adapters = ({"layers": [1, 2]}, {"invocation": closing, "format": "custom"}, {"layers": [2]})
+    adapters = ({"layers": [1, 2]}, {"invocation": closing, "format": "custom"}, {"layers": [2]}, {})
     folders = [
         finish_adapter(tmp_path / str(seed), tiny_base, make_llama(), seed=seed, **settings)
         for seed, settings in enumerate(adapters)
@@ -40,6 +40,10 @@ def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> Non
     assert min(float((a - b).norm()) for a, b in itertools.pairwise(alone)) > 1e-2
 
 
-def test_an_adapter_that_shares_nothing_is_refused(adapter_folder: Path) -> None:
-    with pytest.raises(SempaError, match="shares no work with its base"):
-        load_together([adapter_folder])
+def test_an_adapter_of_the_whole_template_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    opening = opening_tokens(tokenizer, "prompteol")
+    folder = finish_adapter(tmp_path / "model", tiny_base, make_llama(), invocation=opening, format="custom")
+    with pytest.raises(SempaError, match="Expected an adapter, plain or of the closing tokens"):
+        load_together([folder])
