@@ -31,8 +31,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated, opening_tokens
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
-from sempa_st.train.contrastive import PackedPromptEOL
-from sempa_st.train.forwards import last_states
+from sempa_st.train.forwards import PackedPromptEOL, last_states
 from sempa_st.train.run import train
 
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
@@ -78,9 +77,10 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
 
 @pytest.mark.parametrize("make", [make_llama, make_gemma])
 @pytest.mark.parametrize("sentences", [SENTENCES, ["A cat", "A dog", "Birds"]], ids=["long", "short"])
-def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str]) -> None:
+@pytest.mark.parametrize("activated", [False, True])
+def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str], activated: bool) -> None:
     """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
-    module = PackedPromptEOL(*make_parts(make()), max_seq_length=160)
+    module = PackedPromptEOL(*make_parts(make(), activated=activated), max_seq_length=160)
     batch = module.preprocess(sentences)
     # As sentence-transformers' loss joins the columns of a batch, with padding on the right too.
     batch = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}

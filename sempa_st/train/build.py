@@ -28,7 +28,8 @@ from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
-from sempa_st.train.contrastive import ContrastiveTrainer, PackedPromptEOL, contrastive_rows
+from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
+from sempa_st.train.forwards import PackedPromptEOL
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir

@@ -13,17 +13,7 @@ from transformers import Trainer
 
 from sempa_st.nli import Triplet
 from sempa_st.prompt_eol import PromptEOL, save_model
-from sempa_st.train.forwards import last_states
 from sempa_st.train.trainer import DevScored
-
-
-class PackedPromptEOL(PromptEOL):
-    """The embedding module with a faster forward pass for training: next to no padding, openings run once."""
-
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        features["sentence_embedding"] = last_states(self, features["input_ids"], features["attention_mask"]).states
-        return features
 
 
 class ContrastiveTrainer(DevScored, SentenceTransformerTrainer):

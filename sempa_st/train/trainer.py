@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
 from sempa_st.errors import SempaError
-from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
+from sempa_st.train.forwards import PackedPromptEOL
 from sempa_st.train.prefixes import pairs_together
 from sempa_st.train.reference import REFERENCE, cached_tensors
 
@@ -42,7 +42,7 @@ def completion_tokens_only() -> Iterator[None]:
 
 
 class DevScorer:
-    """Score a live model on graded pairs, through the same module that the finished folder is read with.
+    """Score a live model on graded pairs, with the vectors that the finished folder gives.
 
     Args:
         pairs: Graded sentence pairs.
@@ -86,7 +86,7 @@ class DevScorer:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.util import pairwise_cos_sim
 
-        module = PromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
+        module = PackedPromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
         embedder = SentenceTransformer(modules=[module], device=str(model.device))
         sentences = list(dict.fromkeys([*self._pairs.first, *self._pairs.second]))
         vectors = embedder.encode(
