@@ -25,6 +25,7 @@ from sempa_st.folder import (
     template_name,
 )
 from sempa_st.hub import model_folder
+from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.shipped import shipped_model, shipped_names
@@ -167,6 +168,7 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
 
     config_file = source.folder / ST_CONFIG
     config = read_json(config_file) if config_file.is_file() else {}
+    module.embed_rows = embed_packed
     model = SentenceTransformer(
         modules=[module],
         device=device,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sempa_st.cached import keeps_no_cache, run_on, takes_positions, window_covers
+from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
+_EVEN = 3000
 _OWN_MASKS = ("sdpa", "eager")
 """Implementations of attention that take a mask of queries by keys."""
 
@@ -66,6 +69,37 @@ def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packe
     )
 
 
+def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so."""
+    rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+    # PEFT finds the closing tokens by their place in a row of its own.
+    if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
+        return embed_rows(module, input_ids, attention_mask)
+    with acting_everywhere(module.model):
+        packed = packed_states(module.decoder, rows)
+    return packed.states.index_select(0, torch.stack([places[-1] for places in packed.places]))
+
+
+@contextmanager
+def acting_everywhere(model: Any) -> Iterator[None]:
+    """Let an activated adapter act on every token, as a plain one and at its price, for the time of a forward pass.
+
+    An adapter that acts from the template's opening on does so on rows under the template.
+    """
+    if not invocation_tokens(model):
+        yield
+        return
+    variants = [layer.lora_variant for layer in model.modules() if hasattr(layer, "lora_variant")]
+    kept = [dict(variant) for variant in variants]
+    for variant in variants:
+        variant.clear()
+    try:
+        yield
+    finally:
+        for variant, content in zip(variants, kept, strict=True):
+            variant.update(content)
+
+
 def can_pack(decoder: Any, longest: int) -> bool:
     """Whether a decoder can be told rows in one pack apart.
 
@@ -81,7 +115,9 @@ def can_pack(decoder: Any, longest: int) -> bool:
 
 
 def fill_packs(sizes: Sequence[int]) -> tuple[list[list[int]], int]:
-    """Return what goes into each pack, by number, and the width of the packs: the one that leaves the least room.
+    """Return what goes into each pack, by number, and the width of the packs: the one that leaves little room.
+
+    A wider pack costs more attention: at :data:`_EVEN` tokens as much as the rest of a small decoder.
 
     Args:
         sizes: Tokens of each thing to pack.
@@ -91,7 +127,7 @@ def fill_packs(sizes: Sequence[int]) -> tuple[list[list[int]], int]:
     """
     longest = max(sizes)
     found = [_fill(sizes, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
-    return min(found, key=lambda filled: len(filled[0]) * filled[1])
+    return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
 
 
 def _lay_out(rows: list[Tensor], group: int) -> _Layout:

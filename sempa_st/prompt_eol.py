@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class PromptEOL(InputModule):
         self.template = template
         self._suffix: list[int] | None = None
         self.max_seq_length = max_seq_length
-        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.embed_rows: Callable[[PromptEOL, Tensor, Tensor], Tensor] = embed_rows
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -129,15 +129,7 @@ class PromptEOL(InputModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        input_ids, mask = features["input_ids"], features["attention_mask"]
-        # Positions count real tokens only, so that padding on the left moves no learned position embedding.
-        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        closing, width = self.closing_only, mask.shape[1]
-        with activated(self.model, (width - 1 - last + closing).tolist() if closing else [width] * len(last)):
-            output = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions)
-        states = output.last_hidden_state
-        features["sentence_embedding"] = states[torch.arange(len(last), device=states.device), last]
+        features["sentence_embedding"] = self.embed_rows(self, features["input_ids"], features["attention_mask"])
         return features
 
     def _token_ids(self, sentences: Sequence[str], prompt: str | None) -> list[list[int]]:
@@ -210,7 +202,9 @@ class PromptEOL(InputModule):
             config_path = cls.load_file_path(model_name_or_path, ADAPTER_CONFIG, **here)
             if config_path is None:
                 raise ValueError(f"{model_name_or_path} holds {ADAPTER_WEIGHTS} but no {ADAPTER_CONFIG}.")
-            base_model = _adapter_settings(config_path).base_model_name_or_path
+            from peft import PeftConfig
+
+            base_model = PeftConfig.from_pretrained(str(Path(config_path).parent)).base_model_name_or_path
             files = {"cache_dir": cache_folder, "token": token, "local_files_only": local_files_only}
         arguments = {"use_safetensors": True, "trust_remote_code": trust_remote_code, **files}
         arguments |= {**(config_kwargs or {}), **(model_kwargs or {})}
@@ -219,6 +213,19 @@ class PromptEOL(InputModule):
             model = load_adapter(model, Path(adapter).parent)
         length = config.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH
         return cls(model.eval(), tokenizer, template=template, max_seq_length=length)
+
+
+def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the rows' last tokens' states, of shape (batch, hidden); ``module.embed_rows`` may be a faster way."""
+    # Positions count real tokens only, so that padding on the left moves no learned position embedding.
+    takes_positions = "position_ids" in inspect.signature(module.decoder.forward).parameters
+    positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
+    closing, width = module.closing_only, attention_mask.shape[1]
+    last = (attention_mask * torch.arange(width, device=attention_mask.device)).argmax(dim=1)
+    with activated(module.model, (width - 1 - last + closing).tolist() if closing else [width] * len(last)):
+        output = module.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    states: Tensor = output.last_hidden_state
+    return states[torch.arange(len(last), device=states.device), last]
 
 
 def invocation_tokens(model: Any) -> list[int]:
@@ -282,10 +289,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     Raises:
         ValueError: If a tensor is missing, unexpected or of another shape, or if the adapter changes nothing.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    config = _adapter_settings(Path(folder, ADAPTER_CONFIG))
+    config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
     tuned = PeftModel(model, config)
@@ -311,9 +318,3 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
     if told:
         raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")
-
-
-def _adapter_settings(path: str | Path) -> Any:
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(str(Path(path).parent))

@@ -29,9 +29,10 @@ from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated, opening_tokens
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.packing import embed_packed
+from sempa_st.prompt_eol import PromptEOL, embed_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
-from sempa_st.train.forwards import PackedPromptEOL, last_states
+from sempa_st.train.forwards import embed_with_gradients, last_states
 from sempa_st.train.run import train
 
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
@@ -80,15 +81,34 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
 @pytest.mark.parametrize("activated", [False, True])
 def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str], activated: bool) -> None:
     """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
-    module = PackedPromptEOL(*make_parts(make(), activated=activated), max_seq_length=160)
+    module = PromptEOL(*make_parts(make(), activated=activated), max_seq_length=160)
+    module.embed_rows = embed_with_gradients
     batch = module.preprocess(sentences)
     # As sentence-transformers' loss joins the columns of a batch, with padding on the right too.
     batch = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}
     together = module(dict(batch))["sentence_embedding"]
-    alone = [PromptEOL.forward(module, module.preprocess([text]))["sentence_embedding"] for text in sentences]
+    alone = [embed_rows(module, **module.preprocess([text])) for text in sentences]
     one = torch.cat(alone)
     torch.testing.assert_close(together, one, rtol=0, atol=1e-5)
     check_gradients(module, together, one)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gemma])
+@torch.no_grad()
+def test_an_adapter_of_the_whole_template_is_read_as_a_plain_one(make: Any) -> None:
+    """At a plain one's price: PEFT's own way gathers the tokens that the adapter acts on in every layer."""
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, TEMPLATE)
+    model = add_random_adapter(make(), invocation=opening_tokens(tokenizer, "prompteol"))
+    module = PromptEOL(model, tokenizer, max_seq_length=160)
+    batch = module.preprocess(["A cat", "A dog", "Birds"])
+    expected = module.embed_rows(module, **batch)
+    logits = model(**batch).logits
+    torch.testing.assert_close(embed_packed(module, **batch), expected, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        plain = embed_packed(module, **batch)
+    assert float((plain - expected).norm(dim=1).min()) > 1e-2
+    assert torch.equal(model(**batch).logits, logits)  # and back to PEFT's own way
 
 
 def check_gradients(module: PromptEOL, first: torch.Tensor, second: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
         "words",
         "train.losses",
     },
-    {"nli", "bases", "closing"},
+    {"nli", "bases", "closing", "packing"},
     {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
     {"card", "grid", "evaluate.shared_prefix"},
     {"shipped"},

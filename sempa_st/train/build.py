@@ -29,7 +29,6 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
-from sempa_st.train.forwards import PackedPromptEOL
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
@@ -103,7 +102,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
 def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=parts.scorer,
-        module=_module(parts, _tuned(parts), PackedPromptEOL),
+        module=_module(parts, _tuned(parts)),
         temperature=parts.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=contrastive_rows(parts.data.triplets),
@@ -175,9 +174,9 @@ def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -
     )
 
 
-def _module(parts: Ingredients, model: Any, kind: type[PromptEOL] = PromptEOL) -> PromptEOL:
+def _module(parts: Ingredients, model: Any) -> PromptEOL:
     config = parts.config
-    return kind(model, parts.scorer.tokenizer, template=config.template, max_seq_length=config.max_seq_length)
+    return PromptEOL(model, parts.scorer.tokenizer, template=config.template, max_seq_length=config.max_seq_length)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
-from sempa_st.packing import can_pack, packed_states
-from sempa_st.prompt_eol import PromptEOL, invocation_tokens
+from sempa_st.packing import embed_packed
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.prefixes import grouped_states
 
 _ROWS_TOGETHER = 64
@@ -40,16 +40,10 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
         reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an adapter that
             acts on the closing tokens alone, to which it comes for the price of these.
     """
-    rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
     if module.closing_only:
+        rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
         return _closing_states(module, rows, reference_rows)
-    # PEFT finds the tokens that an activated adapter acts on by their place in a row of its own.
-    if invocation_tokens(module.model) or not can_pack(module.decoder, max(len(row) for row in rows)):
-        features = PromptEOL.forward(module, {"input_ids": input_ids, "attention_mask": attention_mask})
-        states: Tensor = features["sentence_embedding"]
-    else:
-        packed = packed_states(module.decoder, rows)
-        states = packed.states.index_select(0, torch.stack([places[-1] for places in packed.places]))
+    states = embed_packed(module, input_ids, attention_mask)
     return ReadStates(states, states[:0])
 
 
@@ -72,13 +66,9 @@ def _closing_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) 
     return ReadStates(ordered[0], ordered[1][:reference_rows])
 
 
-class PackedPromptEOL(PromptEOL):
-    """The embedding module with a faster forward pass: next to no padding, and what all rows begin with run once."""
-
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        features["sentence_embedding"] = last_states(self, features["input_ids"], features["attention_mask"]).states
-        return features
+def embed_with_gradients(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the states of :func:`last_states`: the ``embed_rows`` of a module whose ``forward`` is trained through."""
+    return last_states(module, input_ids, attention_mask).states
 
 
 def alike(lengths: Sequence[int]) -> Iterator[list[int]]:

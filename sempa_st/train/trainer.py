@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
 from sempa_st.errors import SempaError
+from sempa_st.packing import embed_packed
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
-from sempa_st.train.forwards import PackedPromptEOL
 from sempa_st.train.prefixes import pairs_together
 from sempa_st.train.reference import REFERENCE, cached_tensors
 
@@ -86,7 +87,8 @@ class DevScorer:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.util import pairwise_cos_sim
 
-        module = PackedPromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
+        module = PromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
+        module.embed_rows = embed_packed
         embedder = SentenceTransformer(modules=[module], device=str(model.device))
         sentences = list(dict.fromkeys([*self._pairs.first, *self._pairs.second]))
         vectors = embedder.encode(
