@@ -94,6 +94,13 @@ def _add_encode(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _evaluate, "Score a model on STS tasks, with MTEB's own task classes.")
     _add_model(parser)
+    parser.add_argument(
+        "--method",
+        metavar="NAME[:SETTING=VALUE...]",
+        help="another way to embed with a decoder: mean, last-token, prompteol, pretended-cot, knowledge-enhancement, "
+        "echo, contrastive-prompting, token-prepending, llm2vec",
+    )
+    parser.add_argument("--layer", type=int, help="whose output the method reads: -1 the last, ... (default: its own)")
     parser.add_argument("--tasks", default="sts", help="comma-separated MTEB tasks, or sts for the paper's seven")
     parser.add_argument("--split", default="test", choices=("test", "dev"), help="default: test")
     parser.add_argument(
@@ -181,7 +188,18 @@ def _load(args: argparse.Namespace) -> Any:
         template=args.template,
         base=args.base,
         reader=args.reader,
+        method=_method(args),
     )
+
+
+def _method(args: argparse.Namespace) -> str | None:
+    method: str | None = getattr(args, "method", None)
+    layer = getattr(args, "layer", None)
+    if layer is None:
+        return method
+    if method is None:
+        raise SempaError("--layer is for a --method, such as --method prompteol.")
+    return f"{method}:layer={layer}"
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -206,7 +224,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     score_files = [output / "scores.json", *([Path(args.json)] if args.json else [])]
     for file in score_files:
         check_output_file(file, (".json",))
-    method = describe_method(find_model(args.model), args.template)
+    method = describe_method(find_model(args.model), args.template, _method(args))
     cells = load_tasks(
         expand_tasks(args.tasks),
         split=args.split,

@@ -77,8 +77,10 @@ def find_model(name: str) -> Source:
     return Source(name, resolve_base(name).folder, "base")
 
 
-def describe_method(source: Source, template: str | None = None) -> str:
-    """Return how a model's vectors come about: a template's name, ``sempa`` (trained) or ``sentence-transformers``."""
+def describe_method(source: Source, template: str | None = None, method: str | None = None) -> str:
+    """Return how a model's vectors come about: a method, a template, ``sempa`` or ``sentence-transformers``."""
+    if method:
+        return method
     if source.kind == "base":
         return template or DEFAULT_TEMPLATE
     if source.kind == "sempa" and not (source.folder / RUN_RECORD).is_file():
@@ -92,6 +94,7 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     template: str | None = None,
+    method: str | None = None,
     base: str | None = None,
     reader: str = "sempa",
 ) -> SentenceTransformer:
@@ -103,6 +106,8 @@ def load(
         dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ...; the best there is when None.
         template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
+        method: Another way to embed with the decoder of a base or a SemPA folder, such as ``mean`` or
+            ``token-prepending:exit=5``; see :mod:`sempa_st.methods.registry`.
         base: Base to put the folder's adapter on, where the one it names has moved.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
 
@@ -118,6 +123,8 @@ def load(
         raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
     if base and not (source.kind == "sempa" and reader == "sempa" and is_adapter_folder(source.folder)):
         raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
+    if method:
+        return _load_method(source, method, template, base, reader, torch_dtype, device)
     if source.kind == "base" and reader == "native":
         raise SempaError(f"{source.name} is a bare base. Make a native folder of it first: sempa copy {model} DIR")
     if source.kind == "base":
@@ -136,18 +143,44 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
-    from sempa_st.adapters import attach_adapter
-
     folder = source.folder
-    tokenizer = load_tokenizer(folder)
-    if is_adapter_folder(folder):
-        found = adapter_base(folder, base)
-        model = attach_adapter(load_causal_lm(found.folder, dtype), folder, found.name)
-    else:
-        model = load_causal_lm(folder, dtype).eval()
     template = template_name(folder) or DEFAULT_TEMPLATE
     length = folder_max_seq_length(folder)
+    model, tokenizer = _load_decoder(source, base, dtype)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
+
+
+def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
+    """Return the decoder of a base or a SemPA folder, adapter on it, and its tokenizer."""
+    from sempa_st.adapters import attach_adapter
+
+    tokenizer = load_tokenizer(source.folder)
+    if not is_adapter_folder(source.folder):
+        return load_causal_lm(source.folder, dtype).eval(), tokenizer
+    found = adapter_base(source.folder, base)
+    return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
+
+
+def _load_method(
+    source: Source, method: str, template: str | None, base: str | None, reader: str, dtype: Any, device: str
+) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    from sempa_st.methods.module import MethodModule
+
+    if template or reader != "sempa":
+        raise SempaError(f"--method {method!r} brings its own texts and module. Leave out --template and --reader.")
+    if source.kind == "sentence-transformers":
+        raise SempaError(
+            f"{source.name} is a sentence-transformers model, which embeds in its own way. Leave out --method "
+            f"{method!r}: methods are for bases and SemPA folders."
+        )
+    if source.kind == "sempa" and is_activated(source.folder):
+        raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
+    model, tokenizer = _load_decoder(source, base, dtype)
+    embedder = SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
+    embedder.model_card_data.model_name = f"{_own_name(source)}-{method}"
+    return embedder
 
 
 def adapter_base(folder: Path, base: str | None = None) -> Base:
@@ -204,5 +237,9 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
 def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:
     """Name the model after its content: MTEB serves a model without a name of its own another one's cached scores."""
     if model.model_card_data.model_name is None:
-        model.model_card_data.model_name = f"local/{Path(source.name).name}-{folder_digest(source.folder)[:12]}"
+        model.model_card_data.model_name = _own_name(source)
     return model
+
+
+def _own_name(source: Source) -> str:
+    return f"local/{Path(source.name).name}-{folder_digest(source.folder)[:12]}"

@@ -16,7 +16,7 @@ from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
 _EVEN = 3000
-_OWN_MASKS = ("sdpa", "eager")
+OWN_MASKS = ("sdpa", "eager")
 """Implementations of attention that take a mask of queries by keys."""
 
 
@@ -109,7 +109,7 @@ def can_pack(decoder: Any, longest: int) -> bool:
     """
     return (
         takes_positions(decoder)
-        and decoder.config.get_text_config()._attn_implementation in _OWN_MASKS
+        and decoder.config.get_text_config()._attn_implementation in OWN_MASKS
         and window_covers(decoder, longest)
     )
 

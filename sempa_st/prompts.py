@@ -96,9 +96,15 @@ EMBEDDING_TEMPLATES: dict[str, EmbeddingTemplate] = {
     for template in (
         EmbeddingTemplate("prompteol", 'This sentence : "', '" means in one word:"'),
         EmbeddingTemplate("pretended-cot", 'After thinking step by step , this sentence : "', '" means in one word:"'),
+        EmbeddingTemplate(
+            "knowledge-enhancement",
+            "The essence of a sentence is often captured by its main subjects and actions, while descriptive terms "
+            'provide additional but less central details. With this in mind , this sentence : "',
+            '" means in one word:"',
+        ),
     )
 }
-"""The two templates of the paper by name."""
+"""The paper's two templates by name, and that of Knowledge Enhancement (arXiv 2404.03921)."""
 
 DEFAULT_TEMPLATE = "prompteol"
 

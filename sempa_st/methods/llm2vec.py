@@ -1,0 +1,34 @@
+"""LLM2Vec (arXiv 2404.05961): every token sees every other, and the sentence is the mean of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sempa_st.errors import SempaError
+from sempa_st.methods.layers import states_after
+from sempa_st.methods.method import Rows, mean_of
+from sempa_st.methods.pooling import MeanPooling
+from sempa_st.packing import OWN_MASKS
+
+
+@dataclass(frozen=True)
+class LLM2Vec(MeanPooling):
+    """The mean of the sentence's tokens without the causal mask."""
+
+    def vectors(self, decoder: Any, rows: Rows, *others: Rows) -> Tensor:
+        """Return the means."""
+        mask, dtype = rows.attention_mask, decoder.dtype
+        seen = mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool()
+        added = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return mean_of(states_after(decoder, self.layers_run(decoder), rows.input_ids, added), rows.read)
+
+    def check(self, decoder: Any) -> None:
+        """Raise :class:`SempaError` if the decoder's attention takes no mask of its own."""
+        super().check(decoder)
+        found = decoder.config.get_text_config()._attn_implementation
+        if found not in OWN_MASKS:
+            raise SempaError(f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {OWN_MASKS}.")

@@ -1,0 +1,163 @@
+"""A method as a module of sentence-transformers: ``SentenceTransformer(modules=[MethodModule(...)])``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from sempa_st.bases import load_tokenizer
+from sempa_st.methods.method import Method, Rendered, Rows
+from sempa_st.methods.registry import parse_method
+from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, load_adapter, save_model
+
+_FIELDS = ("input_ids", "attention_mask", "read", "placeholder")
+
+
+class MethodModule(InputModule):
+    """Embed sentences with a decoder by one of the methods.
+
+    Args:
+        model: Causal language model, or a PEFT model around one.
+        tokenizer: Its tokenizer, a fast one.
+        method: Method with its settings, as :func:`parse_method` takes it.
+        max_seq_length: Longest text in tokens; a longer *sentence* is cut, never what stands around it.
+
+    Raises:
+        SempaError: If the method is unknown, or cannot be applied to this model.
+    """
+
+    config_file_name = "sempa_method.json"
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        method: str,
+        *,
+        max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.method = method
+        self.max_seq_length = max_seq_length
+        self._method: Method = parse_method(method)
+        self._method.check(self.decoder)
+
+    @property
+    def decoder(self) -> Any:
+        """The layers without the LM head, adapter included."""
+        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return causal_lm.base_model
+
+    def get_embedding_dimension(self) -> int:
+        """Return the width of the embedding."""
+        return embedding_width(self.decoder.config)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Render, tokenise, cut and pad sentences.
+
+        Args:
+            inputs: Sentences.
+            prompt: Instruction put right before each sentence.
+            **kwargs: Ignored; sentence-transformers passes its task here.
+
+        Returns:
+            The tensors of :class:`Rows`, those of a method's further texts with a number before their names.
+        """
+        rendered = [self._fitting(f"{prompt or ''}{sentence}") for sentence in inputs]
+        features: dict[str, Tensor] = {}
+        for number, texts in enumerate(zip(*rendered, strict=True)):
+            features |= {_key(name, number): tensor for name, tensor in self._tensors(texts).items()}
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
+        rows: list[Rows] = []
+        while _key("input_ids", len(rows)) in features:
+            rows.append(Rows(**{name: features[_key(name, len(rows))] for name in _FIELDS}))
+        features["sentence_embedding"] = self._method.vectors(self.decoder, *rows)
+        return features
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return {"method": self.method, "max_seq_length": self.max_seq_length}
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save the model, the tokenizer and the settings."""
+        save_model(self.model, output_path)
+        self.tokenizer.save_pretrained(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, **kwargs: Any) -> MethodModule:  # type: ignore[override]
+        """Load what :meth:`save` wrote; arguments as for any module."""
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        here = {name: kwargs[name] for name in names if name in kwargs}
+        folder = cls.load_dir_path(model_name_or_path, **here)
+        assert folder is not None
+        adapted = Path(folder, ADAPTER_CONFIG).is_file()
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
+        arguments = {**(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
+        model: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **arguments)
+        if adapted:
+            model = load_adapter(model, folder)
+        return cls(model.eval(), load_tokenizer(folder), **cls.load_config(model_name_or_path, **here))
+
+    def _fitting(self, sentence: str) -> tuple[Rendered, ...]:
+        """Return the texts of a sentence, cut at its end by a token at a time where one of them is too long."""
+        texts = self._method.render(sentence)
+        excess = max(len(self._token_ids(text)) for text in texts) - self.max_seq_length
+        while excess > 0 and sentence:
+            spans = self.tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            kept = max(0, len(spans) - max(1, excess // 2))  # a text may hold the sentence twice
+            sentence = sentence[: spans[kept][0]]
+            texts = self._method.render(sentence)
+            excess = max(len(self._token_ids(text)) for text in texts) - self.max_seq_length
+        return texts
+
+    def _token_ids(self, text: Rendered) -> list[int]:
+        ids: list[int] = self.tokenizer(text.text)["input_ids"]
+        return ids
+
+    def _tensors(self, texts: Sequence[Rendered]) -> dict[str, Tensor]:
+        rows = [self._row(text) for text in texts]
+        width = max(len(row["input_ids"]) for row in rows)
+        pad = {"input_ids": self.tokenizer.pad_token_id}
+        tensors = {}
+        for name in _FIELDS:
+            filled = [[pad.get(name, 0)] * (width - len(row[name])) + row[name] for row in rows]
+            tensors[name] = torch.tensor(filled)
+        return tensors
+
+    def _row(self, text: Rendered) -> dict[str, list[int]]:
+        encoded = self.tokenizer(text.text, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        if not ids:  # an empty text where the tokenizer adds no BOS
+            ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
+        if text.read is None:
+            read = [int(place == len(ids) - 1) for place in range(len(ids))]
+        else:
+            start, end = text.read
+            read = [int(first < min(end, last) and last > start) for first, last in spans]
+        placeholder = [0] * len(ids)
+        if text.placeholder is not None:
+            place = next(place for place, (_, last) in enumerate(spans) if last > text.placeholder)
+            ids.insert(place, self.tokenizer.eos_token_id)
+            read.insert(place, 0)
+            placeholder.insert(place, 1)
+        if not any(read):
+            read[-1] = 1  # the empty sentence has no token of its own
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "read": read, "placeholder": placeholder}
+
+
+def _key(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name

@@ -1,0 +1,57 @@
+"""The methods by name, with their settings: ``token-prepending:template=pretended-cot:exit=5``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from sempa_st.errors import SempaError
+from sempa_st.methods.contrastive_prompting import ContrastivePrompting
+from sempa_st.methods.echo import Echo
+from sempa_st.methods.llm2vec import LLM2Vec
+from sempa_st.methods.method import Method
+from sempa_st.methods.pooling import LastToken, MeanPooling
+from sempa_st.methods.templates import KnowledgeEnhancement, OneWordTemplate, PretendedCoT
+from sempa_st.methods.token_prepending import TokenPrepending
+from sempa_st.options import convert_option
+
+METHODS: dict[str, type[Method]] = {
+    "mean": MeanPooling,
+    "last-token": LastToken,
+    "prompteol": OneWordTemplate,
+    "pretended-cot": PretendedCoT,
+    "knowledge-enhancement": KnowledgeEnhancement,
+    "echo": Echo,
+    "contrastive-prompting": ContrastivePrompting,
+    "token-prepending": TokenPrepending,
+    "llm2vec": LLM2Vec,
+}
+
+
+def parse_method(text: str) -> Method:
+    """Return the method that ``NAME:SETTING=VALUE:...`` names.
+
+    >>> parse_method("prompteol:layer=-2")
+    OneWordTemplate(layer=-2, template='prompteol')
+
+    Raises:
+        SempaError: On an unknown name or setting, or a value of the wrong type.
+    """
+    name, *settings = text.split(":")
+    if name not in METHODS:
+        raise SempaError(f"Unknown method {name!r}. Expected one of: {', '.join(METHODS)}.")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise SempaError(
+                f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known(name)}."
+            )
+        field, converted = convert_option(METHODS[name], key, value, f"The method {text!r}")
+        values[field] = converted
+    return METHODS[name](**values)
+
+
+def known(name: str) -> str:
+    """Return the names of a method's settings, for a message."""
+    return ", ".join(field.name for field in fields(METHODS[name]))

@@ -1,0 +1,275 @@
+"""Each method against the same done slowly: row by row, layer by layer, head by head, in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mteb
+import naive
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_gemma, make_llama, make_tokenizer
+from mteb.mocks.mock_tasks import MockSTSTask
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+import sempa_st
+from sempa_st.errors import SempaError
+from sempa_st.files import read_rows
+from sempa_st.methods.module import MethodModule
+from sempa_st.methods.registry import METHODS, parse_method
+from sempa_st.nli import sample_path
+from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
+
+Cli = Callable[..., tuple[int, str, str]]
+SENTENCES = ["A cat sleeps", 'Is it "red"?', "Two dogs run over the wet grass after a ball.", "Snow"]
+MODELS = pytest.mark.parametrize("make", [make_llama, make_gemma])
+
+
+def module_of(make: Any, method: str, **settings: Any) -> MethodModule:
+    return MethodModule(make(), make_tokenizer(), method, **settings)
+
+
+@torch.no_grad()
+def check(module: MethodModule, expected: list[Tensor]) -> None:
+    """In one batch, one at a time, and with the padding on the other side."""
+    batch = module.preprocess(SENTENCES)
+    together = module(dict(batch))["sentence_embedding"]
+    alone = torch.cat([module(module.preprocess([text]))["sentence_embedding"] for text in SENTENCES])
+    torch.testing.assert_close(together, torch.stack(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    assert float((together[0] - together[2]).norm()) > 1e-2
+
+
+def ids_of(module: MethodModule, text: str) -> list[int]:
+    ids: list[int] = module.tokenizer(text)["input_ids"]
+    return ids
+
+
+@MODELS
+@torch.no_grad()
+def test_mean_pooling(make: Any) -> None:
+    module = module_of(make, "mean")
+    rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
+    check(module, [naive.hidden_states(module.decoder, ids)[-1][1:].mean(dim=0) for ids in rows])
+
+
+@MODELS
+@torch.no_grad()
+def test_last_token(make: Any) -> None:
+    module = module_of(make, "last-token")
+    rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
+    check(module, [naive.hidden_states(module.decoder, ids)[-1][-1] for ids in rows])
+
+
+@MODELS
+@pytest.mark.parametrize(
+    ("method", "template", "layer"),
+    [
+        ("prompteol", "prompteol", -1),
+        ("prompteol:layer=-2", "prompteol", -2),
+        ("pretended-cot:layer=1", "pretended-cot", 1),
+        ("knowledge-enhancement", "knowledge-enhancement", -2),
+    ],
+)
+@torch.no_grad()
+def test_templates(make: Any, method: str, template: str, layer: int) -> None:
+    module = module_of(make, method)
+    rows = [ids_of(module, EMBEDDING_TEMPLATES[template].text(text)) for text in SENTENCES]
+    check(module, [naive.hidden_states(module.decoder, ids)[layer][-1] for ids in rows])
+
+
+@MODELS
+@torch.no_grad()
+def test_echo(make: Any) -> None:
+    module = module_of(make, "echo")
+    expected = []
+    for text in map(normalize_sentence, SENTENCES):
+        before = f"Rewrite the sentence: {text}\nThe rewritten sentence: "
+        ids = ids_of(module, before + text)
+        # Tokens that hold a character of the second sentence, counted by what the tokens before them decode to.
+        starts = [len(module.tokenizer.decode(ids[1 : place + 1])) for place in range(1, len(ids))]
+        states = naive.hidden_states(module.decoder, ids)[-1][1:]
+        chosen = [state for state, end in zip(states, starts, strict=True) if end > len(before)]
+        expected.append(torch.stack(chosen).mean(dim=0))
+    check(module, expected)
+
+
+@MODELS
+@pytest.mark.parametrize("template", ["prompteol", "pretended-cot", "knowledge-enhancement"])
+@torch.no_grad()
+def test_token_prepending(make: Any, template: str) -> None:
+    module = module_of(make, f"token-prepending:template={template}:start=1:exit=2:layer=-2")
+    expected = []
+    for text in SENTENCES:
+        whole = EMBEDDING_TEMPLATES[template].text(text)
+        before = ids_of(module, whole[: whole.index(":") + 1])
+        ids = ids_of(module, whole)
+        place = len(before)
+        assert ids[:place] == before
+        ids.insert(place, module.tokenizer.eos_token_id)
+
+        def prepend(layer: int, states: Tensor, place: int = place) -> Tensor:
+            return torch.cat([states[:place], states[-1:], states[place + 1 :]]) if layer == 1 else states
+
+        expected.append(naive.hidden_states(module.decoder, ids, enter=prepend)[-2][-1])
+    check(module, expected)
+
+
+def contrasted(variant: str, a: Tensor, b: Tensor, heads: int) -> Tensor:
+    if variant == "scaled":
+        return 0.5 * (a - b)
+    if variant == "norm":
+        return (a - b) * a.norm() / (a - b).norm()
+    if variant == "scaled-norm":
+        return 0.5 * (a - b) * a.norm() / (a - b).norm()
+    return torch.cat([(x - y) * x.norm() / (x - y).norm() for x, y in zip(a.chunk(heads), b.chunk(heads), strict=True)])
+
+
+@MODELS
+@pytest.mark.parametrize("variant", ["scaled", "norm", "scaled-norm", "head-norm"])
+@pytest.mark.parametrize("template", ["prompteol", "pretended-cot"])
+@torch.no_grad()
+def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
+    module = module_of(make, f"contrastive-prompting:template={template}:at=1:variant={variant}:layer=-1")
+    # Both prompts end alike: within a short window their difference would be rounding alone.
+    module.decoder.config.sliding_window = 64
+    expected = []
+    for text in SENTENCES:
+        mixed: list[Tensor] = []
+
+        def take(layer: int, mixtures: Tensor, mixed: list[Tensor] = mixed) -> Tensor:
+            mixed.extend([mixtures[-1]] if layer == 1 else [])
+            return mixtures
+
+        def contrast(layer: int, mixtures: Tensor, mixed: list[Tensor] = mixed) -> Tensor:
+            if layer != 1:
+                return mixtures
+            return torch.cat([mixtures[:-1], contrasted(variant, mixtures[-1], mixed[0], 4)[None]])
+
+        about = f'The irrelevant information of this sentence : "{normalize_sentence(text)}" means in one word:"'
+        naive.hidden_states(module.decoder, ids_of(module, about), mix=take)
+        ids = ids_of(module, EMBEDDING_TEMPLATES[template].text(text))
+        expected.append(naive.hidden_states(module.decoder, ids, mix=contrast)[-1][-1])
+    check(module, expected)
+
+
+@MODELS
+@torch.no_grad()
+def test_llm2vec(make: Any) -> None:
+    module = module_of(make, "llm2vec")
+    rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
+    check(
+        module,
+        [naive.hidden_states(module.decoder, ids, bidirectional=True)[-1][1:].mean(dim=0) for ids in rows],
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_model_that_mteb_takes(method: str, tmp_path: Path) -> None:
+    model = SentenceTransformer(modules=[module_of(make_llama, method)], device="cpu")
+    model.model_card_data.model_name = f"local/{method}"
+    result = mteb.evaluate(model, MockSTSTask(), cache=mteb.ResultCache(tmp_path), co2_tracker=False)
+    assert -1 <= result.task_results[0].get_score() <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_long_sentence_is_cut_and_an_empty_one_is_read(method: str) -> None:
+    module = module_of(make_gemma, method, max_seq_length=150)
+    long, longer = "A cat sleeps on the mat. " * 40, "A cat sleeps on the mat. " * 41
+    batch = module.preprocess([long, "", longer])
+    assert batch["input_ids"].shape[1] <= 150 + ("token-prepending" in method)
+    assert (batch["read"].sum(dim=1) > 0).all()
+    found = module(batch)["sentence_embedding"]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-5)
+    text = module.tokenizer.decode(batch["input_ids"][0])
+    if "means" in module.tokenizer.decode(module.preprocess(["A"])["input_ids"][0]):
+        assert text.endswith('" means in one word:"')
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("promptbert", "Unknown method 'promptbert'. Expected one of: mean, last-token, prompteol"),
+        ("echo:depth=3", "unknown key 'depth'. Known keys: layer"),
+        ("echo:layer=x", "'x'. Expected a value of type int"),
+        ("echo:layer", "Expected SETTING=VALUE, with one of: layer"),
+        ("prompteol:template=cot", "Unknown embedding template 'cot'"),
+        ("contrastive-prompting:variant=odd", "Unknown variant 'odd'"),
+        ("contrastive-prompting:strength=0", "strength of contrastive-prompting is 0.0"),
+        ("token-prepending:start=2:exit=2", "Expected 1 <= start < exit"),
+    ],
+)
+def test_settings_that_make_no_sense(method: str, message: str) -> None:
+    with pytest.raises(SempaError, match=message):
+        parse_method(method)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("mean:layer=4", "no layer 4 in LlamaModel of 3 layers"),
+        ("token-prepending:exit=4", "does not fit 3 layers"),
+        ("contrastive-prompting:at=2:layer=2", "expected 0 to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(method: str, message: str) -> None:
+    with pytest.raises(SempaError, match=message):
+        module_of(make_llama, method)
+
+
+def test_a_base_is_loaded_with_a_method(tiny_base: Path) -> None:
+    model = sempa_st.load(tiny_base, method="prompteol:layer=-2", dtype="float32", device="cpu")
+    module = module_of(make_llama, "prompteol:layer=-2")
+    expected = SentenceTransformer(modules=[module], device="cpu").encode(SENTENCES, convert_to_tensor=True)
+    torch.testing.assert_close(model.encode(SENTENCES, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
+    other = sempa_st.load(tiny_base, method="mean", dtype="float32", device="cpu")
+    assert other.model_card_data.model_name != model.model_card_data.model_name
+
+
+def test_prompteol_as_a_method_is_the_module_of_its_own(tiny_base: Path, adapter_folder: Path) -> None:
+    for folder in (tiny_base, adapter_folder):
+        one = sempa_st.load(folder, dtype="float32", device="cpu").encode(SENTENCES, convert_to_tensor=True)
+        two = sempa_st.load(folder, method="prompteol", dtype="float32", device="cpu")
+        torch.testing.assert_close(two.encode(SENTENCES, convert_to_tensor=True), one, rtol=0, atol=1e-5)
+
+
+def test_a_method_is_saved_and_loaded(tiny_base: Path, tmp_path: Path) -> None:
+    model = sempa_st.load(tiny_base, method="echo:layer=-2", dtype="float32", device="cpu")
+    expected = model.encode(SENTENCES, convert_to_tensor=True)
+    model.save_pretrained(str(tmp_path / "echo"))
+    again = SentenceTransformer(str(tmp_path / "echo"), device="cpu", trust_remote_code=True)
+    torch.testing.assert_close(again.encode(SENTENCES, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
+
+
+def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "sts").mkdir(parents=True)
+    rows = read_rows(sample_path("sts_sample.jsonl"))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "sts" / "stsb.dev.parquet")
+    common = ["--tasks", "STSBenchmark", "--split", "dev", "--data-dir", tmp_path / "data", "--device", "cpu"]
+    code, _, err = run_cli(
+        "evaluate", tiny_base, "--method", "prompteol", "--layer", -2, *common, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert result["method"] == "prompteol:layer=-2"
+    vectors = [
+        sempa_st.load(tiny_base, method="prompteol:layer=-2", dtype="float32", device="cpu").encode(
+            [row[side] for row in rows], convert_to_tensor=True
+        )
+        for side in ("sentence1", "sentence2")
+    ]
+    expected = spearmanr(torch.nn.functional.cosine_similarity(*vectors), [row["score"] for row in rows]).statistic
+    assert result["results"][0]["spearman"] == pytest.approx(100 * float(expected), abs=1e-3)
+    code, _, err = run_cli("evaluate", tiny_base, "--method", "promptbert", *common, "--output", tmp_path / "no")
+    assert (code, "Unknown method 'promptbert'" in err) == (2, True)
+    code, _, err = run_cli("evaluate", tiny_base, "--layer", -2, *common, "--output", tmp_path / "no")
+    assert (code, "--layer is for a --method" in err) == (2, True)
+    assert not (tmp_path / "no").exists()
