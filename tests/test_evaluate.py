@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 import sempa_st
 from sempa_st.errors import SempaError
+from sempa_st.evaluate.once import encoded_once
 from sempa_st.evaluate.sts import expand_tasks, load_tasks, score_tasks
 from sempa_st.files import read_rows
 from sempa_st.nli import sample_path
@@ -167,3 +168,21 @@ def test_pairs_are_checked(tmp_path: Path) -> None:
 def test_task_lists() -> None:
     assert expand_tasks("sts") == list(STS_TASKS)
     assert expand_tasks("STS12, sts") == list(STS_TASKS)
+
+
+def test_a_sentence_is_encoded_once_and_gets_its_own_vector(model: Any) -> None:
+    """Also under a prompt, which changes it; and calls for something else are passed on."""
+    expected = model.encode(["A cat", "Two dogs", "Snow"])
+    prompted = model.encode(["A cat"], prompt="Topic: ")
+    with encoded_once(model) as tally:
+        first = model.encode(["A cat", "Two dogs", "A cat"])
+        second = model.encode(["Snow", "Two dogs"], batch_size=1)
+        third = model.encode(["A cat"], prompt="Topic: ")
+        assert (tally.asked, tally.encoded) == (6, 4)
+        assert tally.seconds > 0
+        assert torch.is_tensor(model.encode(["A cat"], convert_to_tensor=True))
+        assert model.encode("A cat").shape == expected[0].shape
+    assert tally.asked == 6
+    for found, wanted in ((first, expected[[0, 1, 0]]), (second, expected[[2, 1]]), (third, prompted)):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-5)
+    assert "encode" not in vars(model)

@@ -35,7 +35,7 @@ LAYERS = [
     {"methods.registry"},
     {"methods.module"},
     {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
-    {"card", "grid", "evaluate.shared_prefix"},
+    {"card", "grid", "evaluate.shared_prefix", "evaluate.once"},
     {"shipped"},
     {"loading"},
     {"copying", "train.callbacks", "train.scores", "train.answers", "train.prefixes", "train.reference"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
+from sempa_st.evaluate.once import encoded_once
 from sempa_st.stsdata import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def load_tasks(
 def score_tasks(
     model: SentenceTransformer, cells: Sequence[Cell], *, output: Path, batch_size: int = 32
 ) -> list[Score]:
-    """Score a model on loaded tasks; rows that two protocols share are encoded once.
+    """Score a model on loaded tasks; a sentence that stands in several places is encoded once.
 
     Args:
         model: Any SentenceTransformer.
@@ -102,12 +103,13 @@ def score_tasks(
     """
     done: dict[tuple[str, str, str], Score] = {}
     scores = []
-    for cell in cells:
-        name = cell.task.metadata.name
-        key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
-        if key not in done:
-            done[key] = _score(model, cell, output, batch_size)
-        scores.append(replace(done[key], protocol=cell.protocol))
+    with encoded_once(model):
+        for cell in cells:
+            name = cell.task.metadata.name
+            key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
+            if key not in done:
+                done[key] = _score(model, cell, output, batch_size)
+            scores.append(replace(done[key], protocol=cell.protocol))
     return scores
 
 
