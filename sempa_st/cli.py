@@ -21,6 +21,7 @@ from sempa_st.generation_cli import add_generation_options, generation_command
 from sempa_st.options import add_options, read_options
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.sweep_cli import add_sweep_options, sweep_command
+from sempa_st.table_cli import add_table_options, table_command
 
 _EXIT_UNFORESEEN = 1
 _EXIT_BAD_INPUT = 2
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sempa", description="Sentence embeddings from an LLM that keeps generating.")
     parser.add_argument("--version", action="version", version=f"sempa-st {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sweep, _add_encode, _add_evaluate, _add_generation, _add_copy, _add_demo):
+    for add in (_add_train, _add_sweep, _add_encode, _add_evaluate, _add_table, _add_generation, _add_copy, _add_demo):
         add(commands)
     return parser
 
@@ -111,6 +112,12 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--data-dir", help="folder with sts/*.parquet, instead of the Hub (or set SEMPA_DATA_DIR)")
     parser.add_argument("--output", required=True, help="folder for MTEB's result files")
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+
+
+def _add_table(commands: Any) -> None:
+    parser = _command(commands, "table", table_command, "Score methods and models on the seven STS sets, side by side.")
+    add_table_options(parser)
+    parser.add_argument("--batch-size", type=_positive, default=32, help="sentences a batch (default: 32)")
 
 
 def _add_generation(commands: Any) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import, in this and in child processes
@@ -26,6 +28,7 @@ from sempa_st.adapters import lora_config
 from sempa_st.config import TrainConfig
 from sempa_st.files import read_rows
 from sempa_st.nli import sample_path
+from sempa_st.stsdata import STS_TASKS
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -97,6 +100,17 @@ def make_gemma(seed: int = 0) -> Gemma3ForCausalLM:
         initializer_range=0.2,
     )
     return Gemma3ForCausalLM(config).eval()
+
+
+def save_sts(root: Path) -> Path:
+    """Deal the shipped pairs out over the files of all seven STS tasks."""
+    (root / "sts").mkdir()
+    rows = read_rows(sample_path("sts_sample.jsonl"))
+    parts = {"stsb": ("dev", "test"), "sickr": ("train", "dev", "test")}
+    files = [f"{stem}.{part}" for stem in STS_TASKS.values() for part in parts.get(stem, ("test",))]
+    for index, name in enumerate(files):
+        pq.write_table(pa.Table.from_pylist(rows[index::4]), root / "sts" / f"{name}.parquet")
+    return root
 
 
 def save_base(folder: Path, model: Any, tokenizer: Any) -> Path:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import save_sts
 from datasets import Dataset, DatasetDict
 from mteb.mocks.mock_tasks import MockSTSTask
 from scipy.stats import spearmanr
@@ -27,15 +26,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped pairs, dealt out over the files of all seven tasks."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "sts").mkdir()
-    rows = read_rows(sample_path("sts_sample.jsonl"))
-    parts = {"stsb": ("dev", "test"), "sickr": ("train", "dev", "test")}
-    files = [f"{stem}.{part}" for stem in STS_TASKS.values() for part in parts.get(stem, ("test",))]
-    for index, name in enumerate(files):
-        pq.write_table(pa.Table.from_pylist(rows[index::4]), root / "sts" / f"{name}.parquet")
-    return root
+    return save_sts(tmp_path_factory.mktemp("data"))
 
 
 def reference(model: Any, files: list[Path]) -> float:

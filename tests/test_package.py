@@ -45,8 +45,8 @@ LAYERS = [
     {"train.parts"},
     {"train.build"},
     {"train.run"},
-    {"demo", "train.sweep"},
-    {"sweep_cli", "generation_cli"},
+    {"demo", "train.sweep", "evaluate.systems"},
+    {"sweep_cli", "generation_cli", "table_cli"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.evaluate.once import encoded_once
+from sempa_st.evaluate.once import Tally, encoded_once
 from sempa_st.stsdata import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
 
 if TYPE_CHECKING:
@@ -91,7 +91,12 @@ def load_tasks(
 
 
 def score_tasks(
-    model: SentenceTransformer, cells: Sequence[Cell], *, output: Path, batch_size: int = 32
+    model: SentenceTransformer,
+    cells: Sequence[Cell],
+    *,
+    output: Path,
+    batch_size: int = 32,
+    report: Callable[[Score, Tally], None] | None = None,
 ) -> list[Score]:
     """Score a model on loaded tasks; a sentence that stands in several places is encoded once.
 
@@ -100,16 +105,19 @@ def score_tasks(
         cells: What :func:`load_tasks` returned.
         output: Folder for MTEB's own result files.
         batch_size: Sentences a batch.
+        report: Called with each score as it is found, and what encoding has cost until then.
     """
     done: dict[tuple[str, str, str], Score] = {}
     scores = []
-    with encoded_once(model):
+    with encoded_once(model) as tally:
         for cell in cells:
             name = cell.task.metadata.name
             key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
             if key not in done:
                 done[key] = _score(model, cell, output, batch_size)
             scores.append(replace(done[key], protocol=cell.protocol))
+            if report:
+                report(scores[-1], tally)
     return scores
 
 
