@@ -96,14 +96,22 @@ def _check_decoder(base: Base) -> None:
     path = base.folder / "config.json"
     if not path.is_file():
         raise SempaError(f"The base {base.name!r} has no config.json. Expected the folder of a transformers model.")
-    config = read_json(path)
-    architectures = config.get("architectures") or []
-    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    if config.get("is_encoder_decoder") or not is_decoder:
+    architectures = read_json(path).get("architectures") or []
+    if is_encoder(base.folder):
         raise SempaError(
             f"The base {base.name!r} is not a decoder (architectures: {', '.join(architectures) or 'none'}). Expected "
             "a causal language model such as Llama, Qwen, Gemma, Mistral, OPT or GPT-NeoX."
         )
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder holds a model that is no decoder: an encoder, or one with a decoder beside it."""
+    if not (folder / "config.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or []
+    decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    return bool(config.get("is_encoder_decoder")) or not decoder
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -99,7 +99,7 @@ def _add_evaluate(commands: Any) -> None:
         "--method",
         metavar="NAME[:SETTING=VALUE...]",
         help="another way to embed with a decoder: mean, last-token, prompteol, pretended-cot, knowledge-enhancement, "
-        "echo, contrastive-prompting, token-prepending, llm2vec",
+        "echo, contrastive-prompting, token-prepending, llm2vec; with an encoder: bert-avg, promptbert",
     )
     parser.add_argument("--layer", type=int, help="whose output the method reads: -1 the last, ... (default: its own)")
     parser.add_argument("--tasks", default="sts", help="comma-separated MTEB tasks, or sts for the paper's seven")

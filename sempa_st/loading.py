@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sempa_st.bases import EMBEDDED_BASE, Base, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import EMBEDDED_BASE, Base, is_encoder, load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.devices import pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
@@ -25,6 +25,7 @@ from sempa_st.folder import (
     template_name,
 )
 from sempa_st.hub import model_folder
+from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
@@ -33,7 +34,7 @@ from sempa_st.shipped import shipped_model, shipped_names
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Kind = Literal["base", "sempa", "sentence-transformers"]
+Kind = Literal["base", "sempa", "sentence-transformers", "encoder"]
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
 
@@ -45,7 +46,8 @@ class Source:
     Args:
         name: What the user called it.
         folder: Its local folder.
-        kind: ``base`` (a bare decoder), ``sempa`` (a folder of this package) or ``sentence-transformers``.
+        kind: ``base`` (a bare decoder), ``sempa`` (a folder of this package), ``sentence-transformers``, or
+            ``encoder`` (a bare one).
     """
 
     name: str
@@ -74,6 +76,8 @@ def find_model(name: str) -> Source:
             f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a "
             "folder that `sempa train` or `sempa copy` wrote."
         )
+    if is_encoder(folder):
+        return Source(name, folder, "encoder")
     return Source(name, resolve_base(name).folder, "base")
 
 
@@ -125,6 +129,11 @@ def load(
         raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
     if method:
         return _load_method(source, method, template, base, reader, torch_dtype, device)
+    if source.kind == "encoder":
+        raise SempaError(
+            f"{source.name} is a bare encoder and no decoder. Expected --method with one of: "
+            f"{', '.join(methods_for(encoders=True))}."
+        )
     if source.kind == "base" and reader == "native":
         raise SempaError(f"{source.name} is a bare base. Make a native folder of it first: sempa copy {model} DIR")
     if source.kind == "base":
@@ -170,17 +179,30 @@ def _load_method(
 
     if template or reader != "sempa":
         raise SempaError(f"--method {method!r} brings its own texts and module. Leave out --template and --reader.")
-    if source.kind == "sentence-transformers":
+    encoder = source.kind in ("encoder", "sentence-transformers")
+    if parse_method(method).for_encoders != encoder:
         raise SempaError(
-            f"{source.name} is a sentence-transformers model, which embeds in its own way. Leave out --method "
-            f"{method!r}: methods are for bases and SemPA folders."
+            f"The method {method!r} does not apply to {source.name}, {'an encoder' if encoder else 'a decoder'}. "
+            f"Expected one of: {', '.join(methods_for(encoders=encoder))}."
         )
     if source.kind == "sempa" and is_activated(source.folder):
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
-    model, tokenizer = _load_decoder(source, base, dtype)
+    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
     embedder = SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
     embedder.model_card_data.model_name = f"{_own_name(source)}-{method}"
     return embedder
+
+
+def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model = AutoModel.from_pretrained(source.folder, dtype=dtype, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SempaError(f"The encoder in {source.folder} cannot be read: {error}") from error
+    return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer
 
 
 def adapter_base(folder: Path, base: str | None = None) -> Base:

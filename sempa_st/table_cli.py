@@ -48,16 +48,20 @@ def table_command(args: argparse.Namespace) -> None:
     """
     from sempa_st.evaluate.systems import COLUMNS, System, lines_of, score_systems, write_tables
     from sempa_st.loading import find_model
-    from sempa_st.methods.registry import METHODS, parse_method
+    from sempa_st.methods.registry import methods_for, parse_method
     from sempa_st.stsdata import data_dir_or_default
 
-    methods = list(METHODS) if args.methods == [_ALL] else args.methods
+    encoder = find_model(args.base).kind in ("encoder", "sentence-transformers")
+    methods = methods_for(encoders=encoder) if args.methods == [_ALL] else args.methods
     systems = [*(System(args.base, method) for method in methods), *(System(model) for model in args.models)]
     if not systems:
         raise SempaError("There is nothing to score. Name --methods or --models.")
     for system in systems:  # what can be refused is refused before hours of work
-        if system.method:
-            parse_method(system.method)
+        if system.method and parse_method(system.method).for_encoders != encoder:
+            raise SempaError(
+                f"The method {system.method!r} does not apply to {args.base}. Expected some of: "
+                f"{', '.join(methods_for(encoders=encoder))}."
+            )
         find_model(system.model)
     output = Path(args.output)
     found = score_systems(

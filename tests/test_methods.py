@@ -13,17 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_gemma, make_llama, make_tokenizer
+from conftest import make_gemma, make_llama, make_tokenizer, save_base
 from mteb.mocks.mock_tasks import MockSTSTask
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.files import read_rows
 from sempa_st.methods.module import MethodModule
-from sempa_st.methods.registry import METHODS, parse_method
+from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.nli import sample_path
 from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
 
@@ -57,7 +58,7 @@ def ids_of(module: MethodModule, text: str) -> list[int]:
 def test_mean_pooling(make: Any) -> None:
     module = module_of(make, "mean")
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.decoder, ids)[-1][1:].mean(dim=0) for ids in rows])
+    check(module, [naive.hidden_states(module.layers, ids)[-1][1:].mean(dim=0) for ids in rows])
 
 
 @MODELS
@@ -65,7 +66,7 @@ def test_mean_pooling(make: Any) -> None:
 def test_last_token(make: Any) -> None:
     module = module_of(make, "last-token")
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.decoder, ids)[-1][-1] for ids in rows])
+    check(module, [naive.hidden_states(module.layers, ids)[-1][-1] for ids in rows])
 
 
 @MODELS
@@ -82,7 +83,7 @@ def test_last_token(make: Any) -> None:
 def test_templates(make: Any, method: str, template: str, layer: int) -> None:
     module = module_of(make, method)
     rows = [ids_of(module, EMBEDDING_TEMPLATES[template].text(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.decoder, ids)[layer][-1] for ids in rows])
+    check(module, [naive.hidden_states(module.layers, ids)[layer][-1] for ids in rows])
 
 
 @MODELS
@@ -95,7 +96,7 @@ def test_echo(make: Any) -> None:
         ids = ids_of(module, before + text)
         # Tokens that hold a character of the second sentence, counted by what the tokens before them decode to.
         starts = [len(module.tokenizer.decode(ids[1 : place + 1])) for place in range(1, len(ids))]
-        states = naive.hidden_states(module.decoder, ids)[-1][1:]
+        states = naive.hidden_states(module.layers, ids)[-1][1:]
         chosen = [state for state, end in zip(states, starts, strict=True) if end > len(before)]
         expected.append(torch.stack(chosen).mean(dim=0))
     check(module, expected)
@@ -118,7 +119,7 @@ def test_token_prepending(make: Any, template: str) -> None:
         def prepend(layer: int, states: Tensor, place: int = place) -> Tensor:
             return torch.cat([states[:place], states[-1:], states[place + 1 :]]) if layer == 1 else states
 
-        expected.append(naive.hidden_states(module.decoder, ids, enter=prepend)[-2][-1])
+        expected.append(naive.hidden_states(module.layers, ids, enter=prepend)[-2][-1])
     check(module, expected)
 
 
@@ -139,7 +140,7 @@ def contrasted(variant: str, a: Tensor, b: Tensor, heads: int) -> Tensor:
 def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
     module = module_of(make, f"contrastive-prompting:template={template}:at=1:variant={variant}:layer=-1")
     # Both prompts end alike: within a short window their difference would be rounding alone.
-    module.decoder.config.sliding_window = 64
+    module.layers.config.sliding_window = 64
     expected = []
     for text in SENTENCES:
         mixed: list[Tensor] = []
@@ -154,9 +155,9 @@ def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
             return torch.cat([mixtures[:-1], contrasted(variant, mixtures[-1], mixed[0], 4)[None]])
 
         about = f'The irrelevant information of this sentence : "{normalize_sentence(text)}" means in one word:"'
-        naive.hidden_states(module.decoder, ids_of(module, about), mix=take)
+        naive.hidden_states(module.layers, ids_of(module, about), mix=take)
         ids = ids_of(module, EMBEDDING_TEMPLATES[template].text(text))
-        expected.append(naive.hidden_states(module.decoder, ids, mix=contrast)[-1][-1])
+        expected.append(naive.hidden_states(module.layers, ids, mix=contrast)[-1][-1])
     check(module, expected)
 
 
@@ -167,11 +168,11 @@ def test_llm2vec(make: Any) -> None:
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
     check(
         module,
-        [naive.hidden_states(module.decoder, ids, bidirectional=True)[-1][1:].mean(dim=0) for ids in rows],
+        [naive.hidden_states(module.layers, ids, bidirectional=True)[-1][1:].mean(dim=0) for ids in rows],
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods_for(encoders=False))
 def test_every_method_is_a_model_that_mteb_takes(method: str, tmp_path: Path) -> None:
     model = SentenceTransformer(modules=[module_of(make_llama, method)], device="cpu")
     model.model_card_data.model_name = f"local/{method}"
@@ -179,7 +180,7 @@ def test_every_method_is_a_model_that_mteb_takes(method: str, tmp_path: Path) ->
     assert -1 <= result.task_results[0].get_score() <= 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods_for(encoders=False))
 def test_a_long_sentence_is_cut_and_an_empty_one_is_read(method: str) -> None:
     module = module_of(make_gemma, method, max_seq_length=150)
     long, longer = "A cat sleeps on the mat. " * 40, "A cat sleeps on the mat. " * 41
@@ -197,7 +198,7 @@ def test_a_long_sentence_is_cut_and_an_empty_one_is_read(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("promptbert", "Unknown method 'promptbert'. Expected one of: mean, last-token, prompteol"),
+        ("sbert", "Unknown method 'sbert'. Expected one of: mean, last-token, prompteol"),
         ("echo:depth=3", "unknown key 'depth'. Known keys: layer"),
         ("echo:layer=x", "'x'. Expected a value of type int"),
         ("echo:layer", "Expected SETTING=VALUE, with one of: layer"),
@@ -269,7 +270,62 @@ def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path:
     expected = spearmanr(torch.nn.functional.cosine_similarity(*vectors), [row["score"] for row in rows]).statistic
     assert result["results"][0]["spearman"] == pytest.approx(100 * float(expected), abs=1e-3)
     code, _, err = run_cli("evaluate", tiny_base, "--method", "promptbert", *common, "--output", tmp_path / "no")
-    assert (code, "Unknown method 'promptbert'" in err) == (2, True)
+    assert (code, "a decoder. Expected one of: mean, last-token" in err) == (2, True)
     code, _, err = run_cli("evaluate", tiny_base, "--layer", -2, *common, "--output", tmp_path / "no")
     assert (code, "--layer is for a --method" in err) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=610, initializer_range=0.2, **small)
+    return save_base(folder, BertModel(config, add_pooling_layer=False).eval(), tokenizer)
+
+
+@pytest.mark.parametrize("method", ["bert-avg", "bert-avg:layer=-2", "promptbert", "promptbert:denoise=true"])
+@torch.no_grad()
+def test_encoders(encoder_folder: Path, method: str) -> None:
+    model = sempa_st.load(encoder_folder, method=method, dtype="float32", device="cpu")
+    bert, tokenizer = model[0].model, model[0].tokenizer
+    expected = []
+    for text in map(normalize_sentence, SENTENCES):
+        if method.startswith("bert-avg"):
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            states = bert(ids, output_hidden_states=True).hidden_states
+            expected.append(states[-2 if "layer" in method else -1][0].mean(dim=0))
+            continue
+        before, after = 'This sentence of "', '" means '
+        parts = [tokenizer(part)["input_ids"] for part in (f"{before}{text}{after}<mask>.", f"{before}{text}", before)]
+        ids = torch.tensor([parts[0]])
+        place = parts[0].index(tokenizer.mask_token_id)
+        state = bert(ids).last_hidden_state[0, place]
+        if "denoise" in method:
+            kept = torch.tensor([*range(len(parts[2])), *range(len(parts[1]), ids.shape[1])])
+            assert parts[0][: len(parts[1])] == parts[1]  # no token lies across a seam
+            bare = bert(ids[:, kept], position_ids=kept[None]).last_hidden_state[0]
+            state = state - bare[kept.tolist().index(place)]
+        expected.append(state)
+    check(model[0], expected)
+    assert model.encode([""]).shape == (1, 32)
+
+
+def test_a_method_for_the_other_kind_of_model_is_refused(encoder_folder: Path, tiny_base: Path) -> None:
+    with pytest.raises(SempaError, match=r"'promptbert' does not apply to .*, a decoder. Expected one of: mean, last"):
+        sempa_st.load(tiny_base, method="promptbert")
+    with pytest.raises(SempaError, match=r"'mean' does not apply to .*, an encoder. Expected one of: bert-avg, prompt"):
+        sempa_st.load(encoder_folder, method="mean")
+    with pytest.raises(SempaError, match=r"bare encoder and no decoder\. Expected --method with one of: bert-avg"):
+        sempa_st.load(encoder_folder)
+
+
+def test_an_encoder_method_is_saved_and_loaded(encoder_folder: Path, tmp_path: Path) -> None:
+    model = sempa_st.load(encoder_folder, method="promptbert", dtype="float32", device="cpu")
+    expected = model.encode(SENTENCES, convert_to_tensor=True)
+    model.save_pretrained(str(tmp_path / "bert"))
+    again = SentenceTransformer(str(tmp_path / "bert"), device="cpu", trust_remote_code=True)
+    torch.testing.assert_close(again.encode(SENTENCES, convert_to_tensor=True), expected, rtol=0, atol=1e-5)

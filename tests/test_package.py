@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"nli", "bases", "closing", "packing", "methods.layers"},
     {"methods.method"},
-    {"methods.pooling", "methods.templates", "methods.echo"},
+    {"methods.pooling", "methods.templates", "methods.echo", "methods.encoders"},
     {"methods.contrastive_prompting", "methods.token_prepending", "methods.llm2vec"},
     {"methods.registry"},
     {"methods.module"},

@@ -94,7 +94,8 @@ def test_what_is_finished_is_not_run_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "promptbert"], "Unknown method 'promptbert'. Expected one of: mean"),
+        (["--methods", "sbert"], "Unknown method 'sbert'. Expected one of: mean"),
+        (["--methods", "promptbert"], "Expected some of: mean, last-token"),
         (["--methods"], "nothing to score"),
         (["--methods", "mean", "mean"], "Two systems have the name 'mean'"),
         (["--methods", "mean", "--models", "nowhere/at-all"], "nowhere/at-all"),

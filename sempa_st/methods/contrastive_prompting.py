@@ -53,11 +53,11 @@ class ContrastivePrompting(Method):
         """Return the layer at five sixths of the depth (27 of 32); -2 under Knowledge Enhancement."""
         return -2 if self.template == "knowledge-enhancement" else round(depth * 27 / 32)
 
-    def vectors(self, decoder: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
         (auxiliary,) = others
-        at = self._at(decoder)
-        projection = attention_output(layers_of(decoder)[at])
+        at = self._at(model)
+        projection = attention_output(layers_of(model)[at])
         taken: list[Tensor] = []
 
         def take(mixtures: Tensor) -> Tensor:
@@ -65,25 +65,25 @@ class ContrastivePrompting(Method):
             return mixtures
 
         def contrast(mixtures: Tensor) -> Tensor:
-            new = self._contrast(_at_read(mixtures, rows), taken[0], decoder.config.get_text_config())
+            new = self._contrast(_at_read(mixtures, rows), taken[0], model.config.get_text_config())
             return at_tokens(mixtures, rows.read, new)
 
         with entering(projection, take):
-            states_after(decoder, at + 1, auxiliary.input_ids, auxiliary.attention_mask)
+            states_after(model, at + 1, auxiliary.input_ids, auxiliary.attention_mask)
         with entering(projection, contrast):
-            states = states_after(decoder, self.layers_run(decoder), rows.input_ids, rows.attention_mask)
+            states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
         return mean_of(states, rows.read)
 
-    def check(self, decoder: Any) -> None:
+    def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the layer is not there, not run, or has no output projection by a known name."""
-        super().check(decoder)
-        at, run = self._at(decoder), self.layers_run(decoder)
+        super().check(model)
+        at, run = self._at(model), self.layers_run(model)
         if not 0 <= at < run:
             raise SempaError(f"contrastive-prompting at layer {at} of {run} that are run: expected 0 to {run - 1}.")
-        attention_output(layers_of(decoder)[at])
+        attention_output(layers_of(model)[at])
 
-    def _at(self, decoder: Any) -> int:
-        return round(len(layers_of(decoder)) / 8) if self.at is None else self.at
+    def _at(self, model: Any) -> int:
+        return round(len(layers_of(model)) / 8) if self.at is None else self.at
 
     def _contrast(self, normal: Tensor, auxiliary: Tensor, config: Any) -> Tensor:
         scale = 1.0 if self.variant in ("norm", "head-norm") else self.strength

@@ -19,16 +19,16 @@ from sempa_st.packing import OWN_MASKS
 class LLM2Vec(MeanPooling):
     """The mean of the sentence's tokens without the causal mask."""
 
-    def vectors(self, decoder: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the means."""
-        mask, dtype = rows.attention_mask, decoder.dtype
+        mask, dtype = rows.attention_mask, model.dtype
         seen = mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool()
         added = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
-        return mean_of(states_after(decoder, self.layers_run(decoder), rows.input_ids, added), rows.read)
+        return mean_of(states_after(model, self.layers_run(model), rows.input_ids, added), rows.read)
 
-    def check(self, decoder: Any) -> None:
+    def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder's attention takes no mask of its own."""
-        super().check(decoder)
-        found = decoder.config.get_text_config()._attn_implementation
+        super().check(model)
+        found = model.config.get_text_config()._attn_implementation
         if found not in OWN_MASKS:
             raise SempaError(f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {OWN_MASKS}.")

@@ -1,51 +1,58 @@
-"""What a way to embed with a decoder is: texts to run, and vectors from their states."""
+"""What a way to embed with a model is: texts to run, and vectors from their states."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.layers import layers_of, states_after
 
+MASK = "[MASK]"
+"""Stands for the tokenizer's mask token in a text."""
+
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text for the decoder.
+    """A text for the model.
 
     Args:
         text: The text, without special tokens.
         read: First character, and the one behind the last, of what is averaged; the last token is read when None.
         placeholder: Character before whose token a placeholder token is put, if any.
+        hidden: First character, and the one behind the last, of what a second run may hide, if anything.
     """
 
     text: str
     read: tuple[int, int] | None = None
     placeholder: int | None = None
+    hidden: tuple[int, int] | None = None
 
 
 class Rows(NamedTuple):
-    """Texts as the decoder reads them, padded on either side.
+    """Texts as the model reads them, padded on either side.
 
     Attributes:
         input_ids: Token ids of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
         read: 1 on the tokens that are read, of the same shape.
         placeholder: 1 on placeholder tokens, of the same shape.
+        hidden: 1 on what a second run may hide, of the same shape.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     read: Tensor
     placeholder: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to embed a sentence with a decoder; its fields are the settings.
+    """A way to embed a sentence with a decoder, or an encoder; its fields are the settings.
 
     Args:
         layer: Whose output is read, counted as in transformers' ``hidden_states``: -1 is the last one with the final
@@ -53,42 +60,47 @@ class Method(ABC):
     """
 
     layer: int | None = None
+    for_encoders: ClassVar[bool] = False
 
     @abstractmethod
     def render(self, sentence: str) -> tuple[Rendered, ...]:
         """Return the texts to run for a sentence; the first one is read."""
 
-    def vectors(self, decoder: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return one vector a row, of shape (rows, hidden).
 
         Args:
-            decoder: Layers without the LM head.
+            model: Layers without a head.
             rows: The first text of each sentence.
             *others: Its further texts.
         """
-        states = states_after(decoder, self.layers_run(decoder), rows.input_ids, rows.attention_mask)
+        states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
         return mean_of(states, rows.read)
 
-    def check(self, decoder: Any) -> None:
-        """Raise :class:`SempaError` if the method cannot be applied to a decoder as it is set."""
-        self.layers_run(decoder)
+    def check(self, model: Any) -> None:
+        """Raise :class:`SempaError` if the method cannot be applied to a model as it is set."""
+        self.layers_run(model)
+
+    def depth(self, model: Any) -> int:
+        """Return the number of layers."""
+        return len(layers_of(model))
 
     def default_layer(self, depth: int) -> int:
         """Return the layer to read where none is set.
 
         Args:
-            depth: Number of layers of the decoder.
+            depth: Number of layers of the model.
         """
         return -1
 
-    def layers_run(self, decoder: Any) -> int:
+    def layers_run(self, model: Any) -> int:
         """Return how many layers are run for the state that is read."""
-        depth = len(layers_of(decoder))
+        depth = self.depth(model)
         layer = self.default_layer(depth) if self.layer is None else self.layer
         run = layer if layer > 0 else depth + 1 + layer
         if not 1 <= run <= depth:
             raise SempaError(
-                f"There is no layer {layer} in {type(decoder).__name__} of {depth} layers. Expected -{depth} to -1, or "
+                f"There is no layer {layer} in {type(model).__name__} of {depth} layers. Expected -{depth} to -1, or "
                 f"1 to {depth}."
             )
         return run

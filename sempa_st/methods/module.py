@@ -10,21 +10,23 @@ import torch
 from peft import PeftConfig
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sempa_st.bases import load_tokenizer
-from sempa_st.methods.method import Method, Rendered, Rows
+from sempa_st.errors import SempaError
+from sempa_st.methods.encoders import PromptBERT
+from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
 from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, load_adapter, save_model
 
-_FIELDS = ("input_ids", "attention_mask", "read", "placeholder")
+_FIELDS = ("input_ids", "attention_mask", "read", "placeholder", "hidden")
 
 
 class MethodModule(InputModule):
-    """Embed sentences with a decoder by one of the methods.
+    """Embed sentences with a model by one of the methods.
 
     Args:
-        model: Causal language model, or a PEFT model around one.
+        model: Causal language model, or a PEFT model around one; an encoder, for a method for encoders.
         tokenizer: Its tokenizer, a fast one.
         method: Method with its settings, as :func:`parse_method` takes it.
         max_seq_length: Longest text in tokens; a longer *sentence* is cut, never what stands around it.
@@ -50,17 +52,19 @@ class MethodModule(InputModule):
         self.method = method
         self.max_seq_length = max_seq_length
         self._method: Method = parse_method(method)
-        self._method.check(self.decoder)
+        self._method.check(self.layers)
+        if isinstance(self._method, PromptBERT) and tokenizer.mask_token is None:
+            raise SempaError(f"{type(model).__name__} has no mask token, which {method} reads. Use one that has.")
 
     @property
-    def decoder(self) -> Any:
-        """The layers without the LM head, adapter included."""
-        causal_lm = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        return causal_lm.base_model
+    def layers(self) -> Any:
+        """The model without its head, adapter included."""
+        whole = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return whole.base_model
 
     def get_embedding_dimension(self) -> int:
         """Return the width of the embedding."""
-        return embedding_width(self.decoder.config)
+        return embedding_width(self.layers.config)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Render, tokenise, cut and pad sentences.
@@ -84,7 +88,7 @@ class MethodModule(InputModule):
         rows: list[Rows] = []
         while _key("input_ids", len(rows)) in features:
             rows.append(Rows(**{name: features[_key(name, len(rows))] for name in _FIELDS}))
-        features["sentence_embedding"] = self._method.vectors(self.decoder, *rows)
+        features["sentence_embedding"] = self._method.vectors(self.layers, *rows)
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -107,10 +111,12 @@ class MethodModule(InputModule):
         adapted = Path(folder, ADAPTER_CONFIG).is_file()
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
         arguments = {**(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
-        model: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **arguments)
+        settings = cls.load_config(model_name_or_path, **here)
+        kind = AutoModel if parse_method(settings["method"]).for_encoders else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(base, use_safetensors=True, **arguments)
         if adapted:
             model = load_adapter(model, folder)
-        return cls(model.eval(), load_tokenizer(folder), **cls.load_config(model_name_or_path, **here))
+        return cls(model.eval(), load_tokenizer(folder), **settings)
 
     def _fitting(self, sentence: str) -> tuple[Rendered, ...]:
         """Return the texts of a sentence, cut at its end by a token at a time where one of them is too long."""
@@ -125,38 +131,47 @@ class MethodModule(InputModule):
         return texts
 
     def _token_ids(self, text: Rendered) -> list[int]:
-        ids: list[int] = self.tokenizer(text.text)["input_ids"]
+        ids: list[int] = self._encoded(text)["input_ids"]
         return ids
+
+    def _encoded(self, text: Rendered) -> Any:
+        return self.tokenizer(text.text.replace(MASK, self.tokenizer.mask_token or MASK), return_offsets_mapping=True)
 
     def _tensors(self, texts: Sequence[Rendered]) -> dict[str, Tensor]:
         rows = [self._row(text) for text in texts]
         width = max(len(row["input_ids"]) for row in rows)
-        pad = {"input_ids": self.tokenizer.pad_token_id}
         tensors = {}
         for name in _FIELDS:
-            filled = [[pad.get(name, 0)] * (width - len(row[name])) + row[name] for row in rows]
-            tensors[name] = torch.tensor(filled)
+            filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            padding = [[filler] * (width - len(row[name])) for row in rows]
+            pairs = zip(rows, padding, strict=True)
+            # Positions of an encoder count from the left edge.
+            sides = ((row[name], pad) if self._method.for_encoders else (pad, row[name]) for row, pad in pairs)
+            tensors[name] = torch.tensor([first + second for first, second in sides])
         return tensors
 
     def _row(self, text: Rendered) -> dict[str, list[int]]:
-        encoded = self.tokenizer(text.text, return_offsets_mapping=True)
+        encoded = self._encoded(text)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
-        if text.read is None:
-            read = [int(place == len(ids) - 1) for place in range(len(ids))]
-        else:
-            start, end = text.read
-            read = [int(first < min(end, last) and last > start) for first, last in spans]
+        last = [int(place == len(ids) - 1) for place in range(len(ids))]
+        read = last if text.read is None else _marked(spans, text.read)
+        hidden = _marked(spans, text.hidden or (0, 0))
         placeholder = [0] * len(ids)
         if text.placeholder is not None:
-            place = next(place for place, (_, last) in enumerate(spans) if last > text.placeholder)
-            ids.insert(place, self.tokenizer.eos_token_id)
-            read.insert(place, 0)
-            placeholder.insert(place, 1)
+            place = next(place for place, (_, end) in enumerate(spans) if end > text.placeholder)
+            for row, value in ((ids, self.tokenizer.eos_token_id), (read, 0), (hidden, 0), (placeholder, 1)):
+                row.insert(place, value)
         if not any(read):
             read[-1] = 1  # the empty sentence has no token of its own
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "read": read, "placeholder": placeholder}
+        return dict(zip(_FIELDS, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))
+
+
+def _marked(spans: Sequence[tuple[int, int]], characters: tuple[int, int]) -> list[int]:
+    """Return 1 for each token that holds one of the characters, else 0."""
+    start, end = characters
+    return [int(first < min(end, last) and last > start) for first, last in spans]
 
 
 def _key(name: str, number: int) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import yaml
+
 from sempa_st.errors import SempaError
 from sempa_st.methods.contrastive_prompting import ContrastivePrompting
 from sempa_st.methods.echo import Echo
+from sempa_st.methods.encoders import EncoderMean, PromptBERT
 from sempa_st.methods.llm2vec import LLM2Vec
 from sempa_st.methods.method import Method
 from sempa_st.methods.pooling import LastToken, MeanPooling
@@ -25,7 +28,14 @@ METHODS: dict[str, type[Method]] = {
     "contrastive-prompting": ContrastivePrompting,
     "token-prepending": TokenPrepending,
     "llm2vec": LLM2Vec,
+    "bert-avg": EncoderMean,
+    "promptbert": PromptBERT,
 }
+
+
+def methods_for(*, encoders: bool) -> list[str]:
+    """Return the names of the methods for encoders, or for decoders."""
+    return [name for name, method in METHODS.items() if method.for_encoders == encoders]
 
 
 def parse_method(text: str) -> Method:
@@ -47,7 +57,8 @@ def parse_method(text: str) -> Method:
             raise SempaError(
                 f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known(name)}."
             )
-        field, converted = convert_option(METHODS[name], key, value, f"The method {text!r}")
+        # As in a YAML file, where false is no text.
+        field, converted = convert_option(METHODS[name], key, yaml.safe_load(value), f"The method {text!r}")
         values[field] = converted
     return METHODS[name](**values)
 

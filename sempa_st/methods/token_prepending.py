@@ -46,9 +46,9 @@ class TokenPrepending(Method):
         """Return the layer at five sixths of the depth (27 of 32)."""
         return round(depth * 27 / 32)
 
-    def vectors(self, decoder: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
-        layers = layers_of(decoder)
+        layers = layers_of(model)
         last = rows.read.argmax(dim=1)
 
         def prepend(states: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class TokenPrepending(Method):
         with ExitStack() as stack:
             for layer in layers[self.start : self._exit(len(layers))]:
                 stack.enter_context(entering(layer, prepend))
-            states = states_after(decoder, self.layers_run(decoder), rows.input_ids, rows.attention_mask)
+            states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
         return mean_of(states, rows.read)
 
-    def check(self, decoder: Any) -> None:
+    def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder has too few layers."""
-        super().check(decoder)
-        depth = len(layers_of(decoder))
+        super().check(model)
+        depth = len(layers_of(model))
         if not self.start < self._exit(depth) <= depth:
             raise SempaError(
                 f"token-prepending from layer {self.start} to {self._exit(depth)} does not fit {depth} layers. "
