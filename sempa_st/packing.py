@@ -21,7 +21,7 @@ OWN_MASKS = ("sdpa", "eager")
 
 
 class Packed(NamedTuple):
-    """States of shape (places, hidden) and, for each row, the places of its tokens."""
+    """States of shape (places, hidden) and, for each row, the places of its tokens (on the CPU)."""
 
     states: Tensor
     places: list[Tensor]
@@ -49,35 +49,41 @@ def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packe
 
     Args:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
-        rows: Token ids of each row, of shape (tokens,), without padding.
+        rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
         group: Number of rows of a group, which stand next to each other.
     """
+    device = decoder.device
     opening = 0 if keeps_no_cache(decoder) else _shared_tokens(rows)
     layout = _lay_out([row[opening:] for row in rows], group)
     cache = DynamicCache()
-    once = rows[0].new_empty(0)
-    there = torch.arange(opening, device=once.device)
+    there, once = torch.arange(opening), []
     if opening:
-        beginning = rows[0][None, :opening]
-        once = run_on(decoder, cache, beginning, torch.ones_like(beginning), there[None])[0]
+        beginning = rows[0][None, :opening].to(device)
+        once = [run_on(decoder, cache, beginning, torch.ones_like(beginning), there[None].to(device))[0]]
         cache.batch_repeat_interleave(len(layout.ids))
-    mask = _own_keys(layout.owners, layout.parts, opening, decoder.dtype)
-    states = run_on(decoder, cache, layout.ids, mask, opening + layout.positions).flatten(0, 1)
+    mask = _own_keys(layout.owners.to(device), layout.parts.to(device), opening, decoder.dtype)
+    states = run_on(decoder, cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))
     return Packed(
-        torch.cat([once, states]) if opening else states,
+        torch.cat([*once, states.flatten(0, 1)]),
         [torch.cat([there, opening + places]) for places in layout.places],
     )
 
 
 def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so."""
-    rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+    rows = unpadded(input_ids, attention_mask)
     # PEFT finds the closing tokens by their place in a row of its own.
     if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
         return embed_rows(module, input_ids, attention_mask)
     with acting_everywhere(module.model):
         packed = packed_states(module.decoder, rows)
-    return packed.states.index_select(0, torch.stack([places[-1] for places in packed.places]))
+    last = torch.stack([places[-1] for places in packed.places])
+    return packed.states.index_select(0, last.to(packed.states.device))
+
+
+def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    """Return the token ids of each row, without padding and on the CPU."""
+    return [row[kept] for row, kept in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
 
 
 @contextmanager
@@ -144,12 +150,12 @@ def _lay_out(rows: list[Tensor], group: int) -> _Layout:
             begin, start = shared[index], end
             for part, row in enumerate(groups[index]):
                 new = row[begin:] if part else row  # the first row brings what the group begins with
-                here = torch.arange(end, end + len(new), device=ids.device)
+                here = torch.arange(end, end + len(new))
                 layout.ids[number, here] = new
                 layout.positions[number, here] = here - end + len(row) - len(new)
                 layout.owners[number, here] = index
                 layout.parts[number, here] = part + 1
-                places = torch.cat([torch.arange(start, start + begin, device=ids.device), here[begin - len(row) :]])
+                places = torch.cat([torch.arange(start, start + begin), here[begin - len(row) :]])
                 layout.places[index * group + part] = number * width + places
                 end += len(new)
             layout.parts[number, start : start + begin] = 0

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
-from sempa_st.packing import embed_packed
+from sempa_st.packing import embed_packed, unpadded
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.prefixes import grouped_states
 
@@ -41,26 +41,26 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
             acts on the closing tokens alone, to which it comes for the price of these.
     """
     if module.closing_only:
-        rows = [row[kept] for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
-        return _closing_states(module, rows, reference_rows)
+        return _closing_states(module, unpadded(input_ids, attention_mask), reference_rows)
     states = embed_packed(module, input_ids, attention_mask)
     return ReadStates(states, states[:0])
 
 
 def _closing_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) -> ReadStates:
     """Return the states under an adapter of the closing tokens; rows of similar length are run together."""
+    device = module.decoder.device
     states: dict[int, Tensor] = {}
     reference: dict[int, Tensor] = {}
     for group in alike([len(row) for row in rows]):
         ids, mask = (
-            pad_sequence([make(rows[row]) for row in group], batch_first=True, padding_side="left")
+            pad_sequence([make(rows[row]) for row in group], batch_first=True, padding_side="left").to(device)
             for make in (torch.clone, torch.ones_like)
         )
         open_rows = OpenRows(module, ids, mask)
         states |= dict(zip(group, open_rows.last_states(), strict=True))
         wanted = [place for place, row in enumerate(group) if row < reference_rows]
         if wanted:
-            base = open_rows.base_states(torch.tensor(wanted, device=ids.device))
+            base = open_rows.base_states(torch.tensor(wanted, device=device))
             reference |= dict(zip([group[place] for place in wanted], base, strict=True))
     ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
     return ReadStates(ordered[0], ordered[1][:reference_rows])

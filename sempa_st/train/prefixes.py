@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sempa_st.packing import can_pack, packed_states
+from sempa_st.packing import can_pack, packed_states, unpadded
 
 
 def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, group: int) -> Tensor:
@@ -30,9 +30,9 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
-    packed = packed_states(decoder, [row[mask] for row, mask in zip(input_ids, kept, strict=True)], group)
+    packed = packed_states(decoder, unpadded(input_ids, attention_mask), group)
     places = torch.zeros_like(input_ids)
-    places[kept] = torch.cat(packed.places)
+    places[kept] = torch.cat(packed.places).to(places.device)
     return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)
 
 
