@@ -130,9 +130,10 @@ def load(
     if method:
         return _load_method(source, method, template, base, reader, torch_dtype, device)
     if source.kind == "encoder":
+        kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
         raise SempaError(
-            f"{source.name} is a bare encoder and no decoder. Expected --method with one of: "
-            f"{', '.join(methods_for(encoders=True))}."
+            f"{source.name} ({kinds}) is an encoder and not a decoder. Give sempa evaluate or sempa_st.load "
+            f"a method: {', '.join(methods_for(encoders=True))}."
         )
     if source.kind == "base" and reader == "native":
         raise SempaError(f"{source.name} is a bare base. Make a native folder of it first: sempa copy {model} DIR")
