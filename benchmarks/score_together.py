@@ -30,7 +30,7 @@ from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
 from sempa_st.loading import adapter_base, find_model
-from sempa_st.packing import packed_states
+from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
 from sempa_st.runinfo import run_info
 from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
@@ -142,8 +142,7 @@ def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
         elif first:
             yield go_on_above(together, open_rows, first)
         else:
-            packed = packed_states(module.decoder, [torch.tensor(row) for row in rows])
-            yield packed.states[[int(places[-1]) for places in packed.places]]
+            yield embed_packed(module, padded["input_ids"], padded["attention_mask"])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json
@@ -96,8 +96,9 @@ def _check_decoder(base: Base) -> None:
     path = base.folder / "config.json"
     if not path.is_file():
         raise SempaError(f"The base {base.name!r} has no config.json. Expected the folder of a transformers model.")
-    architectures = read_json(path).get("architectures") or []
-    if is_encoder(base.folder):
+    config = read_json(path)
+    if not _is_decoder(config):
+        architectures = config.get("architectures") or []
         raise SempaError(
             f"The base {base.name!r} is not a decoder (architectures: {', '.join(architectures) or 'none'}). Expected "
             "a causal language model such as Llama, Qwen, Gemma, Mistral, OPT or GPT-NeoX."
@@ -106,12 +107,13 @@ def _check_decoder(base: Base) -> None:
 
 def is_encoder(folder: Path) -> bool:
     """Whether a folder holds a model that is no decoder: an encoder, or one with a decoder beside it."""
-    if not (folder / "config.json").is_file():
-        return False
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or []
-    decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    return bool(config.get("is_encoder_decoder")) or not decoder
+    path = folder / "config.json"
+    return path.is_file() and not _is_decoder(read_json(path))
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    names = config.get("architectures") or []
+    return not config.get("is_encoder_decoder") and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,8 @@ def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask:
         decoder: Layers without the LM head.
         cache: What was run before; empty at first.
         input_ids: Token ids of shape (rows, tokens).
-        attention_mask: 0 on padding, of shape (rows, tokens in the cache + tokens).
+        attention_mask: 0 on padding, of shape (rows, tokens in the cache + tokens); or what is added to the scores, of
+            shape (rows, 1, tokens, tokens in the cache + tokens).
         positions: Of the tokens, padding not counted, of shape (rows, tokens) or (1, tokens).
 
     Returns:

@@ -192,4 +192,9 @@ def _own_keys(owners: Tensor, parts: Tensor, opening: int, dtype: torch.dtype) -
     same_part = (parts[:, None] == 0) | (parts[:, :, None] == parts[:, None])
     own = ((owners[:, :, None] == owners[:, None]) & same_part).tril()
     seen = torch.cat([own.new_ones(*own.shape[:2], opening), own], dim=2)[:, None]
+    return added_to_scores(seen, dtype)
+
+
+def added_to_scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what an attention mask adds to the scores: 0 where a key is seen, and where not the least number."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

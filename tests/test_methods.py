@@ -39,7 +39,7 @@ def module_of(make: Any, method: str, **settings: Any) -> MethodModule:
 
 @torch.no_grad()
 def check(module: MethodModule, expected: list[Tensor]) -> None:
-    """In one batch, one at a time, and with the padding on the other side."""
+    """In one batch, padded, and one at a time."""
     batch = module.preprocess(SENTENCES)
     together = module(dict(batch))["sentence_embedding"]
     alone = torch.cat([module(module.preprocess([text]))["sentence_embedding"] for text in SENTENCES])

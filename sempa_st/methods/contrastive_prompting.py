@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.layers import at_tokens, attention_output, entering, layers_of, states_after
-from sempa_st.methods.method import Method, Rendered, Rows, mean_of
+from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
 from sempa_st.prompts import EmbeddingTemplate, embedding_template
 
 _AUXILIARY = EmbeddingTemplate("auxiliary", 'The irrelevant information of this sentence : "', '" means in one word:"')
@@ -51,7 +51,7 @@ class ContrastivePrompting(Method):
 
     def default_layer(self, depth: int) -> int:
         """Return the layer at five sixths of the depth (27 of 32); -2 under Knowledge Enhancement."""
-        return -2 if self.template == "knowledge-enhancement" else round(depth * 27 / 32)
+        return -2 if self.template == "knowledge-enhancement" else of_32(depth, 27)
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
@@ -61,11 +61,11 @@ class ContrastivePrompting(Method):
         taken: list[Tensor] = []
 
         def take(mixtures: Tensor) -> Tensor:
-            taken.append(_at_read(mixtures, auxiliary))
+            taken.append(at_read(mixtures, auxiliary.read))
             return mixtures
 
         def contrast(mixtures: Tensor) -> Tensor:
-            new = self._contrast(_at_read(mixtures, rows), taken[0], model.config.get_text_config())
+            new = self._contrast(at_read(mixtures, rows.read), taken[0], model.config.get_text_config())
             return at_tokens(mixtures, rows.read, new)
 
         with entering(projection, take):
@@ -83,7 +83,7 @@ class ContrastivePrompting(Method):
         attention_output(layers_of(model)[at])
 
     def _at(self, model: Any) -> int:
-        return round(len(layers_of(model)) / 8) if self.at is None else self.at
+        return of_32(len(layers_of(model)), 4) if self.at is None else self.at
 
     def _contrast(self, normal: Tensor, auxiliary: Tensor, config: Any) -> Tensor:
         scale = 1.0 if self.variant in ("norm", "head-norm") else self.strength
@@ -94,7 +94,3 @@ class ContrastivePrompting(Method):
         kept, size = (x.unflatten(-1, (heads, -1)).norm(dim=-1, keepdim=True) for x in (normal, difference))
         ratio = kept / size.clamp(min=torch.finfo(size.dtype).tiny)
         return scale * (difference.unflatten(-1, (heads, -1)) * ratio).flatten(-2)
-
-
-def _at_read(states: Tensor, rows: Rows) -> Tensor:
-    return states[torch.arange(len(states), device=states.device), rows.read.argmax(dim=1)]

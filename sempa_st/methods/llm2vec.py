@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.layers import states_after
 from sempa_st.methods.method import Rows, mean_of
 from sempa_st.methods.pooling import MeanPooling
-from sempa_st.packing import OWN_MASKS
+from sempa_st.packing import OWN_MASKS, added_to_scores
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,8 @@ class LLM2Vec(MeanPooling):
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the means."""
-        mask, dtype = rows.attention_mask, model.dtype
-        seen = mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool()
-        added = torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
+        mask = rows.attention_mask
+        added = added_to_scores(mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool(), model.dtype)
         return mean_of(states_after(model, self.layers_run(model), rows.input_ids, added), rows.read)
 
     def check(self, model: Any) -> None:

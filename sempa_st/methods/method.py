@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sempa_st.errors import SempaError
@@ -104,6 +105,16 @@ class Method(ABC):
                 f"1 to {depth}."
             )
         return run
+
+
+def of_32(depth: int, layer: int) -> int:
+    """Return the layer of a decoder of ``depth`` layers that stands where ``layer`` does among a paper's 32."""
+    return round(depth * layer / 32)
+
+
+def at_read(states: Tensor, read: Tensor) -> Tensor:
+    """Return the state at each row's one token that is read, of shape (rows, width)."""
+    return states[torch.arange(len(states), device=states.device), read.argmax(dim=1)]
 
 
 def mean_of(states: Tensor, read: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ class MethodModule(InputModule):
         Returns:
             The tensors of :class:`Rows`, those of a method's further texts with a number before their names.
         """
-        rendered = [self._fitting(f"{prompt or ''}{sentence}") for sentence in inputs]
+        fitting = [self._fitting(f"{prompt or ''}{sentence}") for sentence in inputs]
         features: dict[str, Tensor] = {}
-        for number, texts in enumerate(zip(*rendered, strict=True)):
-            features |= {_key(name, number): tensor for name, tensor in self._tensors(texts).items()}
+        for number, rows in enumerate(zip(*fitting, strict=True)):
+            features |= {_key(name, number): tensor for name, tensor in self._tensors(rows).items()}
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -118,27 +118,19 @@ class MethodModule(InputModule):
             model = load_adapter(model, folder)
         return cls(model.eval(), load_tokenizer(folder), **settings)
 
-    def _fitting(self, sentence: str) -> tuple[Rendered, ...]:
-        """Return the texts of a sentence, cut at its end by a token at a time where one of them is too long."""
-        texts = self._method.render(sentence)
-        excess = max(len(self._token_ids(text)) for text in texts) - self.max_seq_length
-        while excess > 0 and sentence:
+    def _fitting(self, sentence: str) -> list[dict[str, list[int]]]:
+        """Return the rows of a sentence's texts, the sentence cut at its end where one of them is too long."""
+        while True:
+            rows = [self._row(text) for text in self._method.render(sentence)]
+            # A placeholder is no part of the text.
+            excess = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows) - self.max_seq_length
+            if excess <= 0 or not sentence:
+                return rows
             spans = self.tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             kept = max(0, len(spans) - max(1, excess // 2))  # a text may hold the sentence twice
             sentence = sentence[: spans[kept][0]]
-            texts = self._method.render(sentence)
-            excess = max(len(self._token_ids(text)) for text in texts) - self.max_seq_length
-        return texts
 
-    def _token_ids(self, text: Rendered) -> list[int]:
-        ids: list[int] = self._encoded(text)["input_ids"]
-        return ids
-
-    def _encoded(self, text: Rendered) -> Any:
-        return self.tokenizer(text.text.replace(MASK, self.tokenizer.mask_token or MASK), return_offsets_mapping=True)
-
-    def _tensors(self, texts: Sequence[Rendered]) -> dict[str, Tensor]:
-        rows = [self._row(text) for text in texts]
+    def _tensors(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         tensors = {}
         for name in _FIELDS:
@@ -151,7 +143,9 @@ class MethodModule(InputModule):
         return tensors
 
     def _row(self, text: Rendered) -> dict[str, list[int]]:
-        encoded = self._encoded(text)
+        encoded = self.tokenizer(
+            text.text.replace(MASK, self.tokenizer.mask_token or MASK), return_offsets_mapping=True
+        )
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]

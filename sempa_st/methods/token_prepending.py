@@ -6,12 +6,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.layers import at_tokens, entering, layers_of, states_after
-from sempa_st.methods.method import Method, Rendered, Rows, mean_of
+from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
 from sempa_st.prompts import embedding_template
 
 
@@ -44,15 +43,14 @@ class TokenPrepending(Method):
 
     def default_layer(self, depth: int) -> int:
         """Return the layer at five sixths of the depth (27 of 32)."""
-        return round(depth * 27 / 32)
+        return of_32(depth, 27)
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
         layers = layers_of(model)
-        last = rows.read.argmax(dim=1)
 
         def prepend(states: Tensor) -> Tensor:
-            return at_tokens(states, rows.placeholder, states[torch.arange(len(last), device=last.device), last])
+            return at_tokens(states, rows.placeholder, at_read(states, rows.read))
 
         with ExitStack() as stack:
             for layer in layers[self.start : self._exit(len(layers))]:
@@ -71,4 +69,4 @@ class TokenPrepending(Method):
             )
 
     def _exit(self, depth: int) -> int:
-        return max(self.start + 1, round(depth * 7 / 32)) if self.exit is None else self.exit
+        return max(self.start + 1, of_32(depth, 7)) if self.exit is None else self.exit
