@@ -231,7 +231,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     score_files = [output / "scores.json", *([Path(args.json)] if args.json else [])]
     for file in score_files:
         check_output_file(file, (".json",))
-    method = describe_method(find_model(args.model), args.template, _method(args))
+    method = describe_method(find_model(args.model, encoders=True), args.template, _method(args))
     cells = load_tasks(
         expand_tasks(args.tasks),
         split=args.split,

@@ -54,11 +54,20 @@ class Source:
     folder: Path
     kind: Kind
 
+    @property
+    def takes_encoder_methods(self) -> bool:
+        """Whether methods for encoders apply to it, and not those for decoders."""
+        return self.kind in ("encoder", "sentence-transformers")
 
-def find_model(name: str) -> Source:
+
+def find_model(name: str, *, encoders: bool = False) -> Source:
     """Find a model by folder, Hub id, or name of the embedded base or of a shipped model, and tell what kind it is.
 
     A local folder comes before a shipped model and before a Hub repository of the same name.
+
+    Args:
+        name: The model.
+        encoders: Whether a bare encoder will do, which only a method can embed with.
 
     Raises:
         SempaError: If it cannot be found or is none of the kinds.
@@ -76,7 +85,7 @@ def find_model(name: str) -> Source:
             f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a "
             "folder that `sempa train` or `sempa copy` wrote."
         )
-    if is_encoder(folder):
+    if encoders and is_encoder(folder):
         return Source(name, folder, "encoder")
     return Source(name, resolve_base(name).folder, "base")
 
@@ -122,7 +131,7 @@ def load(
         raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
-    source = find_model(str(model))
+    source = find_model(str(model), encoders=True)
     if template and source.kind != "base":
         raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
     if base and not (source.kind == "sempa" and reader == "sempa" and is_adapter_folder(source.folder)):
@@ -180,7 +189,7 @@ def _load_method(
 
     if template or reader != "sempa":
         raise SempaError(f"--method {method!r} brings its own texts and module. Leave out --template and --reader.")
-    encoder = source.kind in ("encoder", "sentence-transformers")
+    encoder = source.takes_encoder_methods
     if parse_method(method).for_encoders != encoder:
         raise SempaError(
             f"The method {method!r} does not apply to {source.name}, {'an encoder' if encoder else 'a decoder'}. "

@@ -51,18 +51,20 @@ def table_command(args: argparse.Namespace) -> None:
     from sempa_st.methods.registry import methods_for, parse_method
     from sempa_st.stsdata import data_dir_or_default
 
-    encoder = find_model(args.base).kind in ("encoder", "sentence-transformers")
+    encoder = find_model(args.base, encoders=True).takes_encoder_methods
     methods = methods_for(encoders=encoder) if args.methods == [_ALL] else args.methods
     systems = [*(System(args.base, method) for method in methods), *(System(model) for model in args.models)]
     if not systems:
         raise SempaError("There is nothing to score. Name --methods or --models.")
-    for system in systems:  # what can be refused is refused before hours of work
-        if system.method and parse_method(system.method).for_encoders != encoder:
+    # What can be refused is refused before hours of work.
+    for method in methods:
+        if parse_method(method).for_encoders != encoder:
             raise SempaError(
-                f"The method {system.method!r} does not apply to {args.base}. Expected some of: "
+                f"The method {method!r} does not apply to {args.base}. Expected some of: "
                 f"{', '.join(methods_for(encoders=encoder))}."
             )
-        find_model(system.model)
+    for model in args.models:
+        find_model(model)
     output = Path(args.output)
     found = score_systems(
         systems,

@@ -125,6 +125,9 @@ def test_models_that_cannot_be_used(
     small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=20, **small)).save_pretrained(tmp_path / "bert")
     assert_refused(run_cli("encode", tmp_path / "bert", *tail), "not a decoder", "BertModel")
+    assert_refused(run_cli("copy", tmp_path / "bert", tmp_path / "copy"), "not a decoder", "BertModel")
+    assert_refused(run_cli("generation", tmp_path / "bert", "--tasks", "wikitext"), "not a decoder", "BertModel")
+    assert not (tmp_path / "copy").exists()
     assert_refused(run_cli("encode", adapter_folder, *tail, "--base", tiny_gemma), "cannot be used on the base")
     assert_refused(run_cli("encode", adapter_folder, *tail, "--template", "prompteol"), "brings its own template")
 

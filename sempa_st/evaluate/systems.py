@@ -94,7 +94,7 @@ def score_systems(
 def _score(
     system: System, file: Path, cells: Sequence[Cell], *, dtype: str, device: str | None, batch_size: int
 ) -> dict[str, Any]:
-    source = find_model(system.model)
+    source = find_model(system.model, encoders=True)
     identity = {"digest": folder_digest(source.folder), "method": system.method, "dtype": dtype}
     held: dict[str, Any] = read_json(file) if file.is_file() else {}
     if held.get("identity") != identity:
