@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,22 +85,51 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -
     Raises:
         SempaError: If a file is missing or corrupted, or if the adapter was made for another base.
     """
+    with _clear_errors(Path(folder), base_name):
+        return load_adapter(model, folder)
+
+
+def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: str) -> None:
+    """Merge adapters into a causal language model in place, in its own type.
+
+    An adapter may have been trained on the model without its head, as LLM2Vec's are; its tensors' names tell.
+
+    Args:
+        model: Base causal language model.
+        folders: Their folders, each adapter trained on top of the next one.
+        base_name: What the user called the base.
+
+    Raises:
+        SempaError: As :func:`attach_adapter` does.
+    """
+    from safetensors import safe_open
+
+    for folder in reversed(folders):
+        with _clear_errors(folder, base_name):
+            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+                inner = f"base_model.model.{model.base_model_prefix}."
+                with_head = any(name.startswith(inner) for name in file.keys())  # noqa: SIM118
+            part: Any = model if with_head else model.base_model
+            load_adapter(part, folder).merge_and_unload()
+
+
+@contextmanager
+def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    folder = Path(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise SempaError(
             f"{folder} has no {ADAPTER_WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded; expected "
             "safetensors."
         )
-    trained_on = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     try:
-        return load_adapter(model, folder)
+        yield
     except SafetensorError as error:
         raise SempaError(
             f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore the file from where it came."
         ) from error
     except (ValueError, RuntimeError) as error:
+        trained_on = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise SempaError(
             f"The adapter in {folder} cannot be used on the base {base_name!r}. {error} It names {trained_on!r} as its "
             "base; another one is given with --base."

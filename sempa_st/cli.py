@@ -95,13 +95,6 @@ def _add_encode(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _evaluate, "Score a model on STS tasks, with MTEB's own task classes.")
     _add_model(parser)
-    parser.add_argument(
-        "--method",
-        metavar="NAME[:SETTING=VALUE...]",
-        help="another way to embed with a decoder: mean, last-token, prompteol, pretended-cot, knowledge-enhancement, "
-        "echo, contrastive-prompting, token-prepending, llm2vec; with an encoder: bert-avg, promptbert",
-    )
-    parser.add_argument("--layer", type=int, help="whose output the method reads: -1 the last, ... (default: its own)")
     parser.add_argument("--tasks", default="sts", help="comma-separated MTEB tasks, or sts for the paper's seven")
     parser.add_argument("--split", default="test", choices=("test", "dev"), help="default: test")
     parser.add_argument(
@@ -160,6 +153,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "or any ST model",
     )
     parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
+    parser.add_argument(
+        "--method",
+        metavar="NAME[:SETTING=VALUE...]",
+        help="another way to embed with a decoder: mean, last-token, prompteol, pretended-cot, knowledge-enhancement, "
+        "echo, contrastive-prompting, token-prepending, llm2vec; with an encoder: bert-avg, promptbert",
+    )
+    parser.add_argument("--layer", type=int, help="whose output the method reads: -1 the last, ... (default: its own)")
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")
     parser.add_argument("--reader", default="sempa", choices=("sempa", "native"), help="our module, or plain ST")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto")
@@ -200,13 +200,12 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _method(args: argparse.Namespace) -> str | None:
-    method: str | None = getattr(args, "method", None)
-    layer = getattr(args, "layer", None)
-    if layer is None:
+    method: str | None = args.method
+    if args.layer is None:
         return method
     if method is None:
         raise SempaError("--layer is for a --method, such as --method prompteol.")
-    return f"{method}:layer={layer}"
+    return f"{method}:layer={args.layer}"
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -223,15 +222,15 @@ def _encode(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from sempa_st.evaluate.sts import average, expand_tasks, load_tasks, score_tasks
     from sempa_st.files import check_output_file, write_json
-    from sempa_st.loading import describe_method, find_model
     from sempa_st.runinfo import run_info
+    from sempa_st.sources import describe_method, find_model
     from sempa_st.stsdata import data_dir_or_default
 
     output = Path(args.output)
     score_files = [output / "scores.json", *([Path(args.json)] if args.json else [])]
     for file in score_files:
         check_output_file(file, (".json",))
-    method = describe_method(find_model(args.model, encoders=True), args.template, _method(args))
+    method = describe_method(find_model(args.model, for_method=True), args.template, _method(args))
     cells = load_tasks(
         expand_tasks(args.tasks),
         split=args.split,

@@ -32,9 +32,9 @@ from sempa_st.folder import (
     weight_files,
     write_embedding_files,
 )
-from sempa_st.loading import Source, adapter_base, find_model
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -58,8 +58,8 @@ def generation_command(args: argparse.Namespace) -> None:
     """
     from sempa_st.evaluate.generation import expand_tasks, load_tasks
     from sempa_st.files import check_output_file, write_json
-    from sempa_st.loading import describe_method, find_model
     from sempa_st.runinfo import run_info
+    from sempa_st.sources import describe_method, find_model
     from sempa_st.stsdata import data_dir_or_default
 
     if args.output:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import EMBEDDED_BASE, Base, is_encoder, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
 from sempa_st.devices import pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.folder import (
-    MODULES,
-    RUN_RECORD,
-    SETTINGS,
     ST_CONFIG,
-    base_of_adapter,
     folder_digest,
     folder_format,
     folder_max_seq_length,
@@ -24,81 +19,17 @@ from sempa_st.folder import (
     is_adapter_folder,
     template_name,
 )
-from sempa_st.hub import model_folder
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
-from sempa_st.shipped import shipped_model, shipped_names
+from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Kind = Literal["base", "sempa", "sentence-transformers", "encoder"]
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that is at hand.
-
-    Args:
-        name: What the user called it.
-        folder: Its local folder.
-        kind: ``base`` (a bare decoder), ``sempa`` (a folder of this package), ``sentence-transformers``, or
-            ``encoder`` (a bare one).
-    """
-
-    name: str
-    folder: Path
-    kind: Kind
-
-    @property
-    def takes_encoder_methods(self) -> bool:
-        """Whether methods for encoders apply to it, and not those for decoders."""
-        return self.kind in ("encoder", "sentence-transformers")
-
-
-def find_model(name: str, *, encoders: bool = False) -> Source:
-    """Find a model by folder, Hub id, or name of the embedded base or of a shipped model, and tell what kind it is.
-
-    A local folder comes before a shipped model and before a Hub repository of the same name.
-
-    Args:
-        name: The model.
-        encoders: Whether a bare encoder will do, which only a method can embed with.
-
-    Raises:
-        SempaError: If it cannot be found or is none of the kinds.
-    """
-    if name == EMBEDDED_BASE:
-        return Source(name, resolve_base(name).folder, "base")
-    is_shipped = name in shipped_names() and not Path(name).is_dir()
-    folder = shipped_model(name) if is_shipped else model_folder(name)
-    if folder_format(folder):
-        return Source(name, folder, "sempa")
-    if (folder / MODULES).is_file():
-        return Source(name, folder, "sentence-transformers")
-    if is_adapter_folder(folder):
-        raise SempaError(
-            f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a "
-            "folder that `sempa train` or `sempa copy` wrote."
-        )
-    if encoders and is_encoder(folder):
-        return Source(name, folder, "encoder")
-    return Source(name, resolve_base(name).folder, "base")
-
-
-def describe_method(source: Source, template: str | None = None, method: str | None = None) -> str:
-    """Return how a model's vectors come about: a method, a template, ``sempa`` or ``sentence-transformers``."""
-    if method:
-        return method
-    if source.kind == "base":
-        return template or DEFAULT_TEMPLATE
-    if source.kind == "sempa" and not (source.folder / RUN_RECORD).is_file():
-        return template_name(source.folder) or DEFAULT_TEMPLATE
-    return source.kind
 
 
 def load(
@@ -119,9 +50,10 @@ def load(
         dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ...; the best there is when None.
         template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
-        method: Another way to embed with the decoder of a base or a SemPA folder, such as ``mean`` or
-            ``token-prepending:exit=5``; see :mod:`sempa_st.methods.registry`.
-        base: Base to put the folder's adapter on, where the one it names has moved.
+        method: Another way to embed with the decoder of a base, a SemPA folder or any PEFT adapter's folder, such as
+            ``mean`` or ``token-prepending:exit=5``; see :mod:`sempa_st.methods.registry`.
+        base: Base to put the folder's adapter on, where the one it names has moved; under a method it may be an
+            adapter itself.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
 
     Raises:
@@ -131,13 +63,16 @@ def load(
         raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
-    source = find_model(str(model), encoders=True)
+    source = find_model(str(model), for_method=True)
     if template and source.kind != "base":
         raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
-    if base and not (source.kind == "sempa" and reader == "sempa" and is_adapter_folder(source.folder)):
+    adapted = source.kind in ("sempa", "adapter") and is_adapter_folder(source.folder)
+    if base and not (adapted and reader == "sempa"):
         raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
     if method:
         return _load_method(source, method, template, base, reader, torch_dtype, device)
+    if source.kind == "adapter":
+        raise bare_adapter(source.name)
     if source.kind == "encoder":
         kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
         raise SempaError(
@@ -170,9 +105,14 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
-    """Return the decoder of a base or a SemPA folder, adapter on it, and its tokenizer."""
-    from sempa_st.adapters import attach_adapter
+    """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
+    from sempa_st.adapters import attach_adapter, merge_adapters
 
+    if source.kind == "adapter":
+        folders, below = adapters_over_base(source.folder, base)
+        model = load_causal_lm(below.folder, dtype).eval()
+        merge_adapters(model, folders, below.name)
+        return model, load_tokenizer(below.folder)
     tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
         return load_causal_lm(source.folder, dtype).eval(), tokenizer
@@ -213,19 +153,6 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SempaError(f"The encoder in {source.folder} cannot be read: {error}") from error
     return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer
-
-
-def adapter_base(folder: Path, base: str | None = None) -> Base:
-    """Return the base of an adapter folder, or ``base`` where one is given.
-
-    Raises:
-        SempaError: If it is not at hand; the message says how to name another.
-    """
-    name = base or base_of_adapter(folder)
-    try:
-        return resolve_base(name)
-    except SempaError as error:
-        raise SempaError(f"The base of the adapter in {folder}: {error} To use another copy, pass --base.") from error
 
 
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:

@@ -47,11 +47,11 @@ def table_command(args: argparse.Namespace) -> None:
         SempaError: On a model, method or data that cannot be used.
     """
     from sempa_st.evaluate.systems import COLUMNS, System, lines_of, score_systems, write_tables
-    from sempa_st.loading import find_model
     from sempa_st.methods.registry import methods_for, parse_method
+    from sempa_st.sources import find_model
     from sempa_st.stsdata import data_dir_or_default
 
-    encoder = find_model(args.base, encoders=True).takes_encoder_methods
+    encoder = find_model(args.base, for_method=True).takes_encoder_methods
     methods = methods_for(encoders=encoder) if args.methods == [_ALL] else args.methods
     systems = [*(System(args.base, method) for method in methods), *(System(model) for model in args.models)]
     if not systems:

@@ -9,22 +9,27 @@ from typing import Any
 
 import mteb
 import naive
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_gemma, make_llama, make_tokenizer, save_base
+from conftest import make_gemma, make_llama, make_tokenizer, randomise, save_base
 from mteb.mocks.mock_tasks import MockSTSTask
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import sempa_st
+from sempa_st.bases import load_causal_lm
+from sempa_st.cli import build_parser
 from sempa_st.errors import SempaError
 from sempa_st.files import read_rows
 from sempa_st.methods.module import MethodModule
-from sempa_st.methods.registry import methods_for, parse_method
+from sempa_st.methods.registry import METHODS, methods_for, parse_method
 from sempa_st.nli import sample_path
 from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
 
@@ -172,6 +177,52 @@ def test_llm2vec(make: Any) -> None:
     )
 
 
+def save_decoder_adapter(folder: Path, base: Path, below: Path, seed: int) -> Path:
+    """Save an adapter as LLM2Vec's are: of the layers without the head, on top of another one or of the base."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    tuned = get_peft_model(load_causal_lm(base, torch.float32).base_model, config)
+    torch.manual_seed(seed)
+    randomise(tuned)
+    tuned.save_pretrained(str(folder))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["task_type"] is None
+    settings["base_model_name_or_path"] = str(below)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@torch.no_grad()
+def test_llm2vec_checkpoints_are_adapters_over_adapters(run_cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
+    below = save_decoder_adapter(tmp_path / "mntp", tiny_base, tiny_base, 1)
+    above = save_decoder_adapter(tmp_path / "simcse", tiny_base, below, 2)
+    decoder = load_causal_lm(tiny_base, torch.float32).base_model
+    for folder in (below, above):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for name in (name for name in tensors if "lora_A" in name):
+            weight = decoder.get_parameter(name.removeprefix("base_model.model.").replace("lora_A.", ""))
+            weight += 8 / 4 * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+    method = r'llm2vec:before="[INST]\n":after=" [/INST]"'
+    model = sempa_st.load(above, method=method, dtype="float32", device="cpu")
+    module = model[0]
+    expected = []
+    for text in map(normalize_sentence, SENTENCES):
+        ids = ids_of(module, f"[INST]\n{text} [/INST]")
+        before = ids_of(module, "[INST]\n")
+        assert ids[: len(before)] == before
+        expected.append(naive.hidden_states(decoder, ids, bidirectional=True)[-1][len(before) :].mean(dim=0))
+    check(module, expected)
+    named = sempa_st.load(above, method=method, base=str(below), dtype="float32", device="cpu")
+    assert (named.encode(SENTENCES) == model.encode(SENTENCES)).all()
+    alone = sempa_st.load(above, method=method, base=str(tiny_base), dtype="float32", device="cpu")
+    assert float(abs(alone.encode(SENTENCES) - model.encode(SENTENCES)).max()) > 1e-2
+    with pytest.raises(SempaError, match=r"bare adapter .* by a --method, such as llm2vec"):
+        sempa_st.load(above)
+    with pytest.raises(SempaError, match="names itself as its base"):
+        sempa_st.load(below, method=method, base=str(below))
+    code, _, err = run_cli("copy", above, tmp_path / "copy")
+    assert (code, "bare adapter" in err) == (2, True)
+
+
 @pytest.mark.parametrize("method", methods_for(encoders=False))
 def test_every_method_is_a_model_that_mteb_takes(method: str, tmp_path: Path) -> None:
     model = SentenceTransformer(modules=[module_of(make_llama, method)], device="cpu")
@@ -269,11 +320,23 @@ def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path:
     ]
     expected = spearmanr(torch.nn.functional.cosine_similarity(*vectors), [row["score"] for row in rows]).statistic
     assert result["results"][0]["spearman"] == pytest.approx(100 * float(expected), abs=1e-3)
+    (tmp_path / "in.txt").write_text(rows[0]["sentence1"])
+    encode = ["encode", tiny_base, tmp_path / "in.txt", "--method", "prompteol", "--layer", -2, "--device", "cpu"]
+    assert run_cli(*encode, "--output", tmp_path / "v.npy")[0] == 0
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "v.npy"))[0], vectors[0][0], rtol=0, atol=1e-5)
     code, _, err = run_cli("evaluate", tiny_base, "--method", "promptbert", *common, "--output", tmp_path / "no")
     assert (code, "a decoder. Expected one of: mean, last-token" in err) == (2, True)
     code, _, err = run_cli("evaluate", tiny_base, "--layer", -2, *common, "--output", tmp_path / "no")
     assert (code, "--layer is for a --method" in err) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """It does so by hand: the registry imports torch, and help should be there at once."""
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["evaluate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    assert all(name in shown for name in METHODS)
 
 
 @pytest.fixture(scope="module")

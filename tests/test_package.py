@@ -37,6 +37,7 @@ LAYERS = [
     {"preferences", "stsdata", "gendata", "adapters", "folder", "encoding", "config"},
     {"card", "grid", "evaluate.shared_prefix", "evaluate.once"},
     {"shipped"},
+    {"sources"},
     {"loading"},
     {"copying", "train.callbacks", "train.scores", "train.answers", "train.prefixes", "train.reference"},
     {"train.objectives", "train.batches", "train.forwards"},

@@ -7,38 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from families import FAMILIES, make_causal_lm
 
 from sempa_st.packing import can_pack, fill_packs, packed_states
 
-SIZES = {
-    "vocab_size": 600,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "head_dim": 8,
-}
-OTHERS = {
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
-    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
-    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 8},
-}
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "opt", "gpt_neox"]
-
 
 def make_decoder(family: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **OTHERS.get(family, {}), **changes})
-    model: Any = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.base_model.eval()
+    return make_causal_lm(family, **changes).base_model
 
 
 def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:

@@ -38,9 +38,9 @@ from sempa_st.config import TrainConfig
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, install_template, write_embedding_files
-from sempa_st.loading import find_model
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.shipped import pack_model, shipped_model, shipped_names
+from sempa_st.sources import find_model
 
 SENTENCES = [*sample_sentences()[:12], "", "word " * 300]
 PLAIN, ACTIVATED = "sempa-tiny", "sempa-tiny-activated"

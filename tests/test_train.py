@@ -22,8 +22,8 @@ import sempa_st
 from sempa_st.bases import load_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.folder import install_template
-from sempa_st.loading import describe_method, find_model
 from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.sources import describe_method, find_model
 from sempa_st.stsdata import dev_pairs
 from sempa_st.train.build import build_trainer
 from sempa_st.train.run import _gather, train

@@ -17,8 +17,9 @@ from sempa_st.evaluate.once import Tally
 from sempa_st.evaluate.sts import Cell, Score, load_tasks, score_tasks
 from sempa_st.files import read_json, write_json, write_text
 from sempa_st.folder import folder_digest
-from sempa_st.loading import find_model, load
+from sempa_st.loading import load
 from sempa_st.runinfo import run_info
+from sempa_st.sources import find_model
 from sempa_st.stsdata import PROTOCOLS, STS_TASKS
 
 _SHORT = {"STSBenchmark": "STS-B"}
@@ -94,7 +95,7 @@ def score_systems(
 def _score(
     system: System, file: Path, cells: Sequence[Cell], *, dtype: str, device: str | None, batch_size: int
 ) -> dict[str, Any]:
-    source = find_model(system.model, encoders=True)
+    source = find_model(system.model, for_method=True)
     identity = {"digest": folder_digest(source.folder), "method": system.method, "dtype": dtype}
     held: dict[str, Any] = read_json(file) if file.is_file() else {}
     if held.get("identity") != identity:

@@ -48,20 +48,44 @@ def states_after(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tens
         attention_mask: 0 on padding, of the same shape; or what is added to the scores, of shape (rows, 1, tokens,
             tokens), all positions then counting.
     """
-    holder, layers = _holder(decoder), layers_of(decoder)
     padding = attention_mask if attention_mask.dim() == 2 else (attention_mask[:, 0].amax(dim=1) == 0).long()
     # Positions count real tokens only, so that padding on the left moves no learned position embedding.
     positions = {"position_ids": (padding.cumsum(-1) - 1).clamp(min=0)} if takes_positions(decoder) else {}
+    with ending_after(decoder, run):
+        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+@contextmanager
+def ending_after(decoder: Any, run: int) -> Iterator[None]:
+    """Let forward passes of a decoder end after some of its layers, whose states are then its last hidden states.
+
+    Args:
+        decoder: Layers without the LM head.
+        run: Number of layers to run; the final norm is applied after the last one only.
+    """
+    holder, layers = _holder(decoder), layers_of(decoder)
+    if run == len(layers):
+        yield
+        return
     found: list[Tensor] = []
-    handle = layers[run - 1].register_forward_hook(lambda _, inputs, output: found.append(_states_in(output)))
+
+    def put_found(_: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = found.pop()
+        return output
+
+    handles = [
+        layers[run - 1].register_forward_hook(lambda _, inputs, output: found.append(_states_in(output))),
+        decoder.register_forward_hook(put_found),
+    ]
     holder.layers = layers[:run]
     try:
-        last = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        yield
     finally:
         holder.layers = layers
-        handle.remove()
-    states: Tensor = last.last_hidden_state if run == len(layers) else found[0]
-    return states
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

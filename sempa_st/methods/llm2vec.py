@@ -9,14 +9,27 @@ from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.layers import states_after
-from sempa_st.methods.method import Rows, mean_of
-from sempa_st.methods.pooling import MeanPooling
+from sempa_st.methods.method import Method, Rendered, Rows, mean_of
 from sempa_st.packing import OWN_MASKS, added_to_scores
+from sempa_st.prompts import normalize_sentence
 
 
 @dataclass(frozen=True)
-class LLM2Vec(MeanPooling):
-    """The mean of the sentence's tokens without the causal mask."""
+class LLM2Vec(Method):
+    """The mean of the sentence's tokens without the causal mask.
+
+    Args:
+        before: Text before the sentence, which is not read: a chat format's, under which some checkpoints were trained.
+        after: Text behind it, which is read too.
+    """
+
+    before: str = ""
+    after: str = ""
+
+    def render(self, sentence: str) -> tuple[Rendered, ...]:
+        """Return the sentence between the two texts."""
+        text = f"{self.before}{normalize_sentence(sentence)}{self.after}"
+        return (Rendered(text, (len(self.before), len(text))),)
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the means."""

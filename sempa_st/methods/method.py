@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import layers_of, states_after
+from sempa_st.methods.layers import ending_after, layers_of, states_after
+from sempa_st.packing import can_pack, packed_states, unpadded
 
 MASK = "[MASK]"
 """Stands for the tokenizer's mask token in a text."""
@@ -75,8 +76,11 @@ class Method(ABC):
             rows: The first text of each sentence.
             *others: Its further texts.
         """
-        states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
-        return mean_of(states, rows.read)
+        run = self.layers_run(model)
+        if can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
+            with ending_after(model, run):
+                return _packed_means(model, rows)
+        return mean_of(states_after(model, run, rows.input_ids, rows.attention_mask), rows.read)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the method cannot be applied to a model as it is set."""
@@ -121,3 +125,11 @@ def mean_of(states: Tensor, read: Tensor) -> Tensor:
     """Return the mean of the states at the tokens that are read, of shape (rows, hidden)."""
     weights = read.to(states.dtype)[:, :, None]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _packed_means(model: Any, rows: Rows) -> Tensor:
+    """Return :func:`mean_of` the states at the tokens that are read, the rows run in packs."""
+    packed = packed_states(model, unpadded(rows.input_ids, rows.attention_mask))
+    read = unpadded(rows.read, rows.attention_mask)
+    chosen = (places[kept.bool()].to(packed.states.device) for places, kept in zip(packed.places, read, strict=True))
+    return torch.stack([packed.states[places].mean(dim=0) for places in chosen])

@@ -1,0 +1,128 @@
+"""Find any model by its name: a shipped one, a SemPA folder, a bare decoder, encoder or adapter, or any other model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sempa_st.bases import EMBEDDED_BASE, Base, is_encoder, resolve_base
+from sempa_st.errors import SempaError
+from sempa_st.folder import (
+    MODULES,
+    RUN_RECORD,
+    SETTINGS,
+    base_of_adapter,
+    folder_format,
+    is_adapter_folder,
+    template_name,
+)
+from sempa_st.hub import model_folder
+from sempa_st.prompts import DEFAULT_TEMPLATE
+from sempa_st.shipped import shipped_model, shipped_names
+
+Kind = Literal["base", "sempa", "sentence-transformers", "encoder", "adapter"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is at hand.
+
+    Args:
+        name: What the user called it.
+        folder: Its local folder.
+        kind: ``base`` (a bare decoder), ``sempa`` (a folder of this package), ``sentence-transformers``, ``encoder``
+            or ``adapter`` (bare ones).
+    """
+
+    name: str
+    folder: Path
+    kind: Kind
+
+    @property
+    def takes_encoder_methods(self) -> bool:
+        """Whether methods for encoders apply to it, and not those for decoders."""
+        return self.kind in ("encoder", "sentence-transformers")
+
+
+def find_model(name: str, *, for_method: bool = False) -> Source:
+    """Find a model by folder, Hub id, or name of the embedded base or of a shipped model, and tell what kind it is.
+
+    A local folder comes before a shipped model and before a Hub repository of the same name.
+
+    Args:
+        name: The model.
+        for_method: Whether a bare encoder or adapter will do, which only a method can embed with.
+
+    Raises:
+        SempaError: If it cannot be found or is none of the kinds.
+    """
+    if name == EMBEDDED_BASE:
+        return Source(name, resolve_base(name).folder, "base")
+    is_shipped = name in shipped_names() and not Path(name).is_dir()
+    folder = shipped_model(name) if is_shipped else model_folder(name)
+    if folder_format(folder):
+        return Source(name, folder, "sempa")
+    if (folder / MODULES).is_file():
+        return Source(name, folder, "sentence-transformers")
+    if is_adapter_folder(folder):
+        if for_method:
+            return Source(name, folder, "adapter")
+        raise bare_adapter(name)
+    if for_method and is_encoder(folder):
+        return Source(name, folder, "encoder")
+    return Source(name, resolve_base(name).folder, "base")
+
+
+def bare_adapter(name: str) -> SempaError:
+    """Return the error for an adapter that is to be embedded with and no method is given."""
+    return SempaError(
+        f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a folder "
+        "that `sempa train` or `sempa copy` wrote; a bare adapter is embedded with by a --method, such as llm2vec."
+    )
+
+
+def describe_method(source: Source, template: str | None = None, method: str | None = None) -> str:
+    """Return how a model's vectors come about: a method, a template, ``sempa`` or ``sentence-transformers``."""
+    if method:
+        return method
+    if source.kind == "base":
+        return template or DEFAULT_TEMPLATE
+    if source.kind == "sempa" and not (source.folder / RUN_RECORD).is_file():
+        return template_name(source.folder) or DEFAULT_TEMPLATE
+    return source.kind
+
+
+def adapter_base(folder: Path, base: str | None = None) -> Base:
+    """Return the base of an adapter folder, or ``base`` where one is given.
+
+    Raises:
+        SempaError: If it is not at hand; the message says how to name another.
+    """
+    name = base or base_of_adapter(folder)
+    try:
+        return resolve_base(name)
+    except SempaError as error:
+        raise SempaError(f"The base of the adapter in {folder}: {error} To use another copy, pass --base.") from error
+
+
+def adapters_over_base(folder: Path, base: str | None = None) -> tuple[list[Path], Base]:
+    """Return the folders of adapters of which each was trained on top of the next one, and the base under them all.
+
+    Args:
+        folder: Folder of the outermost adapter.
+        base: What it lies on, where that is not what it names.
+
+    Raises:
+        SempaError: If one of them is not at hand, or an adapter lies on itself.
+    """
+    folders = [folder]
+    while True:
+        name = base or base_of_adapter(folders[-1])
+        below = None if name == EMBEDDED_BASE else model_folder(name)
+        if below is None or not is_adapter_folder(below):
+            return folders, resolve_base(name)
+        if below in folders:
+            raise SempaError(f"The adapter in {below} names itself as its base. Name the right one with --base.")
+        folders.append(below)
+        base = None

@@ -1,0 +1,35 @@
+"""Tiny decoders of the architectures that transformers has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+}
+OTHERS = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 8},
+}
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "opt", "gpt_neox"]
+
+
+def make_causal_lm(family: str, **changes: Any) -> Any:
+    """Make a tiny decoder of an architecture, with random weights."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **OTHERS.get(family, {}), **changes})
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
