@@ -1,0 +1,125 @@
+"""Choose how a method reads a decoder on STS-B dev: each setting named is scored at every layer in one pass.
+
+    python benchmarks/choose_settings.py prompteol token-prepending:exit=4 ... --data-dir DIR --output FILE.json
+
+Settings that the file already holds are not run again. What is best for a method is to be given to ``sempa table``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from sentence_transformers.util import pairwise_cos_sim
+from torch import Tensor
+
+from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
+from sempa_st.console import table
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json, write_json
+from sempa_st.methods.layers import layers_of, states_after
+from sempa_st.methods.method import Method, Rows, mean_of
+from sempa_st.methods.module import MethodModule
+from sempa_st.methods.registry import parse_method
+from sempa_st.runinfo import run_info
+from sempa_st.sources import find_model
+from sempa_st.stsdata import GradedPairs, local_files, read_pairs
+from sempa_st.train.reference import in_batches
+
+_TOKENS = 1500
+
+
+def main() -> None:
+    """Score the settings named on the command line; finished ones of an earlier call are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="+", help="methods with their settings, without a layer")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help="a base (default: %(default)s)")
+    parser.add_argument("--data-dir", required=True, help="folder with sts/stsb.dev.parquet")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    output = Path(args.output)
+    found: dict[str, dict[str, float]] = read_json(output)["scores"] if output.is_file() else {}
+    pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
+    folder = find_model(args.base).folder
+    model, tokenizer = load_causal_lm(folder, torch.float32).eval(), load_tokenizer(folder)
+    for name in args.methods:
+        if parse_method(name).layer is not None:
+            raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")
+        if name not in found:
+            found[name] = score_layers(MethodModule(model, tokenizer, f"{name}:layer=-1"), pairs, name)
+            write_json(output, {**run_info(), "base": args.base, "split": "STS-B dev", "scores": found})
+    rows: list[list[object]] = []
+    for name in args.methods:
+        scores = found[name]
+        default = parse_method(name).layers_run(model.base_model)
+        best = max(scores, key=lambda layer: scores[layer])
+        rows.append([name, best, scores[best], default, scores[str(default)]])
+    print(table(["method", "best layer", "dev", "its own layer", "dev"], rows))
+
+
+@torch.no_grad()
+def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[str, float]:
+    """Return the Spearman correlation times 100 by layer, 1 being the first one's output and the last with the norm."""
+    method, decoder = parse_method(module.method), module.layers
+    depth = len(layers_of(decoder))
+    sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
+    lengths = [len(module.tokenizer(method.render(text)[0].text)["input_ids"]) for text in sentences]
+    width = module.get_embedding_dimension()
+    vectors = {layer: torch.empty(len(sentences), width) for layer in range(1, depth + 1)}
+    for batch in in_batches(lengths, _TOKENS, name):
+        features = module.preprocess([sentences[index] for index in batch])
+        rows = [Rows(*features_of(features, number)) for number in range(len(method.render("")))]
+        with read_at_layers(decoder, rows[0].read) as read:
+            vectors[depth][batch] = run_padded(method, decoder, rows)
+            for layer in range(1, depth):
+                vectors[layer][batch] = read[layer]
+    place = {sentence: index for index, sentence in enumerate(sentences)}
+    first, second = ([place[sentence] for sentence in side] for side in (pairs.first, pairs.second))
+    return {
+        str(layer): 100 * float(spearmanr(pairwise_cos_sim(found[first], found[second]), pairs.scores).statistic)
+        for layer, found in vectors.items()
+    }
+
+
+def features_of(features: dict[str, Tensor], number: int) -> Iterator[Tensor]:
+    """Yield the tensors of :class:`Rows` for one of a method's texts."""
+    for name in Rows._fields:
+        yield features[f"{name}_{number}" if number else name]
+
+
+def run_padded(method: Method, decoder: Any, rows: list[Rows]) -> Tensor:
+    """Return a method's vectors, never from packs, in which the places of a row's tokens would not be known here."""
+    if type(method).vectors is not Method.vectors:
+        return method.vectors(decoder, *rows)
+    states = states_after(decoder, method.layers_run(decoder), rows[0].input_ids, rows[0].attention_mask)
+    return mean_of(states, rows[0].read)
+
+
+@contextmanager
+def read_at_layers(decoder: Any, read: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Keep the mean of each layer's output at the tokens that are read; a layer's last run counts."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if states.shape[:2] == read.shape:  # another text of the method may be of another width
+            found[layer] = mean_of(states, read)
+
+    handles = [
+        layer.register_forward_hook(lambda _, inputs, output, number=number: keep(number, output))
+        for number, layer in enumerate(layers_of(decoder), 1)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+if __name__ == "__main__":
+    main()
