@@ -19,10 +19,11 @@ from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor
 
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
+from sempa_st.cached import layers_of
 from sempa_st.console import table
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.methods.layers import layers_of, states_after
+from sempa_st.methods.layers import states_after
 from sempa_st.methods.method import Method, Rows, mean_of
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import parse_method

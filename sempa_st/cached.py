@@ -1,12 +1,14 @@
-"""Runs of a decoder that go on from a key/value cache, with padding in the middle of a row."""
+"""A decoder's layers, and runs that go on from a key/value cache, with padding in the middle of a row."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
+
+from sempa_st.errors import SempaError
 
 
 def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -48,3 +50,21 @@ def takes_positions(decoder: Any) -> bool:
 def keeps_no_cache(decoder: Any) -> bool:
     """Whether layers are run again for their gradients (gradient checkpointing), with which no cache is kept."""
     return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
+
+
+def layers_of(decoder: Any) -> nn.ModuleList:
+    """Return the list of a decoder's layers."""
+    layers: nn.ModuleList = layer_holder(decoder).layers
+    return layers
+
+
+def layer_holder(decoder: Any) -> Any:
+    """Return the part of a decoder that has the list of layers as ``layers``.
+
+    Raises:
+        SempaError: If there is none.
+    """
+    for module in decoder.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+    raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")

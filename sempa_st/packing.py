@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from sempa_st.cached import keeps_no_cache, run_on, takes_positions, window_covers
+from sempa_st.cached import keeps_no_cache, layers_of, run_on, takes_positions, window_covers
+from sempa_st.last_layer import read_at
 from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
 _WIDTH, _STEP = 128, 16
@@ -41,6 +43,14 @@ class _Layout(NamedTuple):
     places: list[Tensor]
 
 
+class _Begun(NamedTuple):
+    """Rows laid out, the cache of what all of them begin with, and its states, of shape (tokens, hidden)."""
+
+    layout: _Layout
+    cache: DynamicCache
+    opening: Tensor
+
+
 def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packed:
     """Run a decoder on rows in packs, with gradients.
 
@@ -52,33 +62,52 @@ def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packe
         rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
         group: Number of rows of a group, which stand next to each other.
     """
-    device = decoder.device
-    opening = 0 if keeps_no_cache(decoder) else _shared_tokens(rows)
-    layout = _lay_out([row[opening:] for row in rows], group)
-    cache = DynamicCache()
-    there, once = torch.arange(opening), []
-    if opening:
-        beginning = rows[0][None, :opening].to(device)
-        once = [run_on(decoder, cache, beginning, torch.ones_like(beginning), there[None].to(device))[0]]
-        cache.batch_repeat_interleave(len(layout.ids))
-    mask = _own_keys(layout.owners.to(device), layout.parts.to(device), opening, decoder.dtype)
-    states = run_on(decoder, cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))
+    begun = _begin(decoder, rows, group)
+    states = _run_packs(decoder, begun)
+    opening = begun.opening.shape[0]
+    there = torch.arange(opening)
     return Packed(
-        torch.cat([*once, states.flatten(0, 1)]),
-        [torch.cat([there, opening + places]) for places in layout.places],
+        torch.cat([begun.opening, states.flatten(0, 1)]),
+        [torch.cat([there, opening + places]) for places in begun.layout.places],
     )
 
 
+def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
+    """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`packed_states`."""
+    begun = _begin(decoder, rows, 1)
+    width = begun.layout.ids.shape[1]
+    packs: list[list[int]] = [[] for _ in begun.layout.ids]
+    found = []
+    for last in (int(places[-1]) for places in begun.layout.places):
+        found.append((last // width, len(packs[last // width])))
+        packs[last // width].append(last % width)
+    read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
+    if keeps_no_cache(decoder):
+        states = _run_packs(decoder, begun)
+        states = states.gather(1, read[:, :, None].expand(-1, -1, states.shape[-1]))
+    else:
+        with read_at(layers_of(decoder)[-1], read):
+            states = _run_packs(decoder, begun)
+    return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
+
+
 def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so."""
+    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so.
+
+    Equal rows are run once, except in training, where dropout makes two views of them.
+    """
     rows = unpadded(input_ids, attention_mask)
     # PEFT finds the closing tokens by their place in a row of its own.
     if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
         return embed_rows(module, input_ids, attention_mask)
+    numbers: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        numbers.setdefault(tuple(row.tolist()), len(numbers))
     with acting_everywhere(module.model):
-        packed = packed_states(module.decoder, rows)
-    last = torch.stack([places[-1] for places in packed.places])
-    return packed.states.index_select(0, last.to(packed.states.device))
+        if module.training or len(numbers) == len(rows):
+            return last_packed_states(module.decoder, rows)
+        states = last_packed_states(module.decoder, [torch.tensor(row) for row in numbers])
+    return states[torch.tensor([numbers[tuple(row.tolist())] for row in rows], device=states.device)]
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
@@ -134,6 +163,26 @@ def fill_packs(sizes: Sequence[int]) -> tuple[list[list[int]], int]:
     longest = max(sizes)
     found = [_fill(sizes, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
     return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
+
+
+def _begin(decoder: Any, rows: Sequence[Tensor], group: int) -> _Begun:
+    """Run what all rows begin with, and lay out the rest."""
+    opening = 0 if keeps_no_cache(decoder) else _shared_tokens(rows)
+    layout = _lay_out([row[opening:] for row in rows], group)
+    cache = DynamicCache()
+    states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
+    if opening:
+        beginning = rows[0][None, :opening].to(decoder.device)
+        there = torch.arange(opening, device=decoder.device)[None]
+        states = run_on(decoder, cache, beginning, torch.ones_like(beginning), there)[0]
+        cache.batch_repeat_interleave(len(layout.ids))
+    return _Begun(layout, cache, states)
+
+
+def _run_packs(decoder: Any, begun: _Begun) -> Tensor:
+    layout, opening, device = begun.layout, len(begun.opening), decoder.device
+    mask = _own_keys(layout.owners.to(device), layout.parts.to(device), opening, decoder.dtype)
+    return run_on(decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))
 
 
 def _lay_out(rows: list[Tensor], group: int) -> _Layout:

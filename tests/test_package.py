@@ -27,6 +27,7 @@ LAYERS = [
         "objectives",
         "words",
         "train.losses",
+        "last_layer",
     },
     {"nli", "bases", "closing", "packing", "methods.layers"},
     {"methods.method"},

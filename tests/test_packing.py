@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
 from families import FAMILIES, make_causal_lm
 
-from sempa_st.packing import can_pack, fill_packs, packed_states
+from sempa_st.folder import install_template
+from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_states, packed_states
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 
 def make_decoder(family: str, **changes: Any) -> Any:
@@ -28,6 +31,21 @@ def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) 
         same = draw(begin)
         rows += [torch.cat([first, same, draw(length)]) for length in lengths[start : start + group]]
     return rows
+
+
+def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
+    """The same for what the last tokens' states alone are run for."""
+    together = last_packed_states(decoder, rows)
+    alone = torch.stack([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for states in (together, alone):
+        decoder.zero_grad()
+        (states * direction).mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients[1].values())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
 def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
@@ -52,7 +70,25 @@ def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("opening", [0, 4])
 def test_packed_rows_equal_rows_alone(family: str, opening: int) -> None:
-    check_equal(make_decoder(family), make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], opening))
+    rows = make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], opening)
+    check_equal(make_decoder(family), rows)
+    check_last(make_decoder(family), rows)
+
+
+def test_the_last_layer_runs_for_what_is_read() -> None:
+    decoder = make_llama().base_model
+    seen: dict[str, list[int]] = {"q_proj": [], "k_proj": [], "down_proj": []}
+    for number in (1, 2):
+        for name, module in decoder.layers[number].named_modules():
+            if (short := name.split(".")[-1]) in seen:
+                module.register_forward_pre_hook(
+                    lambda _, inputs, short=short: seen[short].append(inputs[0].shape[:2].numel())
+                )
+    last_packed_states(decoder, make_rows([6, 6, 6, 6], 5))
+    # Layer 1: the opening, then all tokens; layer 2: the opening, all tokens' keys, the four last tokens.
+    assert seen["down_proj"] == [5, 5, 24, 4]
+    assert seen["q_proj"] == [5, 5, 24, 24, 4]
+    assert decoder.layers[2].forward.__func__ is type(decoder.layers[2]).forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,6 +109,7 @@ def test_gradient_checkpointing_keeps_no_cache_and_packs_all_the_same() -> None:
     decoder.gradient_checkpointing_enable()
     decoder.train()
     check_equal(decoder, make_rows([9, 4, 30, 7], 4, group=2, begin=3), group=2)
+    check_last(decoder, make_rows([9, 4, 30, 7], 4))
 
 
 def test_rows_longer_than_the_sliding_window_are_not_packed() -> None:
@@ -98,3 +135,21 @@ def test_less_is_run_than_the_rows_hold() -> None:
     packed_states(decoder, rows, group=3)
     assert seen == [5, 4 * (20 + 18)]
     assert sum(len(row) for row in rows) == 12 * 31
+
+
+def test_equal_rows_are_run_once_except_in_training() -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    module = PromptEOL(make_llama(), tokenizer)
+    seen: list[int] = []
+    module.decoder.get_submodule("layers.0").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[:2].numel())
+    )
+    once, twice = (module.preprocess(texts) for texts in (["A cat sleeps", "Snow"], ["Snow", "A cat sleeps", "Snow"]))
+    with torch.no_grad():
+        expected = embed_packed(module.eval(), once["input_ids"], once["attention_mask"])
+        found = embed_packed(module, twice["input_ids"], twice["attention_mask"])
+        embed_packed(module.train(), twice["input_ids"], twice["attention_mask"])
+    torch.testing.assert_close(found, expected[[1, 0, 1]], rtol=0, atol=1e-5)
+    first, second, third = seen[1::2]
+    assert first == second < third

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sempa_st.cached import layers_of
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import at_tokens, attention_output, entering, layers_of, states_after
+from sempa_st.methods.layers import at_tokens, attention_output, entering, states_after
 from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
 from sempa_st.prompts import EmbeddingTemplate, embedding_template
 

@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sempa_st.cached import takes_positions
+from sempa_st.cached import layer_holder, layers_of, takes_positions
 from sempa_st.errors import SempaError
 
 _ATTENTION = ("self_attn", "attention")
 _PROJECTION = ("o_proj", "out_proj", "dense")
-
-
-def layers_of(decoder: Any) -> nn.ModuleList:
-    """Return the list of a decoder's layers."""
-    layers: nn.ModuleList = _holder(decoder).layers
-    return layers
 
 
 def attention_output(layer: nn.Module) -> nn.Module:
@@ -65,7 +59,7 @@ def ending_after(decoder: Any, run: int) -> Iterator[None]:
         decoder: Layers without the LM head.
         run: Number of layers to run; the final norm is applied after the last one only.
     """
-    holder, layers = _holder(decoder), layers_of(decoder)
+    holder, layers = layer_holder(decoder), layers_of(decoder)
     if run == len(layers):
         yield
         return
@@ -123,10 +117,3 @@ def at_tokens(states: Tensor, marked: Tensor, new: Tensor) -> Tensor:
 def _states_in(output: Any) -> Tensor:
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
-
-
-def _holder(decoder: Any) -> Any:
-    for module in decoder.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-    raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")

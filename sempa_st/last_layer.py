@@ -1,0 +1,71 @@
+"""The last layer for the tokens that are read: of all others it computes keys and values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+_OF_TOKENS = ("position_ids", "position_embeddings")
+"""What a layer is given that has one entry a token, in its second dimension."""
+
+
+class _EnoughComputed(Exception):  # noqa: N818 (it ends a call early and is no error)
+    pass
+
+
+class _Kept:
+    """Stands for a key/value cache: takes up what a layer adds, and gives it back to the same layer run again."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._found is None:
+            self._found = self._cache.update(keys, values, *args, **kwargs)
+            raise _EnoughComputed
+        return self._found
+
+
+@contextmanager
+def read_at(layer: nn.Module, places: Tensor) -> Iterator[None]:
+    """Let a decoder's last layer return the states at some tokens alone, for the time of a forward pass with a cache.
+
+    The others' queries, attention, output projection and MLP are left out: nothing would read what comes of them.
+
+    Args:
+        layer: The last layer, run under ``torch.no_grad`` or with gradients, but not checkpointed.
+        places: Of the tokens that are read, of shape (rows, tokens read).
+    """
+    original, shadowed = layer.forward, layer.__dict__.get("forward")
+
+    def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = next(name for name, value in kwargs.items() if isinstance(value, Cache))
+        kept = _Kept(kwargs[name])
+        with suppress(_EnoughComputed):
+            original(states, *args, **{**kwargs, name: kept})
+        chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
+        mask = kwargs["attention_mask"]
+        chosen["attention_mask"] = mask.gather(2, places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+        return original(_at(states, places), *args, **{**kwargs, **chosen, name: kept})
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del layer.forward
+        else:
+            layer.forward = shadowed
+
+
+def _at(tensors: Any, places: Tensor) -> Any:
+    if isinstance(tensors, tuple):
+        return tuple(_at(tensor, places) for tensor in tensors)
+    tensors = tensors.expand(len(places), *tensors.shape[1:])
+    index = places.view(*places.shape, *[1] * (tensors.dim() - 2))
+    return tensors.gather(1, index.expand(-1, -1, *tensors.shape[2:]))
