@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--json")
     args = parser.parse_args()
-    sentences = mixed_lengths(read_sentences(args.sentences, column=args.column).texts, args.count)
+    sentences = mixed_lengths([text for _, text in read_sentences(args.sentences, column=args.column)], args.count)
     reference = manual_vectors(args.folder, sentences)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,37 +1,50 @@
-"""Embed the sentences of a file into a file."""
+"""Embed the sentences of a file into a file, window by window: memory does not grow with their number."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import ROW_SUFFIXES, atomic_file, check_output_file, list_rows, read_rows
+from sempa_st.files import ROW_SUFFIXES, atomic_file, check_output_file, iter_rows, list_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 OUTPUT_SUFFIXES = (".npy", ".parquet")
+_WINDOW = 2048
+"""Sentences that are sorted by length together and written together."""
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences read from a file.
+    """The sentences of a file, read anew each time they are gone through.
 
     Args:
-        rows: Row number of each sentence in the file, from 1.
-        texts: The sentences.
+        path: The file.
+        column: Column with the sentences; None for plain text.
+        count: Number of sentences.
         skipped: Number of empty or null ones left out.
     """
 
-    rows: list[int]
-    texts: list[str]
+    path: Path
+    column: str | None
+    count: int
     skipped: int = 0
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Yield each sentence behind its row number in the file, from 1."""
+        for number, value in enumerate(_values(self.path, self.column), 1):
+            if _is_sentence(value):
+                yield number, value
 
 
 def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows: bool = False) -> Sentences:
-    """Read sentences: each line of a txt file, or one column of a csv, jsonl, json or parquet file.
+    """Find sentences: each line of a txt file, or one column of a csv, jsonl, json or parquet file.
 
     Raises:
         SempaError: On an unknown kind of file or column, or an empty or null sentence.
@@ -40,42 +53,48 @@ def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows
     if path.suffix.lower() == ".txt":
         if column:
             raise SempaError(f"{path} is plain text and has no columns. Leave out --column {column}.")
-        values: list[Any] = _read_lines(path)
     elif path.suffix.lower() in ROW_SUFFIXES:
-        values = _read_column(path, column)
+        column = _find_column(path, column)
     else:
         raise SempaError(f"{path} has an unknown ending. Expected one of: .txt, {', '.join(ROW_SUFFIXES)}.")
-    good = [(number, value) for number, value in enumerate(values, 1) if isinstance(value, str) and value.strip()]
-    skipped = len(values) - len(good)
-    if skipped and not skip_bad_rows:
-        present = {number for number, _ in good}
-        bad = [number for number in range(1, len(values) + 1) if number not in present]
+    count, bad = 0, []
+    for count, value in enumerate(_values(path, column), 1):
+        if not _is_sentence(value):
+            bad.append(count)
+    if bad and not skip_bad_rows:
         raise SempaError(
-            f"{path} has {skipped} empty or null sentence(s), in row(s) {list_rows(bad)}. Mend them, or pass "
+            f"{path} has {len(bad)} empty or null sentence(s), in row(s) {list_rows(bad)}. Mend them, or pass "
             "--skip-bad-rows."
         )
-    if not good:
+    if count == len(bad):
         raise SempaError(f"{path} holds no sentence.")
-    return Sentences([number for number, _ in good], [text for _, text in good], skipped)
+    return Sentences(path, column, count - len(bad), len(bad))
 
 
-def _read_lines(path: Path) -> list[str]:
+def _is_sentence(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _values(path: Path, column: str | None) -> Iterator[Any]:
+    if column is not None:
+        yield from (row.get(column) for row in iter_rows(path))
+        return
     try:
         # Not splitlines(): form feeds and Unicode separators inside a sentence do not end it.
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        with path.open(encoding="utf-8") as handle:
+            yield from (line.removesuffix("\n") for line in handle)
     except (OSError, UnicodeDecodeError) as error:
         raise SempaError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
-def _read_column(path: Path, column: str | None) -> list[Any]:
-    rows = read_rows(path)
-    columns = list(rows[0]) if rows else []
+def _find_column(path: Path, column: str | None) -> str:
+    columns = list(next(iter_rows(path), {}))
     if column is None and len(columns) == 1:
-        column = columns[0]
+        return columns[0]
     if column is None or column not in columns:
         asked = "No --column was given" if column is None else f"There is no column {column!r}"
         raise SempaError(f"{asked} for {path}. Its columns: {', '.join(map(str, columns)) or 'none'}.")
-    return [row.get(column) for row in rows]
+    return column
 
 
 def encode_to_file(
@@ -84,28 +103,78 @@ def encode_to_file(
     """Embed sentences and write the vectors, whole or not at all.
 
     ``.npy`` gets a float32 array of shape (sentences, width); ``.parquet`` the columns row, sentence and embedding.
+    Equal sentences of a window are run once.
 
     Returns:
         The shape of the array of vectors.
+
+    Raises:
+        SempaError: If the output cannot be written, or the sentences are no longer as many as were found.
     """
+    from tqdm.auto import tqdm
+
     check_output_file(output, OUTPUT_SUFFIXES)
-    vectors = model.encode(sentences.texts, batch_size=batch_size, show_progress_bar=True, convert_to_numpy=True)
-    vectors = vectors.astype("float32", copy=False)
-    with atomic_file(output) as partial:
-        if partial.suffix.lower() == ".npy":
-            import numpy as np
+    written, width, rest = 0, 0, iter(sentences)
+    opened = _npy_writer if Path(output).suffix.lower() == ".npy" else _parquet_writer
+    with (
+        atomic_file(output) as partial,
+        opened(partial, sentences.count) as write,
+        tqdm(total=sentences.count, desc="encode", unit="sentence", dynamic_ncols=True) as bar,
+    ):
+        while window := list(islice(rest, _WINDOW)):
+            vectors = _encode_once(model, [text for _, text in window], batch_size)
+            write(window, vectors)
+            written, width = written + len(window), vectors.shape[1]
+            bar.update(len(window))
+        if written != sentences.count:
+            raise SempaError(
+                f"{sentences.path} changed while it was read: {written} sentences instead of {sentences.count}. Run "
+                "the command again."
+            )
+    return written, width
 
-            with partial.open("wb") as handle:  # given a name, numpy may append to it
-                np.save(handle, vectors, allow_pickle=False)
-        else:
-            _write_parquet(partial, sentences, vectors)
-    return int(vectors.shape[0]), int(vectors.shape[1])
+
+def _encode_once(model: SentenceTransformer, texts: list[str], batch_size: int) -> Any:
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    vectors = model.encode(list(numbers), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    return vectors.astype("float32", copy=False)[[numbers[text] for text in texts]]
 
 
-def _write_parquet(path: Path, sentences: Sentences, vectors: Any) -> None:
+_Write = Callable[[list[tuple[int, str]], Any], None]
+
+
+@contextmanager
+def _npy_writer(path: Path, count: int) -> Iterator[_Write]:
+    import numpy as np
+
+    with path.open("wb") as handle:
+
+        def write(window: list[tuple[int, str]], vectors: Any) -> None:
+            if not handle.tell():
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, vectors.shape[1])}
+                np.lib.format.write_array_header_1_0(handle, header)
+            handle.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+
+        yield write
+
+
+@contextmanager
+def _parquet_writer(path: Path, count: int) -> Iterator[_Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    table = pa.table({"row": sentences.rows, "sentence": sentences.texts, "embedding": embedding})
-    pq.write_table(table, path)
+    writer: pq.ParquetWriter | None = None
+
+    def write(window: list[tuple[int, str]], vectors: Any) -> None:
+        nonlocal writer
+        rows, texts = zip(*window, strict=True)
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        table = pa.table({"row": rows, "sentence": texts, "embedding": embedding})
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+
+    try:
+        yield write
+    finally:
+        if writer:
+            writer.close()

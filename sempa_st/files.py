@@ -15,6 +15,7 @@ from typing import Any
 from sempa_st.errors import SempaError
 
 _MAX_LISTED = 10
+_PARQUET_ROWS = 8192
 ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
@@ -184,17 +185,22 @@ def list_rows(numbers: Sequence[int]) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a csv, jsonl, json (a list of objects) or parquet file as one dict a row.
+    """Return all rows of :func:`iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a csv, jsonl, json (a list of objects, read whole) or parquet file as one dict a row.
 
     Raises:
-        SempaError: If the file is missing, of another kind, or cannot be parsed.
+        SempaError: If the file is missing, of another kind, or cannot be parsed; at the row where it shows.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".json": read_json,
-        ".parquet": _read_parquet,
+    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+        ".csv": _iter_csv,
+        ".jsonl": _iter_jsonl,
+        ".json": _iter_json,
+        ".parquet": _iter_parquet,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -202,40 +208,43 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise SempaError(f"The file {path} does not exist. Check the path.")
     try:
-        rows = reader(path)
+        for row in reader(path):
+            if not isinstance(row, dict):
+                raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object a row.")
+            yield row
     except SempaError:
         raise
     except (OSError, ValueError, csv.Error) as error:
         raise SempaError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object a row.")
-    return rows
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _iter_csv(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        rows: list[dict[str, Any]] = list(reader)
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"row {number} has more fields than the header; quote fields that hold a comma")
-    return rows
+        for number, row in enumerate(csv.DictReader(handle, strict=True), 1):
+            if None in row:
+                raise ValueError(f"row {number} has more fields than the header; quote fields that hold a comma")
+            yield row
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _iter_jsonl(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
+                yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is not JSON ({error})") from error
-    return rows
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _iter_json(path: Path) -> Iterator[Any]:
+    rows = read_json(path)
+    yield from rows if isinstance(rows, list) else [None]
+
+
+def _iter_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    return pq.read_table(path).to_pylist()
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            yield from batch.to_pylist()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ from conftest import sample_sentences
 from transformers import BertConfig, BertModel
 
 import sempa_st
+from sempa_st import encoding
+from sempa_st.errors import SempaError
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -77,6 +80,39 @@ def test_encode_writes_the_models_vectors(
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_encode_goes_through_windows(
+    run_cli: Cli, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_WINDOW", 4)
+    sentences = [sample_sentences()[number] for number in (0, 1, 0, 2, 3, 4, 4, 4, 4, 5, 0)]
+    source = tmp_path / "s.txt"
+    source.write_text("\n".join(sentences))
+    model = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
+    asked: list[int] = []
+    original = model.encode
+
+    def encode(texts: list[str], **kwargs: Any) -> Any:
+        asked.append(len(texts))
+        return original(texts, **kwargs)
+
+    monkeypatch.setattr(model, "encode", encode)
+    found = encoding.read_sentences(source)
+    for output in (tmp_path / "v.npy", tmp_path / "v.parquet"):
+        assert encoding.encode_to_file(model, found, output) == (11, 32)
+    assert asked == [3, 2, 3] * 2
+    expected = original(sentences)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert (table["sentence"].to_pylist(), table["row"].to_pylist()) == (sentences, list(range(1, 12)))
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), expected, atol=1e-5)
+
+    source.write_text("\n".join(sentences[:-1]))
+    (tmp_path / "v.npy").unlink()
+    with pytest.raises(SempaError, match="changed while it was read: 10 sentences instead of 11"):
+        encoding.encode_to_file(model, found, tmp_path / "v.npy")
+    assert not list(tmp_path.glob("*v*.npy"))
 
 
 def test_encode_counts_and_skips_empty_rows(run_cli: Cli, adapter_folder: Path, tmp_path: Path) -> None:
