@@ -1,0 +1,209 @@
+"""Time this package beside what a user would pick instead: in one run, interleaved, on the same real texts.
+
+    python benchmarks/run_speed.py encode --data-dir DIR --output FILE.json
+    python benchmarks/run_speed.py train --data-dir DIR --output FILE.json
+    python benchmarks/run_speed.py stream --data-dir DIR --output FILE.json
+
+``encode``: 2,000 sentences of STS-B dev, and texts of 64 to 512 tokens of WikiText-2, by every system that is at hand.
+``train``: sequence DPO by TRL's trainer as it comes and by ours, and our other objectives. ``stream``: throughput and
+peak memory of ``sempa encode`` on files of growing length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from speed_stream import measure_streams
+from speed_systems import SYSTEMS, Embed
+from speed_training import measure_training
+from tqdm import tqdm
+
+from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base
+from sempa_st.console import table
+from sempa_st.copying import copy_model
+from sempa_st.files import read_json, write_json
+from sempa_st.prompts import embedding_template
+from sempa_st.runinfo import run_info
+from sempa_st.stsdata import local_files, read_pairs
+
+_PLAIN = "sentence-transformers"
+_PRODUCT_ROWS = 1024
+_SECONDS = 1.0
+
+
+def main() -> None:
+    """Measure one of the three things, print the tables and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("encode", "train", "stream"))
+    parser.add_argument("--data-dir", required=True, help="folder with sts/, nli/ and text/")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--systems", nargs="*", default=[], help="some of the rows (default: all)")
+    parser.add_argument("--sentences", type=int, default=2000, help="short sentences (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=120, help="long texts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="parts, each run by all in turn (default: %(default)s)")
+    parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10_000], help="of stream, in sentences")
+    args = parser.parse_args()
+    result = {"encode": measure_encoding, "train": measure_training, "stream": measure_streams}[args.what](args)
+    write_json(args.output, {**run_info(), "threads": torch.get_num_threads(), **result})
+    for name, rows in result["tables"].items():
+        print(f"\n{name}")
+        print(table(list(rows[0]), [["" if cell is None else cell for cell in row.values()] for row in rows]))
+    for name, reason in result.get("missing", {}).items():
+        print(f"not measured: {name} ({reason})")
+
+
+def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
+    """Time every system on short and on long texts; compare vectors with plain sentence-transformers in float32."""
+    folder = resolve_base(EMBEDDED_BASE).folder
+    pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
+    half = args.sentences // 2
+    # Side by side, so that a part of the texts has whole pairs.
+    short = [text for pair in zip(pairs.first[:half], pairs.second[:half], strict=True) for text in pair]
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        native = Path(scratch, "native")
+        copy_model(EMBEDDED_BASE, native, format="native")
+        systems, missing = make_systems(args.systems or list(SYSTEMS), folder, native)
+        rates = product_rates(read_json(folder / "config.json"))
+        for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
+            seconds, vectors = run_interleaved(systems, texts, args.rounds)
+            found[name] = compare(seconds, vectors, count_tokens(folder, texts), folder, rates)
+            if name == "short":
+                for row in found[name]:
+                    row["STS-B dev"] = spearman(vectors[row["system"]], pairs.scores[:half])
+    return {"missing": missing, "gflops of matrix products": rates, "tables": found}
+
+
+def make_systems(names: Sequence[str], folder: Path, native: Path) -> tuple[dict[str, Embed], dict[str, str]]:
+    """Load the systems that are at hand; of the others, say why they are not."""
+    systems, missing = {}, {}
+    for name in names:
+        try:
+            systems[name] = SYSTEMS[name](folder, native)
+        except Exception as error:  # a peer that is not installed, or does not take this model, is reported
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return systems, missing
+
+
+def run_interleaved(
+    systems: dict[str, Embed], texts: Sequence[str], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Embed each part of the texts by each system in turn, another one first every time."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    vectors: dict[str, list[Any]] = {name: [] for name in systems}
+    names = list(systems)
+    size = -(-len(texts) // (2 * rounds)) * 2
+    for name in names:
+        systems[name](texts[:32])  # what is done once, on a first call, is no part of the throughput
+    for number in tqdm(range(rounds), desc="rounds"):
+        part = texts[number * size : (number + 1) * size]
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            vectors[name].append(systems[name](part))
+            seconds[name].append(time.perf_counter() - started)
+    return seconds, {name: np.concatenate(parts) for name, parts in vectors.items()}
+
+
+def compare(
+    seconds: dict[str, list[float]],
+    vectors: dict[str, Any],
+    tokens: Sequence[int],
+    folder: Path,
+    rates: dict[str, float],
+) -> list[dict[str, Any]]:
+    """Return a row for each system: throughput, ratios, use of the machine, and how close the vectors are.
+
+    The machine is used by 100% where the operations of the plain path (linear layers, no padding) take as long as
+    matrix products of the same shapes do: a system that leaves work out may go beyond that.
+    """
+    operations = 2 * linear_parameters(read_json(folder / "config.json")) * sum(tokens)
+    reference = vectors.get(f"{_PLAIN} float32")
+    rows = []
+    for name, parts in seconds.items():
+        rate = rates["bfloat16" if "bfloat16" in name else "float32"]
+        whole = sum(parts)
+        row: dict[str, Any] = {
+            "system": name,
+            "texts/s": len(tokens) / whole,
+            "tokens/s": sum(tokens) / whole,
+        }
+        for peer in ("paper", f"{_PLAIN} float32", f"{_PLAIN} bfloat16"):
+            row[f"x {peer.replace(_PLAIN, 'ST')}"] = sum(seconds[peer]) / whole if peer in seconds else None
+        row["% of the products' rate"] = 100 * operations / whole / rate / 1e9
+        row["lowest cosine"] = None if reference is None else lowest_cosine(vectors[name], reference)
+        rows.append(row)
+    return rows
+
+
+def lowest_cosine(found: Any, expected: Any) -> str:
+    """Return the lowest cosine between rows, with the digits that matter."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return f"{float(((found * expected).sum(axis=1) / norms).min()):.7f}"
+
+
+def spearman(vectors: Any, scores: Sequence[float]) -> float:
+    """Return the Spearman correlation times 100 of texts that stand in pairs, side by side."""
+    first, second = vectors[0::2], vectors[1::2]
+    cosines = (first * second).sum(axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    return 100 * float(spearmanr(cosines, scores).statistic)
+
+
+def long_texts(data_dir: str, folder: Path, count: int) -> list[str]:
+    """Return paragraphs of WikiText-2's test set that have 64 to 512 tokens, in their order."""
+    lines = Path(data_dir, "text", "wikitext2.test.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line.strip() for line in lines if len(line) > 200 and not line.strip().startswith("=")]
+    chosen = [line for line, number in zip(lines, count_tokens(folder, lines), strict=True) if 64 <= number <= 512]
+    return chosen[:count]
+
+
+def count_tokens(folder: Path, texts: Sequence[str]) -> list[int]:
+    """Return the tokens of each text under the template, as the plain path runs them."""
+    tokenizer, template = load_tokenizer(folder), embedding_template("prompteol")
+    return [len(ids) for ids in tokenizer([template.text(text) for text in texts])["input_ids"]]
+
+
+def linear_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return inputs and outputs of the linear layers in one layer of a Gemma 3 decoder."""
+    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = size * config["num_attention_heads"], size * config["num_key_value_heads"]
+    return [
+        *((hidden, width) for width in (queries, keys, keys)), (queries, hidden),
+        (hidden, inner), (hidden, inner), (inner, hidden),
+    ]  # fmt: skip
+
+
+def linear_parameters(config: dict[str, Any]) -> int:
+    """Return the parameters of all linear layers but the LM head."""
+    return sum(rows * columns for rows, columns in linear_shapes(config)) * int(config["num_hidden_layers"])
+
+
+def product_rates(config: dict[str, Any]) -> dict[str, float]:
+    """Return the rate of matrix products of the model's own shapes, in GFLOP/s, by type."""
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        layers = [
+            (torch.randn(_PRODUCT_ROWS, rows, dtype=dtype), torch.randn(columns, rows, dtype=dtype))
+            for rows, columns in linear_shapes(config)
+        ]
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < _SECONDS:
+            for states, weight in layers:
+                torch.nn.functional.linear(states, weight)
+            done += 2 * _PRODUCT_ROWS * sum(weight.numel() for _, weight in layers)
+        rates[name] = done / (time.perf_counter() - started) / 1e9
+    return rates
+
+
+if __name__ == "__main__":
+    main()

