@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from sempa_st.cached import layers_of
 from sempa_st.console import table
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
+from sempa_st.folder import folder_digest
 from sempa_st.methods.layers import states_after
 from sempa_st.methods.method import Method, Rows, mean_of
-from sempa_st.methods.module import MethodModule
+from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.runinfo import run_info
 from sempa_st.sources import find_model
@@ -44,16 +46,20 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args()
     output = Path(args.output)
-    found: dict[str, dict[str, float]] = read_json(output)["scores"] if output.is_file() else {}
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
     folder = find_model(args.base).folder
+    digest = folder_digest(folder)
+    held = read_json(output) if output.is_file() else {"base": digest, "scores": {}}
+    if held["base"] != digest:
+        raise SempaError(f"{output} holds scores of another base. Choose another output.")
+    found: dict[str, dict[str, float]] = held["scores"]
     model, tokenizer = load_causal_lm(folder, torch.float32).eval(), load_tokenizer(folder)
     for name in args.methods:
         if parse_method(name).layer is not None:
             raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")
         if name not in found:
             found[name] = score_layers(MethodModule(model, tokenizer, f"{name}:layer=-1"), pairs, name)
-            write_json(output, {**run_info(), "base": args.base, "split": "STS-B dev", "scores": found})
+            write_json(output, {**run_info(), "base": digest, "split": "STS-B dev", "scores": found})
     rows: list[list[object]] = []
     for name in args.methods:
         scores = found[name]
@@ -74,7 +80,7 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     vectors = {layer: torch.empty(len(sentences), width) for layer in range(1, depth + 1)}
     for batch in in_batches(lengths, _TOKENS, name):
         features = module.preprocess([sentences[index] for index in batch])
-        rows = [Rows(*features_of(features, number)) for number in range(len(method.render("")))]
+        rows = rows_in(features)
         with read_at_layers(decoder, rows[0].read) as read:
             vectors[depth][batch] = run_padded(method, decoder, rows)
             for layer in range(1, depth):
@@ -84,13 +90,16 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     return {
         str(layer): 100 * float(spearmanr(pairwise_cos_sim(found[first], found[second]), pairs.scores).statistic)
         for layer, found in vectors.items()
+        if _can_be_read(replace(method, layer=layer), decoder)
     }
 
 
-def features_of(features: dict[str, Tensor], number: int) -> Iterator[Tensor]:
-    """Yield the tensors of :class:`Rows` for one of a method's texts."""
-    for name in Rows._fields:
-        yield features[f"{name}_{number}" if number else name]
+def _can_be_read(method: Method, decoder: Any) -> bool:
+    try:
+        method.check(decoder)
+    except SempaError:  # contrastive-prompting has done nothing yet below its own layer
+        return False
+    return True
 
 
 def run_padded(method: Method, decoder: Any, rows: list[Rows]) -> Tensor:

@@ -23,12 +23,13 @@ import torch
 from scipy.stats import spearmanr
 from speed_stream import measure_streams
 from speed_systems import SYSTEMS, Embed
-from speed_training import measure_training
+from speed_training import chosen, measure_training
 from tqdm import tqdm
 
 from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base
 from sempa_st.console import table
 from sempa_st.copying import copy_model
+from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.prompts import embedding_template
 from sempa_st.runinfo import run_info
@@ -72,7 +73,7 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
-        systems, missing = make_systems(args.systems or list(SYSTEMS), folder, native)
+        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native)
         rates = product_rates(read_json(folder / "config.json"))
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
             seconds, vectors = run_interleaved(systems, texts, args.rounds)
@@ -91,6 +92,8 @@ def make_systems(names: Sequence[str], folder: Path, native: Path) -> tuple[dict
             systems[name] = SYSTEMS[name](folder, native)
         except Exception as error:  # a peer that is not installed, or does not take this model, is reported
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not systems:
+        raise SempaError(f"No system is at hand: {missing}.")
     return systems, missing
 
 
@@ -102,6 +105,7 @@ def run_interleaved(
     vectors: dict[str, list[Any]] = {name: [] for name in systems}
     names = list(systems)
     size = -(-len(texts) // (2 * rounds)) * 2
+    rounds = -(-len(texts) // size)  # fewer where some parts would be empty
     for name in names:
         systems[name](texts[:32])  # what is done once, on a first call, is no part of the throughput
     for number in tqdm(range(rounds), desc="rounds"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -17,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from sempa_st.adapters import lora_config
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.config import TrainConfig
+from sempa_st.errors import SempaError
 from sempa_st.folder import install_template
 from sempa_st.nli import NliData, load_nli
 from sempa_st.preferences import preference_rows
@@ -82,8 +85,9 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
         parts = Ingredients(config, "cpu", base, data, load_tokenizer(base.folder), model, scorer)
         work = WorkDir(output)
         work.checkpoints.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        return _timed(build_trainer(parts, work), started)
+        with mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}):
+            started = time.perf_counter()
+            return _timed(build_trainer(parts, work), started)
 
     return run
 
@@ -110,7 +114,7 @@ TRAININGS: dict[str, Callable[[NliData, Path], Timed]] = {
 def measure_training(args: argparse.Namespace) -> dict[str, Any]:
     """Run every training on the same triplets, round by round, and compare losses and times with TRL's."""
     triplets = load_nli(str(Path(args.data_dir, "nli", "triplets.parquet"))).triplets
-    names = [name for name in TRAININGS if not args.systems or name in args.systems]
+    names = chosen(args.systems, TRAININGS)
     found: dict[str, list[Timed]] = {name: [] for name in names}
     size = args.triplets // args.rounds
     for number in range(args.rounds):
@@ -119,6 +123,18 @@ def measure_training(args: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as scratch:
                 found[name].append(TRAININGS[name](data, Path(scratch)))
     return {"rounds": found, "tables": {"training": _rows(found, size)}}
+
+
+def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the rows that are asked for, all of them where none is.
+
+    Raises:
+        SempaError: On an unknown name.
+    """
+    for name in names:
+        if name not in known:
+            raise SempaError(f"Unknown system {name!r}. Expected some of: {', '.join(known)}.")
+    return [name for name in known if not names or name in names]
 
 
 def _rows(found: dict[str, list[Timed]], size: int) -> list[dict[str, Any]]:
@@ -134,7 +150,7 @@ def _rows(found: dict[str, list[Timed]], size: int) -> list[dict[str, Any]]:
                 "samples/s": size * len(timed) / sum(whole[name]),
                 "without the reference": size * len(timed) / sum(steps for _, steps, _ in timed),
                 f"times {peers[0]}": _ratio(whole[peers[0]], whole[name]),
-                "loss, largest difference": _difference(first, timed) if same_loss else None,
+                "loss, largest difference": _difference(first, timed) if same_loss and "dpo" in peers[0] else None,
             }
         )
     return rows

@@ -100,11 +100,14 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: s
         base_name: What the user called the base.
 
     Raises:
-        SempaError: As :func:`attach_adapter` does.
+        SempaError: As :func:`attach_adapter` does, and on an adapter of another kind than LoRA.
     """
     from safetensors import safe_open
 
     for folder in reversed(folders):
+        kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+        if kind != "LORA":
+            raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
         with _clear_errors(folder, base_name):
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
                 inner = f"base_model.model.{model.base_model_prefix}."

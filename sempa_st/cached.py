@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
 
 
 def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -52,10 +59,28 @@ def keeps_no_cache(decoder: Any) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
 
 
+@contextmanager
+def alone(decoder: nn.Module) -> Iterator[None]:
+    """Let one thread at a time run a decoder whose layers are changed for the time of a pass."""
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(decoder, RLock())
+    with lock:
+        yield
+
+
 def layers_of(decoder: Any) -> nn.ModuleList:
-    """Return the list of a decoder's layers."""
+    """Return the list of a decoder's layers.
+
+    Raises:
+        SempaError: If it has none by the name that Llama, Gemma, OPT, GPT-NeoX and most others have for it.
+    """
     layers: nn.ModuleList = layer_holder(decoder).layers
     return layers
+
+
+def last_layer_of(decoder: Any) -> nn.Module | None:
+    """Return the last layer, or None for a decoder of another build (GPT-2)."""
+    return layers_of(decoder)[-1] if _holders(decoder) else None
 
 
 def layer_holder(decoder: Any) -> Any:
@@ -64,7 +89,11 @@ def layer_holder(decoder: Any) -> Any:
     Raises:
         SempaError: If there is none.
     """
-    for module in decoder.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-    raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")
+    found = _holders(decoder)
+    if not found:
+        raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")
+    return found[0]
+
+
+def _holders(decoder: Any) -> list[Any]:
+    return [module for module in decoder.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)]

@@ -150,7 +150,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         help=f"shipped model (sempa-{EMBEDDED_BASE}), SemPA folder or Hub id, base ({EMBEDDED_BASE}, folder, Hub id), "
-        "or any ST model",
+        "any ST model, or (with --method) a bare LoRA adapter",
     )
     parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
     parser.add_argument(

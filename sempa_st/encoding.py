@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 OUTPUT_SUFFIXES = (".npy", ".parquet")
 _WINDOW = 2048
 """Sentences that are sorted by length together and written together."""
+_BATCHES = 8
+"""Batches between two steps of the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,9 @@ def encode_to_file(
         tqdm(total=sentences.count, desc="encode", unit="sentence", dynamic_ncols=True) as bar,
     ):
         while window := list(islice(rest, _WINDOW)):
-            vectors = _encode_once(model, [text for _, text in window], batch_size)
+            vectors = _encode_once(model, [text for _, text in window], batch_size, bar.update)
             write(window, vectors)
             written, width = written + len(window), vectors.shape[1]
-            bar.update(len(window))
         if written != sentences.count:
             raise SempaError(
                 f"{sentences.path} changed while it was read: {written} sentences instead of {sentences.count}. Run "
@@ -134,10 +136,21 @@ def encode_to_file(
     return written, width
 
 
-def _encode_once(model: SentenceTransformer, texts: list[str], batch_size: int) -> Any:
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    vectors = model.encode(list(numbers), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return vectors.astype("float32", copy=False)[[numbers[text] for text in texts]]
+def _encode_once(
+    model: SentenceTransformer, texts: list[str], batch_size: int, advance: Callable[[int], object]
+) -> Any:
+    """Return the vectors of a window's sentences, a few batches of similar length at a time."""
+    import numpy as np
+
+    times = Counter(texts)
+    order = sorted(times, key=len, reverse=True)
+    parts = []
+    for start in range(0, len(order), _BATCHES * batch_size):
+        part = order[start : start + _BATCHES * batch_size]
+        parts.append(model.encode(part, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
+        advance(sum(times[text] for text in part))
+    numbers = {text: number for number, text in enumerate(order)}
+    return np.concatenate(parts).astype("float32", copy=False)[[numbers[text] for text in texts]]
 
 
 _Write = Callable[[list[tuple[int, str]], Any], None]

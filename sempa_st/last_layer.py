@@ -1,9 +1,9 @@
-"""The last layer for the tokens that are read: of all others it computes keys and values alone."""
+"""The last layer for the tokens that are read: of all others it computes no more than what these attend to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,10 @@ from transformers import Cache
 
 _OF_TOKENS = ("position_ids", "position_embeddings")
 """What a layer is given that has one entry a token, in its second dimension."""
+
+
+_QUERIES_BY_KEYS = 4
+"""Dimensions of a mask that has a row for each query."""
 
 
 class _EnoughComputed(Exception):  # noqa: N818 (it ends a call early and is no error)
@@ -35,23 +39,26 @@ class _Kept:
 def read_at(layer: nn.Module, places: Tensor) -> Iterator[None]:
     """Let a decoder's last layer return the states at some tokens alone, for the time of a forward pass with a cache.
 
-    The others' queries, attention, output projection and MLP are left out: nothing would read what comes of them.
+    The others' attention, output projection and MLP are left out: nothing would read what comes of them. A layer that
+    is called in another way than Llama's (with a cache and a mask of queries by keys, by name) is run whole.
 
     Args:
-        layer: The last layer, run under ``torch.no_grad`` or with gradients, but not checkpointed.
+        layer: The last layer, not checkpointed; no other thread may run it meanwhile (:func:`sempa_st.cached.alone`).
         places: Of the tokens that are read, of shape (rows, tokens read).
     """
     original, shadowed = layer.forward, layer.__dict__.get("forward")
 
     def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = next(name for name, value in kwargs.items() if isinstance(value, Cache))
-        kept = _Kept(kwargs[name])
-        with suppress(_EnoughComputed):
-            original(states, *args, **{**kwargs, name: kept})
-        chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
-        mask = kwargs["attention_mask"]
+        caches = {name: _Kept(value) for name, value in kwargs.items() if isinstance(value, Cache)}
+        mask = kwargs.get("attention_mask")
+        if args or len(caches) != 1 or mask is None or mask.dim() != _QUERIES_BY_KEYS:
+            return _output_at(original(states, *args, **kwargs), places)
+        try:
+            return _output_at(original(states, **{**kwargs, **caches}), places)  # it has no keys and values
+        except _EnoughComputed:
+            chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
         chosen["attention_mask"] = mask.gather(2, places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
-        return original(_at(states, places), *args, **{**kwargs, **chosen, name: kept})
+        return original(_at(states, places), **{**kwargs, **chosen, **caches})
 
     layer.forward = forward
     try:
@@ -61,6 +68,10 @@ def read_at(layer: nn.Module, places: Tensor) -> Iterator[None]:
             del layer.forward
         else:
             layer.forward = shadowed
+
+
+def _output_at(output: Any, places: Tensor) -> Any:
+    return (_at(output[0], places), *output[1:]) if isinstance(output, tuple) else _at(output, places)
 
 
 def _at(tensors: Any, places: Tensor) -> Any:

@@ -50,9 +50,9 @@ def load(
         dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ...; the best there is when None.
         template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
-        method: Another way to embed with the decoder of a base, a SemPA folder or any PEFT adapter's folder, such as
-            ``mean`` or ``token-prepending:exit=5``; see :mod:`sempa_st.methods.registry`.
-        base: Base to put the folder's adapter on, where the one it names has moved; under a method it may be an
+        method: Another way to embed with the decoder of a base, a SemPA folder or a folder with a bare LoRA adapter,
+            such as ``mean`` or ``token-prepending:exit=5``; see :mod:`sempa_st.methods.registry`.
+        base: Base to put the folder's adapter on, where the one it names has moved; for a bare adapter it may be an
             adapter itself.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
 
@@ -64,28 +64,35 @@ def load(
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
     source = find_model(str(model), for_method=True)
-    if template and source.kind != "base":
+    if template and source.kind != "base" and not method:
         raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
     adapted = source.kind in ("sempa", "adapter") and is_adapter_folder(source.folder)
     if base and not (adapted and reader == "sempa"):
         raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
     if method:
         return _load_method(source, method, template, base, reader, torch_dtype, device)
-    if source.kind == "adapter":
-        raise bare_adapter(source.name)
-    if source.kind == "encoder":
-        kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
-        raise SempaError(
-            f"{source.name} ({kinds}) is an encoder and not a decoder. Give sempa evaluate or sempa_st.load "
-            f"a method: {', '.join(methods_for(encoders=True))}."
-        )
-    if source.kind == "base" and reader == "native":
-        raise SempaError(f"{source.name} is a bare base. Make a native folder of it first: sempa copy {model} DIR")
+    _check_readable(source, reader)
     if source.kind == "base":
         return _load_base(source, template or DEFAULT_TEMPLATE, torch_dtype, device)
     if source.kind == "sempa" and reader == "sempa":
         return _load_sempa(source, base, torch_dtype, device)
     return _load_plain(source, torch_dtype, device)
+
+
+def _check_readable(source: Source, reader: str) -> None:
+    """Raise :class:`SempaError` if a model cannot be embedded with without a method."""
+    if source.kind == "adapter":
+        raise bare_adapter(source.name)
+    if source.kind == "encoder":
+        kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
+        raise SempaError(
+            f"{source.name} ({kinds}) is an encoder and not a decoder. Give it a method: "
+            f"{', '.join(methods_for(encoders=True))}."
+        )
+    if source.kind == "base" and reader == "native":
+        raise SempaError(
+            f"{source.name} is a bare base. Make a native folder of it first: sempa copy {source.name} DIR"
+        )
 
 
 def _load_base(source: Source, template: str, dtype: Any, device: str) -> SentenceTransformer:
@@ -110,6 +117,8 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
 
     if source.kind == "adapter":
         folders, below = adapters_over_base(source.folder, base)
+        for folder in filter(is_activated, folders):
+            raise SempaError(f"The adapter in {folder} acts from certain tokens on, which no --method has.")
         model = load_causal_lm(below.folder, dtype).eval()
         merge_adapters(model, folders, below.name)
         return model, load_tokenizer(below.folder)

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from sempa_st.cached import keeps_no_cache, layers_of, run_on, takes_positions, window_covers
+from sempa_st.cached import alone, keeps_no_cache, last_layer_of, run_on, takes_positions, window_covers
 from sempa_st.last_layer import read_at
 from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
 _EVEN = 3000
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
 OWN_MASKS = ("sdpa", "eager")
 """Implementations of attention that take a mask of queries by keys."""
 
@@ -82,11 +83,12 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
         found.append((last // width, len(packs[last // width])))
         packs[last // width].append(last % width)
     read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
-    if keeps_no_cache(decoder):
+    last_layer = last_layer_of(decoder)
+    if last_layer is None or keeps_no_cache(decoder):
         states = _run_packs(decoder, begun)
         states = states.gather(1, read[:, :, None].expand(-1, -1, states.shape[-1]))
     else:
-        with read_at(layers_of(decoder)[-1], read):
+        with read_at(last_layer, read):
             states = _run_packs(decoder, begun)
     return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
 
@@ -100,14 +102,13 @@ def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -
     # PEFT finds the closing tokens by their place in a row of its own.
     if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
         return embed_rows(module, input_ids, attention_mask)
-    numbers: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        numbers.setdefault(tuple(row.tolist()), len(numbers))
-    with acting_everywhere(module.model):
+    keys = [tuple(row.tolist()) for row in rows]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    with alone(module.decoder), acting_everywhere(module.model):
         if module.training or len(numbers) == len(rows):
             return last_packed_states(module.decoder, rows)
-        states = last_packed_states(module.decoder, [torch.tensor(row) for row in numbers])
-    return states[torch.tensor([numbers[tuple(row.tolist())] for row in rows], device=states.device)]
+        states = last_packed_states(module.decoder, [torch.tensor(key) for key in numbers])
+    return states[torch.tensor([numbers[key] for key in keys], device=states.device)]
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
@@ -142,9 +143,13 @@ def can_pack(decoder: Any, longest: int) -> bool:
         decoder: Layers without the LM head.
         longest: Tokens of the longest row.
     """
+    config = decoder.config.get_text_config()
+    # Any other kind of layer (convolution, recurrence) would carry one row's tokens over into the next row.
+    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
     return (
         takes_positions(decoder)
-        and decoder.config.get_text_config()._attn_implementation in OWN_MASKS
+        and kinds <= _ATTENTION
+        and config._attn_implementation in OWN_MASKS
         and window_covers(decoder, longest)
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,7 +80,7 @@ def bare_adapter(name: str) -> SempaError:
     """Return the error for an adapter that is to be embedded with and no method is given."""
     return SempaError(
         f"{name} holds a bare adapter and no {MODULES} with {SETTINGS}, so its template is unknown. Expected a folder "
-        "that `sempa train` or `sempa copy` wrote; a bare adapter is embedded with by a --method, such as llm2vec."
+        "that `sempa train` or `sempa copy` wrote; sempa encode and evaluate read a bare one by a --method."
     )
 
 
@@ -99,9 +101,14 @@ def adapter_base(folder: Path, base: str | None = None) -> Base:
     Raises:
         SempaError: If it is not at hand; the message says how to name another.
     """
-    name = base or base_of_adapter(folder)
+    with _named_for(folder):
+        return resolve_base(base or base_of_adapter(folder))
+
+
+@contextmanager
+def _named_for(folder: Path) -> Iterator[None]:
     try:
-        return resolve_base(name)
+        yield
     except SempaError as error:
         raise SempaError(f"The base of the adapter in {folder}: {error} To use another copy, pass --base.") from error
 
@@ -118,11 +125,11 @@ def adapters_over_base(folder: Path, base: str | None = None) -> tuple[list[Path
     """
     folders = [folder]
     while True:
-        name = base or base_of_adapter(folders[-1])
-        below = None if name == EMBEDDED_BASE else model_folder(name)
-        if below is None or not is_adapter_folder(below):
-            return folders, resolve_base(name)
+        name, base = base or base_of_adapter(folders[-1]), None
+        with _named_for(folders[-1]):
+            below = None if name == EMBEDDED_BASE else model_folder(name)
+            if below is None or not is_adapter_folder(below):
+                return folders, resolve_base(name)
         if below in folders:
             raise SempaError(f"The adapter in {below} names itself as its base. Name the right one with --base.")
         folders.append(below)
-        base = None

@@ -20,6 +20,7 @@ SIZES = {
 OTHERS = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_inner": 64},
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 8},
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "opt", "gpt_neox"]

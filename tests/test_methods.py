@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_gemma, make_llama, make_tokenizer, randomise, save_base
+from conftest import make_gemma, make_llama, make_tokenizer, randomise, save_base, save_random_adapter
 from mteb.mocks.mock_tasks import MockSTSTask
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -28,6 +30,7 @@ from sempa_st.bases import load_causal_lm
 from sempa_st.cli import build_parser
 from sempa_st.errors import SempaError
 from sempa_st.files import read_rows
+from sempa_st.methods.llm2vec import LLM2Vec
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import METHODS, methods_for, parse_method
 from sempa_st.nli import sample_path
@@ -215,7 +218,24 @@ def test_llm2vec_checkpoints_are_adapters_over_adapters(run_cli: Cli, tiny_base:
     assert (named.encode(SENTENCES) == model.encode(SENTENCES)).all()
     alone = sempa_st.load(above, method=method, base=str(tiny_base), dtype="float32", device="cpu")
     assert float(abs(alone.encode(SENTENCES) - model.encode(SENTENCES)).max()) > 1e-2
-    with pytest.raises(SempaError, match=r"bare adapter .* by a --method, such as llm2vec"):
+    whole = save_random_adapter(tmp_path / "whole", tiny_base, load_causal_lm(tiny_base, torch.float32))
+    tuned = PeftModel.from_pretrained(load_causal_lm(tiny_base, torch.float32), whole).get_base_model()
+    states = [
+        tuned.base_model(torch.tensor([ids_of(module, normalize_sentence(text))]))[0][0, -1] for text in SENTENCES
+    ]
+    check(sempa_st.load(whole, method="last-token", dtype="float32", device="cpu")[0], states)
+    for settings, message in (
+        ({"peft_type": "IA3"}, "is of type IA3. Expected LORA"),
+        ({"alora_invocation_tokens": [3]}, "acts from certain tokens on"),
+        ({"base_model_name_or_path": "/gone"}, r"The base of the adapter in .*/gone.* pass --base"),
+    ):
+        other = shutil.copytree(whole, tmp_path / "other", dirs_exist_ok=True)
+        (other / "adapter_config.json").write_text(
+            json.dumps({**json.loads((whole / "adapter_config.json").read_text()), **settings})
+        )
+        with pytest.raises(SempaError, match=message):
+            sempa_st.load(other, method="last-token")
+    with pytest.raises(SempaError, match=r"bare adapter .* by a --method"):
         sempa_st.load(above)
     with pytest.raises(SempaError, match="names itself as its base"):
         sempa_st.load(below, method=method, base=str(below))
@@ -246,12 +266,19 @@ def test_a_long_sentence_is_cut_and_an_empty_one_is_read(method: str) -> None:
         assert text.endswith('" means in one word:"')
 
 
+def test_a_colon_inside_quotes_is_text() -> None:
+    method = parse_method("""llm2vec:before="USER: ":after=' A:':layer=-2""")
+    assert method == LLM2Vec(layer=-2, before="USER: ", after=" A:")
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         ("sbert", "Unknown method 'sbert'. Expected one of: mean, last-token, prompteol"),
         ("echo:depth=3", "unknown key 'depth'. Known keys: layer"),
         ("echo:layer=x", "'x'. Expected a value of type int"),
+        ("llm2vec:before=[INST] x", "value that cannot be read: .* Put text into double quotes"),
+        ("llm2vec:before='x", "value that cannot be read"),
         ("echo:layer", "Expected SETTING=VALUE, with one of: layer"),
         ("prompteol:template=cot", "Unknown embedding template 'cot'"),
         ("contrastive-prompting:variant=odd", "Unknown variant 'odd'"),
@@ -336,7 +363,8 @@ def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         build_parser().parse_args(["evaluate", "--help"])
     shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-    assert all(name in shown for name in METHODS)
+    shown = shown[shown.rindex("another way to embed") : shown.rindex("--layer LAYER")]
+    assert set(re.findall(r"[a-z0-9-]+(?=[,;]| |$)", shown)) >= set(METHODS)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, get_ident
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from conftest import make_llama, make_tokenizer
 from families import FAMILIES, make_causal_lm
 
 from sempa_st.folder import install_template
+from sempa_st.last_layer import read_at
 from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_states, packed_states
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
@@ -17,6 +21,12 @@ from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 def make_decoder(family: str, **changes: Any) -> Any:
     return make_causal_lm(family, **changes).base_model
+
+
+def make_module() -> PromptEOL:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    return PromptEOL(make_llama(), tokenizer).eval()
 
 
 def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:
@@ -67,12 +77,78 @@ def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])  # GPT-2 has its layers by another name
 @pytest.mark.parametrize("opening", [0, 4])
 def test_packed_rows_equal_rows_alone(family: str, opening: int) -> None:
     rows = make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], opening)
     check_equal(make_decoder(family), rows)
     check_last(make_decoder(family), rows)
+
+
+def test_the_last_states_of_one_row_and_behind_a_projection() -> None:
+    check_last(make_decoder("llama"), make_rows([7], 0))
+    check_last(make_decoder("opt", word_embed_proj_dim=16), make_rows([9, 4, 30], 4))
+
+
+def test_a_layer_that_is_called_by_place_is_run_whole() -> None:
+    layer = make_decoder("gpt2").h[0]
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    whole = layer(states, None)
+    with read_at(layer, torch.tensor([[4], [1]])):
+        found = layer(states, None)
+    states_of = [output[0] if isinstance(output, tuple) else output for output in (whole, found)]
+    torch.testing.assert_close(states_of[1], states_of[0][[0, 1], [4, 1]][:, None], rtol=0, atol=0)
+
+
+def test_layers_of_another_kind_are_not_packed() -> None:
+    decoder = make_decoder("qwen3")
+    assert can_pack(decoder, 10)
+    decoder.config.layer_types = ["full_attention", "conv", "full_attention"]
+    assert not can_pack(decoder, 10)
+
+
+def test_an_error_leaves_the_last_layer_as_it_was() -> None:
+    decoder, rows = make_decoder("llama"), make_rows([9, 4], 4)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = decoder.layers[2].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        last_packed_states(decoder, rows)
+    handle.remove()
+    check_last(decoder, rows)
+    check_equal(decoder, rows)
+
+
+def test_two_threads_may_embed_with_one_model() -> None:
+    """The second begins within the pass of the first and ends after it."""
+    module = make_module()
+    batches = [module.preprocess(texts) for texts in (["A cat sleeps", "Snow"], ["Is it red?", "Two", "dogs run"])]
+    with torch.no_grad():
+        expected = [embed_packed(module, **batch) for batch in batches]
+        inside, done = Event(), Event()
+        first, calls, started = get_ident(), Counter[int](), list[Any]()
+        with ThreadPoolExecutor(1) as pool:
+
+            def meet(*_: Any) -> None:
+                calls[get_ident()] += 1
+                if calls[get_ident()] != 2:  # the opening's pass, or the one after both
+                    return
+                if get_ident() == first:
+                    started.append(pool.submit(torch.no_grad()(embed_packed), module, **batches[1]))
+                    inside.wait(0.5)
+                else:
+                    inside.set()
+                    done.wait(5)
+
+            handle = module.decoder.get_submodule("layers.1").register_forward_pre_hook(meet)
+            found = embed_packed(module, **batches[0])
+            done.set()
+            other = started[0].result()
+            handle.remove()
+        again = embed_packed(module, **batches[0])
+    torch.testing.assert_close([found, other, again], [*expected, expected[0]], rtol=0, atol=1e-6)
 
 
 def test_the_last_layer_runs_for_what_is_read() -> None:
@@ -85,7 +161,7 @@ def test_the_last_layer_runs_for_what_is_read() -> None:
                     lambda _, inputs, short=short: seen[short].append(inputs[0].shape[:2].numel())
                 )
     last_packed_states(decoder, make_rows([6, 6, 6, 6], 5))
-    # Layer 1: the opening, then all tokens; layer 2: the opening, all tokens' keys, the four last tokens.
+    # Layer 1: the opening, then all tokens; layer 2: the opening, all up to the attention, the four last tokens.
     assert seen["down_proj"] == [5, 5, 24, 4]
     assert seen["q_proj"] == [5, 5, 24, 24, 4]
     assert decoder.layers[2].forward.__func__ is type(decoder.layers[2]).forward
@@ -138,9 +214,7 @@ def test_less_is_run_than_the_rows_hold() -> None:
 
 
 def test_equal_rows_are_run_once_except_in_training() -> None:
-    tokenizer = make_tokenizer()
-    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
-    module = PromptEOL(make_llama(), tokenizer)
+    module = make_module()
     seen: list[int] = []
     module.decoder.get_submodule("layers.0").register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].shape[:2].numel())

@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sempa_st.bases import load_tokenizer
+from sempa_st.cached import alone
 from sempa_st.errors import SempaError
 from sempa_st.methods.encoders import PromptBERT
 from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
 from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, load_adapter, save_model
-
-_FIELDS = ("input_ids", "attention_mask", "read", "placeholder", "hidden")
 
 
 class MethodModule(InputModule):
@@ -85,10 +84,8 @@ class MethodModule(InputModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        rows: list[Rows] = []
-        while _key("input_ids", len(rows)) in features:
-            rows.append(Rows(**{name: features[_key(name, len(rows))] for name in _FIELDS}))
-        features["sentence_embedding"] = self._method.vectors(self.layers, *rows)
+        with alone(self.layers):
+            features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features))
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -133,7 +130,7 @@ class MethodModule(InputModule):
     def _tensors(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         tensors = {}
-        for name in _FIELDS:
+        for name in Rows._fields:
             filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
             padding = [[filler] * (width - len(row[name])) for row in rows]
             pairs = zip(rows, padding, strict=True)
@@ -159,13 +156,21 @@ class MethodModule(InputModule):
                 row.insert(place, value)
         if not any(read):
             read[-1] = 1  # the empty sentence has no token of its own
-        return dict(zip(_FIELDS, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))
+        return dict(zip(Rows._fields, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))
 
 
 def _marked(spans: Sequence[tuple[int, int]], characters: tuple[int, int]) -> list[int]:
     """Return 1 for each token that holds one of the characters, else 0."""
     start, end = characters
     return [int(first < min(end, last) and last > start) for first, last in spans]
+
+
+def rows_in(features: dict[str, Any]) -> list[Rows]:
+    """Return what :meth:`MethodModule.preprocess` put into ``features``, text by text."""
+    rows: list[Rows] = []
+    while _key("input_ids", len(rows)) in features:
+        rows.append(Rows(**{name: features[_key(name, len(rows))] for name in Rows._fields}))
+    return rows
 
 
 def _key(name: str, number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +34,10 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+_PARTS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^:])+""")
+"""What stands between colons; one inside quotes does not count."""
+
+
 def methods_for(*, encoders: bool) -> list[str]:
     """Return the names of the methods for encoders, or for decoders."""
     return [name for name, method in METHODS.items() if method.for_encoders == encoders]
@@ -47,7 +52,7 @@ def parse_method(text: str) -> Method:
     Raises:
         SempaError: On an unknown name or setting, or a value of the wrong type.
     """
-    name, *settings = text.split(":")
+    name, *settings = _PARTS.findall(text) or [text]
     if name not in METHODS:
         raise SempaError(f"Unknown method {name!r}. Expected one of: {', '.join(METHODS)}.")
     values: dict[str, Any] = {}
@@ -58,7 +63,13 @@ def parse_method(text: str) -> Method:
                 f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known(name)}."
             )
         # As in a YAML file, where false is no text.
-        field, converted = convert_option(METHODS[name], key, yaml.safe_load(value), f"The method {text!r}")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SempaError(
+                f"The method {text!r} has a value that cannot be read: {value}. Put text into double quotes."
+            ) from error
+        field, converted = convert_option(METHODS[name], key, read, f"The method {text!r}")
         values[field] = converted
     return METHODS[name](**values)
 
