@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
-from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor
 
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
@@ -25,7 +23,7 @@ from sempa_st.console import table
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import folder_digest
-from sempa_st.methods.layers import states_after
+from sempa_st.methods.layers import states_after, states_in
 from sempa_st.methods.method import Method, Rows, mean_of
 from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
@@ -74,7 +72,7 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     """Return the Spearman correlation times 100 by layer, 1 being the first one's output and the last with the norm."""
     method, decoder = parse_method(module.method), module.layers
     depth = len(layers_of(decoder))
-    sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
+    sentences = pairs.sentences
     lengths = [len(module.tokenizer(method.render(text)[0].text)["input_ids"]) for text in sentences]
     width = module.get_embedding_dimension()
     vectors = {layer: torch.empty(len(sentences), width) for layer in range(1, depth + 1)}
@@ -85,10 +83,8 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
             vectors[depth][batch] = run_padded(method, decoder, rows)
             for layer in range(1, depth):
                 vectors[layer][batch] = read[layer]
-    place = {sentence: index for index, sentence in enumerate(sentences)}
-    first, second = ([place[sentence] for sentence in side] for side in (pairs.first, pairs.second))
     return {
-        str(layer): 100 * float(spearmanr(pairwise_cos_sim(found[first], found[second]), pairs.scores).statistic)
+        str(layer): pairs.spearman(found)
         for layer, found in vectors.items()
         if _can_be_read(replace(method, layer=layer), decoder)
     }
@@ -116,7 +112,7 @@ def read_at_layers(decoder: Any, read: Tensor) -> Iterator[dict[int, Tensor]]:
     found: dict[int, Tensor] = {}
 
     def keep(layer: int, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
+        states = states_in(output)
         if states.shape[:2] == read.shape:  # another text of the method may be of another width
             found[layer] = mean_of(states, read)
 

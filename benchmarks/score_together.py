@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from scipy.stats import spearmanr
-from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 
 from sempa_st.bases import load_causal_lm, load_tokenizer
@@ -115,15 +113,12 @@ def load_together(folders: list[Path]) -> Together:
 def score_pairs(together: Together, pairs: GradedPairs, task: str) -> list[float]:
     """Return the Spearman correlation times 100 of the base, then of each model."""
     module = together.module
-    sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
-    rows = module.token_rows(sentences)
+    rows = module.token_rows(pairs.sentences)
     vectors = [torch.empty(len(rows), module.get_embedding_dimension()) for _ in [_BASE, *together.first_layers]]
     for batch in in_batches([len(row) for row in rows], _TOKENS, task):
         for store, states in zip(vectors, continued(together, [rows[index] for index in batch]), strict=True):
             store[batch] = states
-    place = {sentence: index for index, sentence in enumerate(sentences)}
-    first, second = ([place[sentence] for sentence in side] for side in (pairs.first, pairs.second))
-    return [100 * float(spearmanr(pairwise_cos_sim(v[first], v[second]), pairs.scores).statistic) for v in vectors]
+    return [pairs.spearman(found) for found in vectors]
 
 
 def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:

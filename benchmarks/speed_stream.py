@@ -18,8 +18,7 @@ from sempa_st.stsdata import local_files, read_pairs
 
 def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
     """Encode files of real sentences, repeated where they run out, each by a process of its own."""
-    pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
-    sentences = list(dict.fromkeys([*pairs.first, *pairs.second]))
+    sentences = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb")).sentences
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for length in args.lengths:

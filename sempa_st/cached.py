@@ -80,7 +80,11 @@ def layers_of(decoder: Any) -> nn.ModuleList:
 
 def last_layer_of(decoder: Any) -> nn.Module | None:
     """Return the last layer, or None for a decoder of another build (GPT-2)."""
-    return layers_of(decoder)[-1] if _holders(decoder) else None
+    holder = _holder(decoder)
+    if holder is None:
+        return None
+    layers: nn.ModuleList = holder.layers
+    return layers[-1]
 
 
 def layer_holder(decoder: Any) -> Any:
@@ -89,11 +93,13 @@ def layer_holder(decoder: Any) -> Any:
     Raises:
         SempaError: If there is none.
     """
-    found = _holders(decoder)
-    if not found:
+    holder = _holder(decoder)
+    if holder is None:
         raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")
-    return found[0]
+    return holder
 
 
-def _holders(decoder: Any) -> list[Any]:
-    return [module for module in decoder.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)]
+def _holder(decoder: Any) -> Any:
+    # It is among the first modules; all of them are gone through only where there is none.
+    holders = (module for module in decoder.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    return next(holders, None)

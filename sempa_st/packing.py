@@ -65,7 +65,7 @@ def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packe
     """
     begun = _begin(decoder, rows, group)
     states = _run_packs(decoder, begun)
-    opening = begun.opening.shape[0]
+    opening = len(begun.opening)
     there = torch.arange(opening)
     return Packed(
         torch.cat([begun.opening, states.flatten(0, 1)]),

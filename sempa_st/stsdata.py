@@ -6,10 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
 from sempa_st.files import read_rows
 from sempa_st.nli import sample_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DATA_DIR_VARIABLE = "SEMPA_DATA_DIR"
 _SAMPLE = sample_path("sts_sample.jsonl")
@@ -40,6 +44,24 @@ class GradedPairs:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The distinct sentences, in the order in which they come."""
+        return list(dict.fromkeys([*self.first, *self.second]))
+
+    def spearman(self, vectors: Tensor) -> float:
+        """Return the Spearman correlation (times 100) of the cosine with the grades.
+
+        Args:
+            vectors: Of :attr:`sentences`, of shape (sentences, width).
+        """
+        from scipy.stats import spearmanr
+        from sentence_transformers.util import pairwise_cos_sim
+
+        place = {sentence: index for index, sentence in enumerate(self.sentences)}
+        first, second = (vectors[[place[sentence] for sentence in side]] for side in (self.first, self.second))
+        return 100 * float(spearmanr(pairwise_cos_sim(first, second).cpu(), self.scores).statistic)
 
 
 def local_files(data_dir: str | Path, task: str, split: str, protocol: str) -> list[Path]:

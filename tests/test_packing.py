@@ -43,19 +43,23 @@ def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) 
     return rows
 
 
+def check_gradients(decoder: Any, found: torch.Tensor, expected: torch.Tensor) -> None:
+    gradients = []
+    for total in (found, expected):
+        decoder.zero_grad()
+        total.backward()
+        gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients[1].values())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
 def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
     """The same for what the last tokens' states alone are run for."""
     together = last_packed_states(decoder, rows)
     alone = torch.stack([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(2))
-    gradients = []
-    for states in (together, alone):
-        decoder.zero_grad()
-        (states * direction).mean().backward()
-        gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
-    assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients[1].values())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    check_gradients(decoder, (together * direction).mean(), (alone * direction).mean())
 
 
 def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
@@ -64,17 +68,12 @@ def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
     together = [packed.states[places] for places in packed.places]
     alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
-    gradients = []
-    for found in (together, alone):
-        for states, expected in zip(found, alone, strict=True):
-            torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
-        decoder.zero_grad()
-        total = sum((states * way).mean() for states, way in zip(found, directions, strict=True))
-        assert isinstance(total, torch.Tensor)
-        total.backward()
-        gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
-    assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients[1].values())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    totals = [
+        torch.stack([(states * way).mean() for states, way in zip(found, directions, strict=True)]).sum()
+        for found in (together, alone)
+    ]
+    check_gradients(decoder, *totals)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])  # GPT-2 has its layers by another name

@@ -70,7 +70,7 @@ def ending_after(decoder: Any, run: int) -> Iterator[None]:
         return output
 
     handles = [
-        layers[run - 1].register_forward_hook(lambda _, inputs, output: found.append(_states_in(output))),
+        layers[run - 1].register_forward_hook(lambda _, inputs, output: found.append(states_in(output))),
         decoder.register_forward_hook(put_found),
     ]
     holder.layers = layers[:run]
@@ -114,6 +114,7 @@ def at_tokens(states: Tensor, marked: Tensor, new: Tensor) -> Tensor:
     return torch.where(marked.bool()[:, :, None], new[:, None].to(states.dtype), states)
 
 
-def _states_in(output: Any) -> Tensor:
+def states_in(output: Any) -> Tensor:
+    """Return the states in what a layer returns: that, or the first of several things."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

@@ -83,22 +83,15 @@ class DevScorer:
         Raises:
             SempaError: If it is not a number, as when the model has diverged.
         """
-        from scipy.stats import spearmanr
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.util import pairwise_cos_sim
 
         module = PromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
         module.embed_rows = embed_packed
         embedder = SentenceTransformer(modules=[module], device=str(model.device))
-        sentences = list(dict.fromkeys([*self._pairs.first, *self._pairs.second]))
         vectors = embedder.encode(
-            sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
-        ).float()
-        place = {sentence: index for index, sentence in enumerate(sentences)}
-        first, second = (
-            vectors[[place[sentence] for sentence in side]] for side in (self._pairs.first, self._pairs.second)
+            self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
         )
-        score = 100 * float(spearmanr(pairwise_cos_sim(first, second).cpu(), self._pairs.scores).statistic)
+        score = self._pairs.spearman(vectors.float())
         if math.isnan(score):
             raise SempaError("The dev score is not a number: the embeddings have diverged. Lower the learning rate.")
         return score
