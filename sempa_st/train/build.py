@@ -30,6 +30,7 @@ from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
+from sempa_st.train.passages import text_digest
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
@@ -53,7 +54,8 @@ class Ingredients:
     def identity(self) -> dict[str, Any]:
         """What decides the result; a run is only resumed with the same."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
-        return settings | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
+        texts = {"kl_text_sha256": text_digest(self.config.kl_text)} if self.config.kl_text else {}
+        return settings | texts | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
 
 
 def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +20,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
+from sempa_st.train.passages import PASSAGE_TOKENS, read_passages
 from sempa_st.train.reference import REFERENCE, cached_tensors, collect, in_batches
 from sempa_st.words import WordBags, document_frequencies
 
@@ -55,7 +57,7 @@ def batch_parts(
         parts.append(lambda indices, _: answers(indices))
         parts.append(_picked(_reference_answers(config, answers, module, identity)))
     if config.kl:
-        parts.append(_plain_text(tokenizer, config.max_seq_length))
+        parts.append(_passages(tokenizer, config) if config.kl_text else _premises(tokenizer, config.max_seq_length))
     return parts
 
 
@@ -157,10 +159,25 @@ def _reference_answers(
     return cached_tensors(full, compute, write=PartialState().is_main_process)
 
 
-def _plain_text(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
+def _premises(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
     def part(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
-        rows = [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets]
-        padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return {f"plain_{name}": tensor for name, tensor in padded.items() if isinstance(tensor, torch.Tensor)}
+        return _plain_rows(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
 
     return part
+
+
+def _passages(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Part:
+    """Return the maker of rows from a file: as many passages as it takes for the positions that are looked at."""
+    passages = read_passages(config.kl_text, tokenizer)
+    wanted = math.ceil(config.kl_positions / PASSAGE_TOKENS)
+
+    def part(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
+        # The numbers of triplets come shuffled, and with them the passages.
+        return _plain_rows(tokenizer, [passages[index % len(passages)] for index in indices[:wanted]])
+
+    return part
+
+
+def _plain_rows(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Batch:
+    padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    return {f"plain_{name}": tensor for name, tensor in padded.items() if isinstance(tensor, torch.Tensor)}

@@ -11,6 +11,7 @@ from sempa_st.console import table
 from sempa_st.nli import NliData
 from sempa_st.runinfo import run_info
 from sempa_st.train.callbacks import DEV_METRIC
+from sempa_st.train.passages import text_digest
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
 
@@ -38,6 +39,8 @@ def run_record(
         if DEV_METRIC in line
     ]
     source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
+    if config.kl_text:
+        source["kl_text_sha256"] = text_digest(config.kl_text)
     return {
         **run_info(),
         "objective": config.objective,

@@ -1,0 +1,90 @@
+"""Ordinary text from a file for the KL term."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_config, make_llama, make_tokenizer, sample_sentences
+
+from sempa_st.errors import SempaError
+from sempa_st.folder import install_template
+from sempa_st.nli import load_nli
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.train.parts import batch_parts
+from sempa_st.train.passages import PASSAGE_TOKENS, read_passages
+from sempa_st.train.run import train
+from sempa_st.train.workdir import WorkDir
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(sample_sentences()[:120]), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_passages_are_the_text_in_pieces_that_begin_as_any_text_does(text: Path, bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    passages = read_passages(str(text), tokenizer)
+    assert len(passages) > 5 and {len(passage) for passage in passages} == {PASSAGE_TOKENS}
+    start = [tokenizer.bos_token_id] if bos else []
+    assert all(passage[: len(start)] == start for passage in passages)
+    joined = [token for passage in passages for token in passage[len(start) :]]
+    assert text.read_text(encoding="utf-8").startswith(tokenizer.decode(joined))
+
+
+def test_a_text_that_is_too_short_or_no_text_is_refused(text: Path) -> None:
+    text.write_text("Too short.", encoding="utf-8")
+    with pytest.raises(SempaError, match=r"text\.txt has \d+ tokens of text\. Expected at least 127"):
+        read_passages(str(text), make_tokenizer())
+    text.write_bytes(b"\xff\xfe\xff")
+    for name in (text, text.with_name("absent.txt")):
+        with pytest.raises(SempaError, match=f"The text .*{name.name} cannot be read"):
+            read_passages(str(name), make_tokenizer())
+
+
+@pytest.mark.parametrize(("positions", "rows"), [(96, 1), (129, 2)])
+def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
+    text: Path, tiny_base: Path, tmp_path: Path, positions: int, rows: int
+) -> None:
+    settings = {"objective": "contrastive", "kl": 1.0, "kl_positions": positions}
+    tokenizer, data = make_tokenizer(), load_nli("sample")
+    embedder = make_tokenizer()
+    install_template(embedder, EMBEDDING_TEMPLATES["prompteol"])
+    module = PromptEOL(make_llama(), embedder)
+
+    def batch(**kwargs: str) -> dict[str, torch.Tensor]:
+        config = make_config(tiny_base, tmp_path / "model", **settings, **kwargs)
+        makers = batch_parts(config, data, tokenizer, module, "base")
+        made = [maker([7, 3, 5], [data.triplets[index] for index in (7, 3, 5)]) for maker in makers]
+        return {name: tensor for part in made for name, tensor in part.items() if name.startswith("plain")}
+
+    passages = read_passages(str(text), tokenizer)
+    expected = [passages[index % len(passages)] for index in (7, 3)[:rows]]
+    assert batch(kl_text=str(text))["plain_input_ids"].tolist() == expected
+    premises = batch()["plain_input_ids"]
+    assert len(premises) == 3 and tokenizer.decode(premises[1], skip_special_tokens=True) == data.triplets[3].premise
+
+
+def test_a_run_learns_with_it_and_records_it(text: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_base, tmp_path / "model", objective="contrastive", kl=0.1, kl_text=str(text))
+    record, _ = train(config)
+    assert record["training"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert record["training"][-1]["kl"] > 0
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert record["data"]["kl_text_sha256"] == digest
+    assert "kl_text_sha256" not in train(make_config(tiny_base, tmp_path / "other", objective="contrastive"))[0]["data"]
+
+
+def test_what_cannot_be_read_is_refused_before_anything_is_written(tiny_base: Path, tmp_path: Path) -> None:
+    absent, output = str(tmp_path / "absent.txt"), tmp_path / "model"
+    with pytest.raises(SempaError, match=r"absent\.txt cannot be read"):
+        train(make_config(tiny_base, output, objective="contrastive", kl=0.1, kl_text=absent))
+    assert not output.exists() and not WorkDir(output).path.exists()
+    with pytest.raises(SempaError, match=r"kl_text is .*absent\.txt.*without --kl nothing reads it"):
+        make_config(tiny_base, output, kl_text=absent)
