@@ -53,8 +53,9 @@ def main() -> None:
     if held["base"] != digest:
         raise SempaError(f"{output} holds scores of another base. Choose another output.")
     found: dict[str, dict[str, float]] = held["scores"]
-    model: Any = load_causal_lm(folder, torch.float32).eval()
-    model, tokenizer = model.to(pick_device(args.device)), load_tokenizer(folder)
+    device = pick_device(args.device)
+    model: Any = load_causal_lm(folder, torch.float32, device=device).eval()
+    model, tokenizer = model.to(device), load_tokenizer(folder)
     for name in args.methods:
         if parse_method(name).layer is not None:
             raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 
@@ -56,6 +56,21 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if device.startswith("cuda") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
+
+
+def attention_arguments(config: dict[str, Any], device: str) -> dict[str, str]:
+    """Return what to load a decoder with so that its attention is right on a device.
+
+    CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one key/value
+    head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937). These run eagerly.
+
+    Args:
+        config: Contents of the decoder's config.json.
+        device: Where it will run.
+    """
+    text = config.get("text_config", config)
+    one_head = text.get("num_key_value_heads") == 1 and text.get("num_attention_heads", 1) > 1
+    return {"attn_implementation": "eager"} if one_head and device.startswith("cuda") else {}
 
 
 def cpu_has_bfloat16() -> bool:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
-from sempa_st.devices import pick_device, pick_dtype
+from sempa_st.devices import attention_arguments, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.folder import (
+    CONFIG,
     ST_CONFIG,
     folder_digest,
     folder_format,
@@ -99,7 +100,7 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
     definition = embedding_template(template)
     tokenizer = load_tokenizer(source.folder)
     install_template(tokenizer, definition)
-    decoder = load_causal_lm(source.folder, dtype).eval()
+    decoder = load_causal_lm(source.folder, dtype, device=device).eval()
     return _assemble(PromptEOL(decoder, tokenizer, template=template), source, device)
 
 
@@ -107,11 +108,11 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
     folder = source.folder
     template = template_name(folder) or DEFAULT_TEMPLATE
     length = folder_max_seq_length(folder)
-    model, tokenizer = _load_decoder(source, base, dtype)
+    model, tokenizer = _load_decoder(source, base, dtype, device)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
 
 
-def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
+def _load_decoder(source: Source, base: str | None, dtype: Any, device: str) -> tuple[Any, Any]:
     """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
     from sempa_st.adapters import attach_adapter, merge_adapters
 
@@ -119,14 +120,14 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         folders, below = adapters_over_base(source.folder, base)
         for folder in filter(is_activated, folders):
             raise SempaError(f"The adapter in {folder} acts from certain tokens on, which no --method has.")
-        model = load_causal_lm(below.folder, dtype).eval()
+        model = load_causal_lm(below.folder, dtype, device=device).eval()
         merge_adapters(model, folders, below.name)
         return model, load_tokenizer(below.folder)
     tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype).eval(), tokenizer
+        return load_causal_lm(source.folder, dtype, device=device).eval(), tokenizer
     found = adapter_base(source.folder, base)
-    return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
+    return attach_adapter(load_causal_lm(found.folder, dtype, device=device), source.folder, found.name), tokenizer
 
 
 def _load_method(
@@ -146,7 +147,7 @@ def _load_method(
         )
     if source.kind == "sempa" and is_activated(source.folder):
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
-    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
+    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype, device)
     embedder = SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
     embedder.model_card_data.model_name = f"{_own_name(source)}-{method}"
     return embedder
@@ -195,11 +196,18 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
             )
         )
     try:
-        model_kwargs = {"dtype": dtype, "use_safetensors": True}
+        model_kwargs = {"dtype": dtype, "use_safetensors": True, **_plain_attention(source.folder, device)}
         model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SempaError(f"{source.name} cannot be opened with sentence-transformers: {error}") from error
     return _named(model, source)
+
+
+def _plain_attention(folder: Path, device: str) -> dict[str, str]:
+    if not device.startswith("cuda"):
+        return {}
+    path = (adapter_base(folder).folder if is_adapter_folder(folder) else folder) / CONFIG
+    return attention_arguments(read_json(path), device) if path.is_file() else {}
 
 
 def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, save_base
+from conftest import make_gemma, make_llama, make_tokenizer, save_base
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
@@ -54,6 +56,24 @@ def test_corrupted_weights_are_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(SempaError, match=r"The model in .* cannot be read"):
         load_causal_lm(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "device", "expected"),
+    [(make_gemma, "cuda", "eager"), (make_gemma, "cuda:1", "eager"), (make_gemma, "cpu", "sdpa"),
+     (make_llama, "cuda", "sdpa")],
+)  # fmt: skip
+def test_one_broadcast_head_stays_out_of_a_faulty_kernel(
+    tmp_path: Path, make: Callable[[], Any], device: str, expected: str
+) -> None:
+    made = make()
+    save_base(tmp_path, made, make_tokenizer())
+    model = load_causal_lm(tmp_path, torch.float32, device=device)
+    assert model.config._attn_implementation == expected
+    ids = torch.tensor([[1, 5, 7, 9, 11], [0, 0, 1, 6, 8]])
+    mask = (ids != 0).long()
+    states = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(states[:, -1], made(input_ids=ids, attention_mask=mask).logits[:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "nosuchmodel", "/no/such/folder", "a b"])

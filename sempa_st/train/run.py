@@ -125,7 +125,7 @@ def _gather(config: TrainConfig, device: str) -> Ingredients:
     check_saved_tokenizer(embedder, config.template)
     # Weights that are trained themselves are kept in float32, whatever the arithmetic.
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
-    model = load_causal_lm(base.folder, dtype)
+    model = load_causal_lm(base.folder, dtype, device=device)
     try:
         PromptEOL(model, embedder, template=config.template, max_seq_length=config.max_seq_length)
     except ValueError as error:
