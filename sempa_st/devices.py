@@ -61,8 +61,9 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 def attention_arguments(config: dict[str, Any], device: str) -> dict[str, str]:
     """Return what to load a decoder with so that its attention is right on a device.
 
-    CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one key/value
-    head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937). These run eagerly.
+    CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one
+    key/value head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937). These
+    run eagerly.
 
     Args:
         config: Contents of the decoder's config.json.
