@@ -20,7 +20,7 @@ from torch import Tensor
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
 from sempa_st.cached import layers_of
 from sempa_st.console import table
-from sempa_st.devices import pick_device
+from sempa_st.devices import keep_attention_right, pick_device
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import folder_digest
@@ -49,19 +49,20 @@ def main() -> None:
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
     folder = find_model(args.base).folder
     digest = folder_digest(folder)
-    held = read_json(output) if output.is_file() else {"base": digest, "scores": {}}
-    if held["base"] != digest:
-        raise SempaError(f"{output} holds scores of another base. Choose another output.")
-    found: dict[str, dict[str, float]] = held["scores"]
     device = pick_device(args.device)
-    model: Any = load_causal_lm(folder, torch.float32, device=device).eval()
+    held = read_json(output) if output.is_file() else {"base": digest, "device": device, "scores": {}}
+    if (held["base"], held["device"]) != (digest, device):
+        raise SempaError(f"{output} holds scores of another base or device. Choose another output.")
+    found: dict[str, dict[str, float]] = held["scores"]
+    model: Any = load_causal_lm(folder, torch.float32).eval()
+    keep_attention_right(model, device)
     model, tokenizer = model.to(device), load_tokenizer(folder)
     for name in args.methods:
         if parse_method(name).layer is not None:
             raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")
         if name not in found:
             found[name] = score_layers(MethodModule(model, tokenizer, f"{name}:layer=-1"), pairs, name)
-            write_json(output, {**run_info(), "base": digest, "split": "STS-B dev", "scores": found})
+            write_json(output, {**run_info(), "base": digest, "device": device, "split": "STS-B dev", "scores": found})
     rows: list[list[object]] = []
     for name in args.methods:
         scores = found[name]

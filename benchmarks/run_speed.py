@@ -208,7 +208,7 @@ def product_rates(config: dict[str, Any], device: str = "cpu") -> dict[str, floa
             for states, weight in layers:
                 torch.nn.functional.linear(states, weight)
             done += 2 * _PRODUCT_ROWS * sum(weight.numel() for _, weight in layers)
-            if device == "cuda":
+            if device.startswith("cuda"):
                 torch.cuda.synchronize()
         rates[name] = done / (time.perf_counter() - started) / 1e9
     return rates

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sempa_st
 from sempa_st.bases import load_tokenizer
+from sempa_st.devices import keep_attention_right
 from sempa_st.errors import SempaError
 from sempa_st.prompts import embedding_template
 
@@ -25,6 +26,7 @@ _TEMPLATE = embedding_template("prompteol")
 def paper(folder: Path, _: Path, device: str) -> Embed:
     """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    keep_attention_right(model, device)
     tokenizer = load_tokenizer(folder)
 
     @torch.no_grad()
@@ -43,7 +45,9 @@ def plain(dtype: torch.dtype) -> Make:
     """Embed with the native folder in plain sentence-transformers."""
 
     def make(_: Path, native: Path, device: str) -> Embed:
-        return _encode(SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype}))
+        model = SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype})
+        keep_attention_right(model, device)
+        return _encode(model)
 
     return make
 

@@ -82,7 +82,7 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
             GradedPairs([], [], []), embedder, template=config.template, max_seq_length=512, batch_size=32
         )
         model = load_causal_lm(base.folder, torch.float32)
-        parts = Ingredients(config, "cpu", base, data, load_tokenizer(base.folder), model, scorer)
+        parts = Ingredients(config, "cpu", base, data, load_tokenizer(base.folder), model, scorer, None)
         work = WorkDir(output)
         work.checkpoints.mkdir(parents=True, exist_ok=True)
         with mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}):

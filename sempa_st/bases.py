@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.devices import attention_arguments
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json
 from sempa_st.hub import model_folder
@@ -155,13 +154,8 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(last_resort)
 
 
-def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, device: str = "cpu") -> PreTrainedModel:
-    """Load the causal language model in ``folder`` from safetensors, with its LM head, into main memory.
-
-    Args:
-        folder: Folder of the base.
-        dtype: Type of its weights.
-        device: Where it will run, for :func:`sempa_st.devices.attention_arguments`.
+def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal language model in ``folder`` from safetensors, with its LM head.
 
     Raises:
         SempaError: If its files cannot be read or do not fit together.
@@ -170,8 +164,7 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, device: str = "cpu
     from transformers import AutoModelForCausalLM
 
     try:
-        arguments = attention_arguments(read_json(Path(folder, "config.json")), device)
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **arguments)
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SempaError(
             f"The model in {folder} cannot be read ({error}). Restore or download the folder again."

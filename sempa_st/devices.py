@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -58,20 +60,28 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def attention_arguments(config: dict[str, Any], device: str) -> dict[str, str]:
-    """Return what to load a decoder with so that its attention is right on a device.
+def keep_attention_right(model: nn.Module, device: str) -> None:
+    """Let decoders run eagerly where a device's faster attention would be wrong.
 
     CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one
-    key/value head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937). These
-    run eagerly.
+    key/value head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
 
     Args:
-        config: Contents of the decoder's config.json.
+        model: Anything with models of transformers in it.
         device: Where it will run.
     """
-    text = config.get("text_config", config)
-    one_head = text.get("num_key_value_heads") == 1 and text.get("num_attention_heads", 1) > 1
-    return {"attn_implementation": "eager"} if one_head and device.startswith("cuda") else {}
+    from transformers import PreTrainedModel
+
+    if not device.startswith("cuda"):
+        return
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == "sdpa" and _has_one_head(part):
+            part.set_attn_implementation("eager")
+
+
+def _has_one_head(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
 
 
 def cpu_has_bfloat16() -> bool:

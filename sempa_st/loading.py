@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
-from sempa_st.devices import attention_arguments, pick_device, pick_dtype
+from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.folder import (
-    CONFIG,
     ST_CONFIG,
     folder_digest,
     folder_format,
@@ -71,13 +70,17 @@ def load(
     if base and not (adapted and reader == "sempa"):
         raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
     if method:
-        return _load_method(source, method, template, base, reader, torch_dtype, device)
-    _check_readable(source, reader)
-    if source.kind == "base":
-        return _load_base(source, template or DEFAULT_TEMPLATE, torch_dtype, device)
-    if source.kind == "sempa" and reader == "sempa":
-        return _load_sempa(source, base, torch_dtype, device)
-    return _load_plain(source, torch_dtype, device)
+        opened = _load_method(source, method, template, base, reader, torch_dtype, device)
+    else:
+        _check_readable(source, reader)
+        if source.kind == "base":
+            opened = _load_base(source, template or DEFAULT_TEMPLATE, torch_dtype, device)
+        elif source.kind == "sempa" and reader == "sempa":
+            opened = _load_sempa(source, base, torch_dtype, device)
+        else:
+            opened = _load_plain(source, torch_dtype, device)
+    keep_attention_right(opened, device)
+    return opened
 
 
 def _check_readable(source: Source, reader: str) -> None:
@@ -100,7 +103,7 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
     definition = embedding_template(template)
     tokenizer = load_tokenizer(source.folder)
     install_template(tokenizer, definition)
-    decoder = load_causal_lm(source.folder, dtype, device=device).eval()
+    decoder = load_causal_lm(source.folder, dtype).eval()
     return _assemble(PromptEOL(decoder, tokenizer, template=template), source, device)
 
 
@@ -108,11 +111,11 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
     folder = source.folder
     template = template_name(folder) or DEFAULT_TEMPLATE
     length = folder_max_seq_length(folder)
-    model, tokenizer = _load_decoder(source, base, dtype, device)
+    model, tokenizer = _load_decoder(source, base, dtype)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
 
 
-def _load_decoder(source: Source, base: str | None, dtype: Any, device: str) -> tuple[Any, Any]:
+def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
     """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
     from sempa_st.adapters import attach_adapter, merge_adapters
 
@@ -120,14 +123,14 @@ def _load_decoder(source: Source, base: str | None, dtype: Any, device: str) -> 
         folders, below = adapters_over_base(source.folder, base)
         for folder in filter(is_activated, folders):
             raise SempaError(f"The adapter in {folder} acts from certain tokens on, which no --method has.")
-        model = load_causal_lm(below.folder, dtype, device=device).eval()
+        model = load_causal_lm(below.folder, dtype).eval()
         merge_adapters(model, folders, below.name)
         return model, load_tokenizer(below.folder)
     tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype, device=device).eval(), tokenizer
+        return load_causal_lm(source.folder, dtype).eval(), tokenizer
     found = adapter_base(source.folder, base)
-    return attach_adapter(load_causal_lm(found.folder, dtype, device=device), source.folder, found.name), tokenizer
+    return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
 
 
 def _load_method(
@@ -147,7 +150,7 @@ def _load_method(
         )
     if source.kind == "sempa" and is_activated(source.folder):
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
-    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype, device)
+    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
     embedder = SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
     embedder.model_card_data.model_name = f"{_own_name(source)}-{method}"
     return embedder
@@ -196,18 +199,11 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
             )
         )
     try:
-        model_kwargs = {"dtype": dtype, "use_safetensors": True, **_plain_attention(source.folder, device)}
+        model_kwargs = {"dtype": dtype, "use_safetensors": True}
         model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SempaError(f"{source.name} cannot be opened with sentence-transformers: {error}") from error
     return _named(model, source)
-
-
-def _plain_attention(folder: Path, device: str) -> dict[str, str]:
-    if not device.startswith("cuda"):
-        return {}
-    path = (adapter_base(folder).folder if is_adapter_folder(folder) else folder) / CONFIG
-    return attention_arguments(read_json(path), device) if path.is_file() else {}
 
 
 def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:

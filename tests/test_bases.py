@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gemma, make_llama, make_tokenizer, save_base
+from conftest import finish_adapter, make_config, make_gemma, make_llama, make_tokenizer, save_base
+from peft import get_peft_model
+from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
+import sempa_st
+from sempa_st.adapters import lora_config
 from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
-from sempa_st.devices import pick_device, pick_dtype
+from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.hub import model_folder
+from sempa_st.train.run import _gather
 
 
 def test_a_folder_is_a_base(tiny_base: Path) -> None:
@@ -63,17 +68,43 @@ def test_corrupted_weights_are_named(tmp_path: Path) -> None:
     [(make_gemma, "cuda", "eager"), (make_gemma, "cuda:1", "eager"), (make_gemma, "cpu", "sdpa"),
      (make_llama, "cuda", "sdpa")],
 )  # fmt: skip
+@pytest.mark.parametrize("adapted", [False, True])
 def test_one_broadcast_head_stays_out_of_a_faulty_kernel(
-    tmp_path: Path, make: Callable[[], Any], device: str, expected: str
+    make: Callable[[], Any], device: str, expected: str, adapted: bool
 ) -> None:
-    made = make()
-    save_base(tmp_path, made, make_tokenizer())
-    model = load_causal_lm(tmp_path, torch.float32, device=device)
-    assert model.config._attn_implementation == expected
+    model = make()
     ids = torch.tensor([[1, 5, 7, 9, 11], [0, 0, 1, 6, 8]])
-    mask = (ids != 0).long()
-    states = model(input_ids=ids, attention_mask=mask).logits
-    assert torch.allclose(states[:, -1], made(input_ids=ids, attention_mask=mask).logits[:, -1], atol=1e-5)
+    before = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, -1]
+    whole = get_peft_model(model, lora_config(model, r=2, alpha=4)) if adapted else model
+    keep_attention_right(torch.nn.ModuleList([whole]), device)
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {expected}
+    after = whole(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, -1]
+    assert torch.allclose(after, before, atol=1e-5)
+
+
+def test_every_way_to_open_a_model_sees_to_that(
+    tiny_gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finish_adapter(tmp_path / "sempa", tiny_gemma, make_gemma())
+    ways: list[tuple[Path, dict[str, str]]] = [
+        (tiny_gemma, {}), (tiny_gemma, {"method": "echo"}), (folder, {}), (folder, {"reader": "native"}),
+        (folder, {"method": "mean"}),
+    ]  # fmt: skip
+    sentences = ["A man plays.", "Two dogs are running in a field.", "Why?"]
+
+    def opened(folder: Path, kwargs: dict[str, str]) -> SentenceTransformer:
+        return sempa_st.load(folder, dtype="float32", device="cpu", **kwargs)
+
+    expected = [opened(*way).encode(sentences) for way in ways]
+    as_on_cuda = lambda model, device: keep_attention_right(model, "cuda" if device == "cpu" else device)  # noqa: E731
+    monkeypatch.setattr("sempa_st.loading.keep_attention_right", as_on_cuda)
+    monkeypatch.setattr("sempa_st.train.run.keep_attention_right", as_on_cuda)
+    for way, vectors in zip(ways, expected, strict=True):
+        model = opened(*way)
+        assert {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")} == {"eager"}
+        assert abs(model.encode(sentences) - vectors).max() < 1e-4
+    parts = _gather(make_config(tiny_gemma, tmp_path / "trained"), "cpu")
+    assert parts.model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "nosuchmodel", "/no/such/folder", "a b"])

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sempa_st.devices import pick_device
 from sempa_st.errors import SempaError
 from sempa_st.evaluate.once import Tally
 from sempa_st.evaluate.sts import Cell, Score, load_tasks, score_tasks
@@ -96,7 +97,12 @@ def _score(
     system: System, file: Path, cells: Sequence[Cell], *, dtype: str, device: str | None, batch_size: int
 ) -> dict[str, Any]:
     source = find_model(system.model, for_method=True)
-    identity = {"digest": folder_digest(source.folder), "method": system.method, "dtype": dtype}
+    identity = {
+        "digest": folder_digest(source.folder),
+        "method": system.method,
+        "dtype": dtype,
+        "device": pick_device(device),
+    }
     held: dict[str, Any] = read_json(file) if file.is_file() else {}
     if held.get("identity") != identity:
         held = {"system": system.name, "model": source.name, "identity": identity, "scores": {}}

@@ -30,7 +30,7 @@ from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
-from sempa_st.train.passages import text_digest
+from sempa_st.train.passages import Passages
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
@@ -49,12 +49,13 @@ class Ingredients:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     scorer: DevScorer
+    passages: Passages | None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the result; a run is only resumed with the same."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
-        texts = {"kl_text_sha256": text_digest(self.config.kl_text)} if self.config.kl_text else {}
+        texts = {"kl_text_sha256": self.passages.sha256} if self.passages else {}
         return settings | texts | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
 
 
@@ -89,7 +90,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
     rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
     # Weights that are trained themselves are float32; the arithmetic need not be.
     dtype = pick_dtype(config.dtype, parts.device)
-    identity = reference_identity(parts.data, dtype, folder_digest(parts.base.folder))
+    identity = reference_identity(parts.data, parts.model, dtype, folder_digest(parts.base.folder))
     return SempaTrainer(
         dev_scorer=parts.scorer,
         reference=answers_identity(config, identity, 2),
@@ -115,7 +116,8 @@ def _alignment_trainer(parts: Ingredients, arguments: dict[str, Any]) -> Alignme
     # The reference is the base as it stands before it gets an adapter; it runs where the training will.
     model: Any = parts.model
     module = _module(parts, model.to(PartialState().device))
-    makers = batch_parts(parts.config, parts.data, parts.tokenizer, module, folder_digest(parts.base.folder))
+    digest = folder_digest(parts.base.folder)
+    makers = batch_parts(parts.config, parts.data, parts.tokenizer, module, digest, parts.passages)
     tuned = _tuned(parts)
     return AlignmentTrainer(
         dev_scorer=parts.scorer,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sempa_st.config import TrainConfig
 from sempa_st.nli import NliData, Triplet
@@ -20,7 +20,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
-from sempa_st.train.passages import PASSAGE_TOKENS, read_passages
+from sempa_st.train.passages import PASSAGE_TOKENS, Passages
 from sempa_st.train.reference import REFERENCE, cached_tensors, collect, in_batches
 from sempa_st.words import WordBags, document_frequencies
 
@@ -28,7 +28,12 @@ _REFERENCE_TOKENS = 2048
 
 
 def batch_parts(
-    config: TrainConfig, data: NliData, tokenizer: PreTrainedTokenizerBase, module: PromptEOL, base_digest: str
+    config: TrainConfig,
+    data: NliData,
+    tokenizer: PreTrainedTokenizerBase,
+    module: PromptEOL,
+    base_digest: str,
+    passages: Passages | None = None,
 ) -> list[Part]:
     """Return the makers of a run's batches; runs the reference over the data where no earlier run did.
 
@@ -38,9 +43,10 @@ def batch_parts(
         tokenizer: The base's tokenizer, for text outside the embedding template.
         module: Embedding module around the base, no adapter attached.
         base_digest: Tells the base's weights from others, for the cache of the reference.
+        passages: Ordinary text for the KL term; the premises when None.
     """
     weights = config.objective_weights
-    identity = reference_identity(data, module.model.dtype, base_digest)
+    identity = reference_identity(data, module.model, module.model.dtype, base_digest)
     parts: list[Part] = []
     if weights.keys() & READING_OBJECTIVES:
         rows = _reading_rows(config, data, module)
@@ -57,22 +63,28 @@ def batch_parts(
         parts.append(lambda indices, _: answers(indices))
         parts.append(_picked(_reference_answers(config, answers, module, identity)))
     if config.kl:
-        parts.append(_passages(tokenizer, config) if config.kl_text else _premises(tokenizer, config.max_seq_length))
+        parts.append(
+            _passages(tokenizer, passages, config.kl_positions, len(data.triplets))
+            if passages
+            else _premises(tokenizer, config.max_seq_length)
+        )
     return parts
 
 
-def reference_identity(data: NliData, dtype: torch.dtype, base_digest: str) -> dict[str, Any]:
+def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype, base_digest: str) -> dict[str, Any]:
     """Return what decides anything that the reference says of the data.
 
     Args:
         data: Triplets.
-        dtype: Type of the reference's arithmetic.
+        model: The reference.
+        dtype: Type of its arithmetic.
         base_digest: Tells the base's weights from others.
     """
     return {
         "base": base_digest,
         "data": data.fingerprint(),
         "dtype": str(dtype),
+        "attention": model.config._attn_implementation,
         "transformers": version("transformers"),
     }
 
@@ -166,14 +178,17 @@ def _premises(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
     return part
 
 
-def _passages(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Part:
-    """Return the maker of rows from a file: as many passages as it takes for the positions that are looked at."""
-    passages = read_passages(config.kl_text, tokenizer)
-    wanted = math.ceil(config.kl_positions / PASSAGE_TOKENS)
+def _passages(tokenizer: PreTrainedTokenizerBase, passages: Passages, positions: int, triplets: int) -> Part:
+    """Return the maker of rows from a text: as many passages as it takes for the positions that are looked at.
+
+    They begin where the batch's first triplet stands among all, so that over a run the whole text has its turn.
+    """
+    count = len(passages.rows)
 
     def part(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
-        # The numbers of triplets come shuffled, and with them the passages.
-        return _plain_rows(tokenizer, [passages[index % len(passages)] for index in indices[:wanted]])
+        first = indices[0] * count // triplets
+        wanted = range(first, first + math.ceil(positions / PASSAGE_TOKENS))
+        return _plain_rows(tokenizer, [passages.rows[number % count] for number in wanted])
 
     return part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,33 +13,44 @@ from sempa_st.errors import SempaError
 PASSAGE_TOKENS = 128
 
 
-def read_passages(path: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of a text's passages, each begun as the tokenizer begins a text.
+@dataclass(frozen=True)
+class Passages:
+    """A text in pieces.
+
+    Args:
+        rows: Token ids of the passages, :data:`PASSAGE_TOKENS` each, begun as the tokenizer begins any text.
+        sha256: Digest (hex) of the file.
+    """
+
+    rows: list[list[int]]
+    sha256: str
+
+
+def read_passages(path: str, tokenizer: PreTrainedTokenizerBase) -> Passages:
+    """Cut a text file into passages; what is left at its end is dropped.
 
     Args:
         path: Text file in UTF-8.
         tokenizer: The base's tokenizer.
 
     Raises:
-        SempaError: If the file cannot be read, or is shorter than one passage of :data:`PASSAGE_TOKENS`.
+        SempaError: If the file cannot be read, or is shorter than one passage.
     """
-    beginning = tokenizer("")["input_ids"]
-    beginning = beginning if beginning[-1:] != [tokenizer.eos_token_id] else beginning[:-1]
-    tokens = tokenizer(_read(path), add_special_tokens=False)["input_ids"]
-    size = PASSAGE_TOKENS - len(beginning)
-    passages = [beginning + tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-    if not passages:
-        raise SempaError(f"{path} has {len(tokens)} tokens of text. Expected at least {size}.")
-    return passages
-
-
-def text_digest(path: str) -> str:
-    """Return the SHA-256 of a text file; raises as :func:`read_passages`."""
-    return hashlib.sha256(_read(path).encode()).hexdigest()
-
-
-def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SempaError(f"The text {path} cannot be read ({error}). Expected a text file in UTF-8.") from error
+    beginning = _beginning(tokenizer)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    size = PASSAGE_TOKENS - len(beginning)
+    rows = [beginning + tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+    if not rows:
+        raise SempaError(f"{path} has {len(tokens)} tokens of text. Expected at least {size}.")
+    return Passages(rows, hashlib.sha256(content).hexdigest())
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer puts before a text; it may be a token that others put behind it (OPT)."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return whole[: whole.index(bare[0])]

@@ -11,13 +11,20 @@ from sempa_st.console import table
 from sempa_st.nli import NliData
 from sempa_st.runinfo import run_info
 from sempa_st.train.callbacks import DEV_METRIC
-from sempa_st.train.passages import text_digest
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
 
 
 def run_record(
-    config: TrainConfig, base: Base, data: NliData, state: Any, *, base_score: float, dev_pairs: int, seconds: float
+    config: TrainConfig,
+    base: Base,
+    data: NliData,
+    state: Any,
+    *,
+    base_score: float,
+    dev_pairs: int,
+    seconds: float,
+    kl_text_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -29,6 +36,7 @@ def run_record(
         base_score: Dev score before training.
         dev_pairs: Number of dev pairs.
         seconds: Wall-clock time.
+        kl_text_sha256: Digest of the KL term's text, where it has one of its own.
     """
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
@@ -39,8 +47,8 @@ def run_record(
         if DEV_METRIC in line
     ]
     source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
-    if config.kl_text:
-        source["kl_text_sha256"] = text_digest(config.kl_text)
+    if kl_text_sha256:
+        source["kl_text_sha256"] = kl_text_sha256
     return {
         **run_info(),
         "objective": config.objective,

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from sempa_st.bases import load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.card import write_card
 from sempa_st.config import TrainConfig
-from sempa_st.devices import pick_device, pick_dtype
+from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_folder, check_apart, check_output_folder, write_json
 from sempa_st.folder import (
@@ -40,6 +40,7 @@ from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL, embedding_width
 from sempa_st.prompts import embedding_template
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
 from sempa_st.train.build import Ingredients, build_trainer
+from sempa_st.train.passages import read_passages
 from sempa_st.train.record import run_record
 from sempa_st.train.reference import cached_tensors
 from sempa_st.train.trainer import DevScorer
@@ -78,6 +79,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
         base_score=base_score,
         dev_pairs=parts.scorer.pairs,
         seconds=time.monotonic() - started,
+        kl_text_sha256=parts.passages.sha256 if parts.passages else None,
     )
     _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
     return record, state.is_main_process
@@ -92,6 +94,7 @@ def _base_score(parts: Ingredients, model: Any) -> float:
         "template": config.template,
         "max_seq_length": config.max_seq_length,
         "dtype": str(parts.model.dtype),
+        "attention": parts.model.config._attn_implementation,
         "device": parts.device,
     }
 
@@ -119,13 +122,15 @@ def _gather(config: TrainConfig, device: str) -> Ingredients:
     data = _draw(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
     pairs = dev_pairs(config.dev, data_dir_or_default(config.data_dir))
     base = resolve_base(config.base)
-    check_apart(config.output, [base.folder, *(Path(name) for name in (config.data, config.dev))])
+    files = [name for name in (config.data, config.dev, config.kl_text) if name]
+    check_apart(config.output, [base.folder, *(Path(name) for name in files)])
     embedder = load_tokenizer(base.folder)
     install_template(embedder, embedding_template(config.template))
     check_saved_tokenizer(embedder, config.template)
     # Weights that are trained themselves are kept in float32, whatever the arithmetic.
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
-    model = load_causal_lm(base.folder, dtype, device=device)
+    model = load_causal_lm(base.folder, dtype)
+    keep_attention_right(model, device)
     try:
         PromptEOL(model, embedder, template=config.template, max_seq_length=config.max_seq_length)
     except ValueError as error:
@@ -138,7 +143,9 @@ def _gather(config: TrainConfig, device: str) -> Ingredients:
         batch_size=config.dev_batch_size,
     )
     # A tokenizer of its own for the training text, which the embedding template has no place in.
-    return Ingredients(config, device, base, data, load_tokenizer(base.folder), model, scorer)
+    tokenizer = load_tokenizer(base.folder)
+    passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
+    return Ingredients(config, device, base, data, tokenizer, model, scorer, passages)
 
 
 def _draw(data: NliData, config: TrainConfig) -> NliData:
