@@ -55,9 +55,7 @@ class TrainConfig:
         "none", "neutral sentences in an in-batch choice: none, negative, or second (ranked)", choices=NEUTRAL
     )
     kl: float = option(0.0, "weight of the KL term that ties ordinary text to the base; 0 for none")
-    kl_text: str = option(
-        "", "text file to take that text from, in passages of 128 tokens (default: the premises)"
-    )
+    kl_text: str = option("", "text file to take that text from, in passages of 128 tokens (default: the premises)")
     kl_positions: int = option(128, "positions of ordinary text that the KL term looks at in a forward pass")
     learning_rate: float = option(1e-4, "peak learning rate")
     warmup_ratio: float = option(0.05, "share of the steps in which the rate rises linearly; then cosine decay")
