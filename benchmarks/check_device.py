@@ -18,11 +18,13 @@ from check_readers import THRESHOLD
 from torch.nn.functional import cosine_similarity
 
 import sempa_st
+from sempa_st.bases import load_tokenizer
 from sempa_st.console import table
 from sempa_st.encoding import read_sentences
 from sempa_st.files import write_json
 from sempa_st.methods.registry import methods_for
 from sempa_st.runinfo import run_info
+from sempa_st.sources import find_model
 
 _OF_A_LENGTH = 8
 
@@ -36,11 +38,10 @@ def batches(tokenizer: Any, sentences: list[str]) -> list[list[str]]:
     return [[shortest, *by_length[length][:_OF_A_LENGTH]] for length in sorted(by_length)]
 
 
-def vectors(args: argparse.Namespace, method: str | None, device: str, texts: list[str]) -> torch.Tensor:
+def vectors(name: str, method: str | None, device: str, texts: list[list[str]]) -> torch.Tensor:
     """Return the vectors of all batches, one behind another."""
-    model = sempa_st.load(args.model, method=method, dtype="float32", device=device)
-    parts = (model.encode(batch, convert_to_tensor=True) for batch in batches(model.tokenizer, texts))
-    return torch.cat([part.cpu() for part in parts])
+    model = sempa_st.load(name, method=method, dtype="float32", device=device)
+    return torch.cat([model.encode(batch, convert_to_tensor=True).cpu() for batch in texts])
 
 
 def main() -> int:
@@ -54,9 +55,10 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     sentences = [text for _, text in read_sentences(args.sentences, column=args.column)]
+    texts = batches(load_tokenizer(find_model(args.model).folder), sentences)
     rows: list[list[object]] = []
     for method in (None, *args.methods):
-        cosines = cosine_similarity(*(vectors(args, method, device, sentences) for device in ("cpu", args.device)))
+        cosines = cosine_similarity(*(vectors(args.model, method, device, texts) for device in ("cpu", args.device)))
         low = int((~(cosines >= THRESHOLD)).sum())  # not a number is low, too
         rows.append([method or "the model itself", f"{float(cosines.min()):.8f}", low, "LOW" if low else "ok"])
         print(*rows[-1], flush=True)
