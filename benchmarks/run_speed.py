@@ -71,6 +71,7 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     # Side by side, so that a part of the texts has whole pairs.
     short = [text for pair in zip(pairs.first[:half], pairs.second[:half], strict=True) for text in pair]
     found: dict[str, list[dict[str, Any]]] = {}
+    rounds: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
@@ -78,11 +79,12 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
         rates = product_rates(read_json(folder / "config.json"), args.device)
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
             seconds, vectors = run_interleaved(systems, texts, args.rounds)
+            rounds[name] = seconds
             found[name] = compare(seconds, vectors, count_tokens(folder, texts), folder, rates)
             if name == "short":
                 for row in found[name]:
                     row["STS-B dev"] = spearman(vectors[row["system"]], pairs.scores[:half])
-    return {"missing": missing, "gflops of matrix products": rates, "tables": found}
+    return {"missing": missing, "gflops of matrix products": rates, "seconds of the rounds": rounds, "tables": found}
 
 
 def make_systems(

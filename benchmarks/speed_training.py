@@ -75,7 +75,7 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
     def run(data: NliData, scratch: Path) -> Timed:
         base = resolve_base(EMBEDDED_BASE)
         output = scratch / str(settings["objective"])
-        config = TrainConfig(data="", output=str(output), warmup_ratio=0.0, **_COMMON, **settings)
+        config = TrainConfig(data=data.source, output=str(output), warmup_ratio=0.0, **_COMMON, **settings)
         embedder = load_tokenizer(base.folder)
         install_template(embedder, embedding_template(config.template))
         scorer = _Unjudged(

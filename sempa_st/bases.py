@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import made_once, read_json
+from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
 
 if TYPE_CHECKING:
@@ -136,6 +137,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save a tokenizer, its main file without indentation: half the size, and read in half the time."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer.json")
+    if path.is_file():
+        write_text(path, json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":")))
+
+
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Choose a pad token from the vocabulary as it is, so that the embedding matrix need not grow."""
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
@@ -217,7 +226,7 @@ def _materialise(target: Path) -> None:
                 scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
     model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save_tokenizer(tokenizer, target)
     terms = Path(package.__file__).parent / "data" / _TERMS_FILE
     shutil.copy(terms, target)
     Base(EMBEDDED_BASE, target).write_notices(target)

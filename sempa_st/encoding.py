@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 OUTPUT_SUFFIXES = (".npy", ".parquet")
 _WINDOW = 2048
-"""Sentences that are sorted by length together and written together."""
-_BATCHES = 8
+"""Sentences that are sorted together and written together."""
+_BATCHES = 2
 """Batches between two steps of the progress bar."""
 
 
@@ -139,17 +139,20 @@ def encode_to_file(
 def _encode_once(
     model: SentenceTransformer, texts: list[str], batch_size: int, advance: Callable[[int], object]
 ) -> Any:
-    """Return the vectors of a window's sentences, a few batches of similar length at a time."""
+    """Return the vectors of a window's sentences, a few batches of neighbours at a time."""
     import numpy as np
 
+    from sempa_st.embedder import batches_alike
+
     times = Counter(texts)
-    order = sorted(times, key=len, reverse=True)
-    parts = []
-    for start in range(0, len(order), _BATCHES * batch_size):
-        part = order[start : start + _BATCHES * batch_size]
+    different = list(times)
+    parts: list[Any] = []
+    numbers: dict[str, int] = {}
+    for places in batches_alike(different, _BATCHES * batch_size):
+        part = [different[place] for place in places]
         parts.append(model.encode(part, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
+        numbers |= {text: len(numbers) + number for number, text in enumerate(part)}
         advance(sum(times[text] for text in part))
-    numbers = {text: number for number, text in enumerate(order)}
     return np.concatenate(parts).astype("float32", copy=False)[[numbers[text] for text in texts]]
 
 

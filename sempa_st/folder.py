@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import load_tokenizer
+from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, transformer_config
@@ -131,7 +131,7 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> 
         SempaError: If a sentence gets other tokens.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         reloaded = load_tokenizer(folder)
     for sentence in _PROBES:
         if _template_ids(reloaded, template, sentence) != _template_ids(tokenizer, template, sentence):
@@ -172,7 +172,7 @@ def write_embedding_files(
             )
         # With this file beside the adapter, transformers refuses to open the folder, and quotes the reason.
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     write_json(folder / SETTINGS, transformer_config(template, max_seq_length))
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}

@@ -136,8 +136,7 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
 def _load_method(
     source: Source, method: str, template: str | None, base: str | None, reader: str, dtype: Any, device: str
 ) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
+    from sempa_st.embedder import SentenceTransformer
     from sempa_st.methods.module import MethodModule
 
     if template or reader != "sempa":
@@ -169,7 +168,7 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
 
 
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
+    from sempa_st.embedder import SentenceTransformer
 
     config_file = source.folder / ST_CONFIG
     config = read_json(config_file) if config_file.is_file() else {}

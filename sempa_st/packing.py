@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,14 +34,13 @@ class Packed(NamedTuple):
 class _Layout(NamedTuple):
     """Tensors of shape (packs, tokens), and for each row the places of its tokens among all of these.
 
-    ``owners`` holds the number of each token's group, -1 on padding, and ``parts`` the number of its row in the group
-    from 1, or 0 where all rows of the group begin with it.
+    What follows a token in a row stands behind it, and behind all of that stands what does not follow it: ``ends``
+    holds the place in the pack where that begins, so that a token is seen from its own place up to there.
     """
 
     ids: Tensor
     positions: Tensor
-    owners: Tensor
-    parts: Tensor
+    ends: Tensor
     places: list[Tensor]
 
 
@@ -52,18 +52,18 @@ class _Begun(NamedTuple):
     opening: Tensor
 
 
-def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packed:
+def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
     """Run a decoder on rows in packs, with gradients.
 
-    What all rows begin with is run once, into a key/value cache; what the rows of a group begin with beyond that, once
-    for the group. Positions and a mask make each token see its own row and no other.
+    What all rows begin with is run once, into a key/value cache; what some rows of a pack begin with beyond that, once
+    for these. Positions and a mask make each token see its own row and no other. Equal rows are one, except in
+    training, where dropout makes two views of them.
 
     Args:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
         rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
-        group: Number of rows of a group, which stand next to each other.
     """
-    begun = _begin(decoder, rows, group)
+    begun = _begin(decoder, rows)
     states = _run_packs(decoder, begun)
     opening = len(begun.opening)
     there = torch.arange(opening)
@@ -75,7 +75,7 @@ def packed_states(decoder: Any, rows: Sequence[Tensor], group: int = 1) -> Packe
 
 def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
     """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`packed_states`."""
-    begun = _begin(decoder, rows, 1)
+    begun = _begin(decoder, rows)
     width = begun.layout.ids.shape[1]
     packs: list[list[int]] = [[] for _ in begun.layout.ids]
     found = []
@@ -94,21 +94,13 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
 
 
 def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so.
-
-    Equal rows are run once, except in training, where dropout makes two views of them.
-    """
+    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so."""
     rows = unpadded(input_ids, attention_mask)
     # PEFT finds the closing tokens by their place in a row of its own.
     if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
         return embed_rows(module, input_ids, attention_mask)
-    keys = [tuple(row.tolist()) for row in rows]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     with alone(module.decoder), acting_everywhere(module.model):
-        if module.training or len(numbers) == len(rows):
-            return last_packed_states(module.decoder, rows)
-        states = last_packed_states(module.decoder, [torch.tensor(key) for key in numbers])
-    return states[torch.tensor([numbers[key] for key in keys], device=states.device)]
+        return last_packed_states(module.decoder, rows)
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
@@ -154,26 +146,33 @@ def can_pack(decoder: Any, longest: int) -> bool:
     )
 
 
-def fill_packs(sizes: Sequence[int]) -> tuple[list[list[int]], int]:
-    """Return what goes into each pack, by number, and the width of the packs: the one that leaves little room.
+def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tuple[int, int]]], int]:
+    """Return what goes into each pack, and the width of the packs: the one that leaves little room.
 
     A wider pack costs more attention: at :data:`_EVEN` tokens as much as the rest of a small decoder.
 
     Args:
-        sizes: Tokens of each thing to pack.
+        sizes: Tokens of each row, the rows sorted by their tokens.
+        alike: How many tokens each row begins with as the one before it does; 0 for the first one.
 
-    >>> fill_packs([100, 50, 60])
-    ([[0], [2, 1]], 110)
+    Returns:
+        For each pack its rows by number, in their order, each with the number of tokens that it begins with as the one
+        before it in the pack does, and which the pack holds already.
+
+    >>> fill_packs([50, 100, 60], [0, 0, 20])
+    ([[(0, 0), (2, 0)], [(1, 0)]], 110)
     """
     longest = max(sizes)
-    found = [_fill(sizes, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
+    found = [_fill(sizes, alike, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
     return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
 
 
-def _begin(decoder: Any, rows: Sequence[Tensor], group: int) -> _Begun:
+def _begin(decoder: Any, rows: Sequence[Tensor]) -> _Begun:
     """Run what all rows begin with, and lay out the rest."""
-    opening = 0 if keeps_no_cache(decoder) else _shared_tokens(rows)
-    layout = _lay_out([row[opening:] for row in rows], group)
+    lists = [row.tolist() for row in rows]
+    shortest = min(len(row) for row in lists)
+    opening = 0 if keeps_no_cache(decoder) else min(_alike(min(lists), max(lists)), shortest - 1)
+    layout = _lay_out([row[opening:] for row in lists], views=decoder.training)
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
     if opening:
@@ -186,65 +185,69 @@ def _begin(decoder: Any, rows: Sequence[Tensor], group: int) -> _Begun:
 
 def _run_packs(decoder: Any, begun: _Begun) -> Tensor:
     layout, opening, device = begun.layout, len(begun.opening), decoder.device
-    mask = _own_keys(layout.owners.to(device), layout.parts.to(device), opening, decoder.dtype)
+    mask = _own_keys(layout.ends.to(device), opening, decoder.dtype)
     return run_on(decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))
 
 
-def _lay_out(rows: list[Tensor], group: int) -> _Layout:
-    groups = [rows[start : start + group] for start in range(0, len(rows), group)]
-    shared = [_shared_tokens(members) if group > 1 else 0 for members in groups]
-    packs, width = fill_packs(
-        [begin + sum(len(row) - begin for row in members) for begin, members in zip(shared, groups, strict=True)]
-    )
-    ids = rows[0].new_zeros(len(packs), width)
-    layout = _Layout(ids, torch.zeros_like(ids), torch.full_like(ids, -1), torch.zeros_like(ids), list(rows))
+def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
+    """Lay out rows in packs; ``views`` keeps equal rows apart."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row])
+    pairs = [(rows[one], rows[two]) for one, two in pairwise(order)]
+    alike = [0, *(0 if views and one == two else _alike(one, two) for one, two in pairs)]
+    packs, width = fill_packs([len(rows[row]) for row in order], alike)
+    ids = torch.zeros(len(packs), width, dtype=torch.long)
+    layout = _Layout(ids, torch.zeros_like(ids), torch.full_like(ids, width), [ids[0]] * len(rows))
     for number, pack in enumerate(packs):
-        end = 0
-        for index in pack:
-            begin, start = shared[index], end
-            for part, row in enumerate(groups[index]):
-                new = row[begin:] if part else row  # the first row brings what the group begins with
-                here = torch.arange(end, end + len(new))
-                layout.ids[number, here] = new
-                layout.positions[number, here] = here - end + len(row) - len(new)
-                layout.owners[number, here] = index
-                layout.parts[number, here] = part + 1
-                places = torch.cat([torch.arange(start, start + begin), here[begin - len(row) :]])
-                layout.places[index * group + part] = number * width + places
-                end += len(new)
-            layout.parts[number, start : start + begin] = 0
+        end, places = 0, ids[0, :0]
+        for place, same in pack:
+            row = rows[order[place]]
+            here = torch.arange(end, end + len(row) - same)
+            end += len(here)
+            places = torch.cat([places[:same], here])
+            layout.ids[number, here] = torch.tensor(row[same:], dtype=torch.long)
+            layout.positions[number, here] = torch.arange(same, len(row))
+            layout.ends[number, places] = end
+            layout.places[order[place]] = number * width + places
     return layout
 
 
-def _fill(sizes: Sequence[int], most: int) -> tuple[list[list[int]], int]:
-    """Fill packs of at most ``most`` tokens: the longest first, each where it leaves the least room."""
-    packs: list[list[int]] = []
+def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[list[tuple[int, int]]], int]:
+    """Fill packs of at most ``most`` tokens, each with the first rows in their order that still fit."""
+    packs: list[list[tuple[int, int]]] = []
     rooms: list[int] = []
-    for thing in sorted(range(len(sizes)), key=lambda thing: -sizes[thing]):
-        fitting = [(room, number) for number, room in enumerate(rooms) if room >= sizes[thing]]
-        if not fitting:
-            packs.append([])
-            rooms.append(most)
-        number = min(fitting)[1] if fitting else len(packs) - 1
-        packs[number].append(thing)
-        rooms[number] -= sizes[thing]
+    left = list(zip(range(len(sizes)), alike, strict=True))
+    while left:
+        pack: list[tuple[int, int]] = []
+        rest: list[tuple[int, int]] = []
+        room, in_pack, in_rest = most, 0, 0
+        for row, same in left:
+            in_pack, in_rest = min(in_pack, same), min(in_rest, same)
+            if sizes[row] - in_pack <= room:
+                pack.append((row, in_pack))
+                room -= sizes[row] - in_pack
+                in_pack = sizes[row]
+            else:
+                rest.append((row, in_rest))
+                in_rest = sizes[row]
+        packs.append(pack)
+        rooms.append(room)
+        left = rest
     return packs, most - min(rooms)
 
 
-def _shared_tokens(rows: Sequence[Tensor]) -> int:
-    """Return how many tokens all rows begin with, the last one of each row left out."""
-    most = min(len(row) for row in rows) - 1
-    beginnings = torch.stack([row[:most] for row in rows])
-    return int((beginnings == beginnings[0]).all(dim=0).long().cumprod(0).sum())
+def _alike(one: Sequence[int], two: Sequence[int]) -> int:
+    """Return how many tokens two rows begin with alike."""
+    differing = (place for place, (first, second) in enumerate(zip(one, two, strict=False)) if first != second)
+    return next(differing, min(len(one), len(two)))
 
 
-def _own_keys(owners: Tensor, parts: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
+def _own_keys(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
     """Return what is added to the attention scores, of shape (packs, 1, tokens, opening + tokens).
 
-    A token sees the opening, what its group begins with (part 0), and its own row up to itself; padding sees padding.
+    A token sees the opening and what leads to it in its own row; padding sees padding.
     """
-    same_part = (parts[:, None] == 0) | (parts[:, :, None] == parts[:, None])
-    own = ((owners[:, :, None] == owners[:, None]) & same_part).tril()
+    there = torch.arange(ends.shape[1], device=ends.device)
+    own = (there[:, None] < ends[:, None]).tril()
     seen = torch.cat([own.new_ones(*own.shape[:2], opening), own], dim=2)[:, None]
     return added_to_scores(seen, dtype)
 

@@ -33,7 +33,7 @@ from sempa_st.train.objectives import (
     ranked_answers_outcome,
     reference_kl,
 )
-from sempa_st.train.prefixes import grouped_states
+from sempa_st.train.prefixes import shared_states
 from sempa_st.train.reference import collect, in_batches
 from sempa_st.train.scores import similarity_score, word_score
 from sempa_st.words import STOP_WORDS, WordBags, bag_matrix, content_words, document_frequencies, without_shared
@@ -211,7 +211,7 @@ def test_groups_that_share_nothing_are_run_as_they_are() -> None:
     with torch.no_grad():
         expected = decoder(input_ids=ids).last_hidden_state
         for rows in ([0, 1], [2, 3], [0, 1, 2, 3]):
-            found = grouped_states(decoder, ids[rows], torch.ones_like(ids[rows]), 2)
+            found = shared_states(decoder, ids[rows], torch.ones_like(ids[rows]))
             torch.testing.assert_close(found, expected[rows], rtol=0, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Event, get_ident
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from families import FAMILIES, make_causal_lm
+from sentence_transformers import SentenceTransformer
 
+from sempa_st.embedder import SentenceTransformer as Reordering
 from sempa_st.folder import install_template
 from sempa_st.last_layer import read_at
 from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_states, packed_states
@@ -27,6 +30,16 @@ def make_module() -> PromptEOL:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
     return PromptEOL(make_llama(), tokenizer).eval()
+
+
+def note_batches(module: Any, seen: list[list[str]]) -> None:
+    original = module.preprocess
+
+    def preprocess(inputs: list[str], *args: Any, **kwargs: Any) -> Any:
+        seen.append(inputs)
+        return original(inputs, *args, **kwargs)
+
+    module.preprocess = preprocess
 
 
 def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:
@@ -62,9 +75,9 @@ def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
     check_gradients(decoder, (together * direction).mean(), (alone * direction).mean())
 
 
-def check_equal(decoder: Any, rows: list[torch.Tensor], group: int = 1) -> None:
+def check_equal(decoder: Any, rows: list[torch.Tensor]) -> None:
     assert can_pack(decoder, max(len(row) for row in rows))
-    packed = packed_states(decoder, rows, group)
+    packed = packed_states(decoder, rows)
     together = [packed.states[places] for places in packed.places]
     alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
@@ -170,7 +183,7 @@ def test_the_last_layer_runs_for_what_is_read() -> None:
 @pytest.mark.parametrize("opening", [0, 4])
 def test_packed_groups_equal_rows_alone(family: str, opening: int) -> None:
     """Answers to one request, whose tokens before them are run once; one answer is empty but for a token."""
-    check_equal(make_decoder(family), make_rows([5, 9, 1, 12, 3, 3, 8, 30, 20], opening, group=3, begin=6), group=3)
+    check_equal(make_decoder(family), make_rows([5, 9, 1, 12, 3, 3, 8, 30, 20], opening, group=3, begin=6))
 
 
 def test_the_attention_of_the_model_may_be_eager() -> None:
@@ -183,7 +196,7 @@ def test_gradient_checkpointing_keeps_no_cache_and_packs_all_the_same() -> None:
     decoder = make_decoder("llama")
     decoder.gradient_checkpointing_enable()
     decoder.train()
-    check_equal(decoder, make_rows([9, 4, 30, 7], 4, group=2, begin=3), group=2)
+    check_equal(decoder, make_rows([9, 4, 30, 7], 4, group=2, begin=3))
     check_last(decoder, make_rows([9, 4, 30, 7], 4))
 
 
@@ -194,11 +207,31 @@ def test_rows_longer_than_the_sliding_window_are_not_packed() -> None:
 
 
 def test_packs_hold_everything_once_and_little_room() -> None:
-    sizes = [int(size) for size in torch.randint(4, 60, (96,), generator=torch.Generator().manual_seed(0))]
-    packs, width = fill_packs(sizes)
-    assert sorted(thing for pack in packs for thing in pack) == list(range(96))
-    assert max(sum(sizes[thing] for thing in pack) for pack in packs) == width
-    assert len(packs) * width < 1.05 * sum(sizes)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [int(size) for size in torch.randint(8, 40, (96,), generator=generator)]
+    alike = [0, *(int(torch.randint(min(pair), (1,), generator=generator)) // 3 for pair in pairwise(sizes))]
+    packs, width = fill_packs(sizes, alike)
+    assert sorted(row for pack in packs for row, _ in pack) == list(range(96))
+    for pack in packs:
+        assert pack == sorted(pack)
+        assert pack[0][1] == 0
+        assert all(same == min(alike[one + 1 : two + 1]) for (one, _), (two, same) in pairwise(pack))
+    assert max(sum(sizes[row] - same for row, same in pack) for pack in packs) == width
+    assert len(packs) * width < 1.07 * (sum(sizes) - sum(alike))
+
+
+def test_rows_that_share_beginnings_of_every_length_equal_rows_alone() -> None:
+    """A tree of rows: some are the beginning of others, some differ at their first token, two are equal."""
+    first, rows = torch.arange(10, 40), []
+    for cut, rest in ((30, 0), (12, 0), (12, 9), (12, 3), (20, 5), (20, 1), (3, 4), (0, 6), (0, 1), (20, 5)):
+        rows.append(torch.cat([first[:cut], torch.arange(50 * len(rows) + 50, 50 * len(rows) + 50 + rest)]))
+    rows[9] = rows[4]
+    for opening in (torch.arange(3), torch.arange(0)):
+        for family in ("llama", "gemma3_text", "opt"):
+            decoder = make_decoder(family)
+            assert not decoder.training
+            check_equal(decoder, [torch.cat([opening, row]) for row in rows])
+            check_last(decoder, [torch.cat([opening, row]) for row in rows])
 
 
 def test_less_is_run_than_the_rows_hold() -> None:
@@ -207,7 +240,7 @@ def test_less_is_run_than_the_rows_hold() -> None:
     seen: list[int] = []
     decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
     rows = make_rows([6] * 12, 5, group=3, begin=20)
-    packed_states(decoder, rows, group=3)
+    packed_states(decoder, rows)
     assert seen == [5, 4 * (20 + 18)]
     assert sum(len(row) for row in rows) == 12 * 31
 
@@ -226,3 +259,32 @@ def test_equal_rows_are_run_once_except_in_training() -> None:
     torch.testing.assert_close(found, expected[[1, 0, 1]], rtol=0, atol=1e-5)
     first, second, third = seen[1::2]
     assert first == second < third
+
+
+def test_batches_hold_texts_that_begin_alike_and_vectors_come_in_the_order_of_the_texts() -> None:
+    """Against sentence-transformers' own class around the same module, which sorts by length."""
+    module = make_module()
+    module.embed_rows = embed_packed
+    starts, ends = ["A cat sleeps", "The dog runs", "Snow"], ["", " here", " and there", " in the red house"]
+    texts = [f"{start}{end}" for end in ends for start in starts] * 2 + ["Is it red? " * 40]
+    reordering, plain = Reordering(modules=[module], device="cpu"), SentenceTransformer(modules=[module], device="cpu")
+    seen: list[list[str]] = []
+    note_batches(module, seen)
+    for options in ({}, {"convert_to_tensor": True}, {"convert_to_numpy": False}, {"normalize_embeddings": True}):
+        found, expected = (model.encode(texts, batch_size=1, **options) for model in (reordering, plain))
+        assert type(found) is type(expected)
+        torch.testing.assert_close(list(found), list(expected), rtol=0, atol=1e-5)
+    first, second, third = seen[:3]
+    assert first == texts[-1:]
+    assert sorted(second + third) == sorted(texts[:-1])
+    assert min(second) >= max(third)
+    assert sum(map(len, second[:-1])) < 256 <= sum(map(len, second))
+    assert reordering.encode("Snow").shape == (32,)
+
+
+def test_rows_that_are_padded_stay_sorted_by_length() -> None:
+    model = Reordering(modules=[make_module()], device="cpu")  # its rows are run padded
+    seen: list[list[str]] = []
+    note_batches(model[0], seen)
+    model.encode(["A cat", "A cat sleeps in the snow", "The dog", "The dog runs in the snow"], batch_size=2)
+    assert sorted(seen[0]) == ["A cat sleeps in the snow", "The dog runs in the snow"]

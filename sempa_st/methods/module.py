@@ -12,12 +12,13 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sempa_st.bases import load_tokenizer
+from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.cached import alone
 from sempa_st.errors import SempaError
 from sempa_st.methods.encoders import PromptBERT
 from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
+from sempa_st.packing import can_pack
 from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, load_adapter, save_model
 
 
@@ -61,6 +62,11 @@ class MethodModule(InputModule):
         whole = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         return whole.base_model
 
+    @property
+    def runs_packs(self) -> bool:
+        """Whether the method runs rows in packs on this model."""
+        return type(self._method).vectors is Method.vectors and can_pack(self.layers, 1)
+
     def get_embedding_dimension(self) -> int:
         """Return the width of the embedding."""
         return embedding_width(self.layers.config)
@@ -95,7 +101,7 @@ class MethodModule(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save the model, the tokenizer and the settings."""
         save_model(self.model, output_path)
-        self.tokenizer.save_pretrained(output_path)
+        save_tokenizer(self.tokenizer, output_path)
         self.save_config(output_path)
 
     @classmethod

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sempa_st.closing import OpenRows
 from sempa_st.packing import embed_packed, unpadded
 from sempa_st.prompt_eol import PromptEOL
-from sempa_st.train.prefixes import grouped_states
+from sempa_st.train.prefixes import shared_states
 
 _ROWS_TOGETHER = 64
 _PADDING = 128
@@ -125,8 +125,7 @@ def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor
         Sums over each answer's tokens, of shape (rows x answers,).
     """
     input_ids = batch["answer_input_ids"]
-    group = len(input_ids) // len(batch["answers"])
-    states = grouped_states(causal_lm.base_model, input_ids, batch["answer_attention_mask"], group)
+    states = shared_states(causal_lm.base_model, input_ids, batch["answer_attention_mask"])
     answer = batch["answer"][:, 1:]
     logits = full_logits(causal_lm, states[:, :-1][answer])
     token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][answer], reduction="none")

@@ -1,4 +1,4 @@
-"""What the rows of a group begin with is run once: a request with several answers, a prompt with two completions."""
+"""What rows begin with alike is run once: a request with several answers, a prompt with two completions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from sempa_st.packing import can_pack, packed_states, unpadded
 
 
-def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, group: int) -> Tensor:
-    """Return the last hidden states of rows, the beginning that a group's rows share run once, with its gradients.
+def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the last hidden states of rows, the beginning that some of them share run once, with its gradients.
 
     Args:
         decoder: Layers without the LM head.
         input_ids: Rows padded on the right, of shape (rows, tokens).
         attention_mask: 0 on padding, of the same shape.
-        group: Size of a group, which stand next to each other; rows is a multiple of it.
 
     Returns:
         States of shape (rows, tokens, hidden); those of padding hold anything.
@@ -30,7 +29,7 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
-    packed = packed_states(decoder, unpadded(input_ids, attention_mask), group)
+    packed = packed_states(decoder, unpadded(input_ids, attention_mask))
     places = torch.zeros_like(input_ids)
     places[kept] = torch.cat(packed.places).to(places.device)
     return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)
@@ -38,7 +37,7 @@ def grouped_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, grou
 
 @contextmanager
 def pairs_together(decoder: Any) -> Iterator[None]:
-    """Make a decoder run a batch of pairs, all first rows before all second ones, by :func:`grouped_states`.
+    """Make a decoder run a batch of pairs by :func:`shared_states`.
 
     Args:
         decoder: Layers without the LM head, called as TRL's DPO trainer calls them: rows padded on the right, and
@@ -58,9 +57,8 @@ def pairs_together(decoder: Any) -> Iterator[None]:
             asked = {name for name, value in kwargs.items() if value is not None and value is not False}
             if args or asked - {"return_dict"} != {"input_ids", "attention_mask"}:
                 return decoder.forward(*args, **kwargs)
-            rows = torch.arange(len(kwargs["input_ids"])).view(2, -1).T.flatten()
-            states = grouped_states(decoder, kwargs["input_ids"][rows], kwargs["attention_mask"][rows], 2)
-            return BaseModelOutputWithPast(last_hidden_state=states[rows.argsort()])
+            states = shared_states(decoder, kwargs["input_ids"], kwargs["attention_mask"])
+            return BaseModelOutputWithPast(last_hidden_state=states)
         finally:
             decoder.forward = run
 

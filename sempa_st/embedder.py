@@ -1,0 +1,93 @@
+"""The SentenceTransformer that :func:`sempa_st.load` returns: its batches hold texts that begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from sempa_st.methods.module import MethodModule
+from sempa_st.packing import can_pack, embed_packed
+from sempa_st.prompt_eol import PromptEOL
+
+_PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": None}
+_LONG = 256
+"""Characters up to which texts count as being of one length, and which a batch holds for each text asked for."""
+
+
+# Of the same name, which stands in the model cards that sentence-transformers writes.
+class SentenceTransformer(sentence_transformers.SentenceTransformer):
+    """sentence-transformers' own class, with another order of the texts where the module runs them in packs.
+
+    What texts of a batch begin with alike is run once there, and texts of different lengths fit into a pack.
+    """
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed texts: arguments and return value of sentence-transformers' own ``encode``, the vectors too."""
+        texts: Any = args[0] if args else kwargs.get("inputs")
+        size = kwargs.get("batch_size", 32)
+        if len(args) > 1 or not self._may_reorder(texts, kwargs) or len(texts) <= size:
+            return super().encode(*args, **kwargs)
+        show = bool(kwargs.get("show_progress_bar"))
+        options = {**kwargs, "show_progress_bar": False}
+        options.pop("inputs", None)
+        found, places = [], []
+        with tqdm(total=len(texts), desc="texts", disable=not show, dynamic_ncols=True) as bar:
+            for batch in batches_alike(texts, size):
+                part = [texts[place] for place in batch]
+                found.append(super().encode(part, **{**options, "batch_size": len(part)}))
+                places += batch
+                bar.update(len(part))
+        order = np.argsort(places)
+        if isinstance(found[0], torch.Tensor):
+            return torch.cat(found)[torch.as_tensor(order, device=found[0].device)]
+        if isinstance(found[0], np.ndarray):
+            return np.concatenate(found)[order]
+        vectors = [vector for part in found for vector in part]
+        return [vectors[place] for place in order]
+
+    def _may_reorder(self, texts: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether texts may be run in parts: equal to one call, and the module gains from it."""
+        return (
+            isinstance(texts, list)
+            and all(isinstance(text, str) for text in texts)
+            and all(kwargs.get(name, plain) == plain for name, plain in _PLAIN.items())
+            and not isinstance(kwargs.get("device"), list)
+            and _runs_packs(self[0])
+        )
+
+
+def batches_alike(texts: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Yield the numbers of texts in batches: the long ones first, and neighbours that begin alike.
+
+    A batch has ``size`` texts, or more where they are short, so that it takes as long as one of long texts.
+
+    >>> list(batches_alike(["A cat sleeps.", "Snow." * 60, "A cat runs."], 1))
+    [[1], [0, 2]]
+    """
+    batch: list[int] = []
+    characters = 0
+    for place in sorted(range(len(texts)), key=lambda place: (_magnitude(texts[place]), texts[place]), reverse=True):
+        batch.append(place)
+        characters += len(texts[place])
+        if len(batch) >= size and characters >= size * _LONG:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _magnitude(text: str) -> int:
+    # A long text would leave room in every pack of short ones.
+    return (len(text) // _LONG).bit_length()
+
+
+def _runs_packs(module: nn.Module) -> bool:
+    if isinstance(module, PromptEOL):
+        return module.embed_rows is embed_packed and not module.closing_only and can_pack(module.decoder, 1)
+    return isinstance(module, MethodModule) and module.runs_packs
