@@ -31,7 +31,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         """Embed texts: arguments and return value of sentence-transformers' own ``encode``, the vectors too."""
         texts: Any = args[0] if args else kwargs.get("inputs")
         size = kwargs.get("batch_size", 32)
-        if len(args) > 1 or not self._may_reorder(texts, kwargs) or len(texts) <= size:
+        if len(args) > 1 or not self._may_reorder(texts, kwargs) or not 0 < size < len(texts):
             return super().encode(*args, **kwargs)
         show = bool(kwargs.get("show_progress_bar"))
         options = {**kwargs, "show_progress_bar": False}
