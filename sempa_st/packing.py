@@ -163,7 +163,10 @@ def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tu
     ([[(0, 0), (2, 0)], [(1, 0)]], 110)
     """
     longest = max(sizes)
-    found = [_fill(sizes, alike, width) for width in range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)]
+    widths = range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)
+    # The second leaves less room where rows are of very different lengths and share little.
+    found = [_fill(sizes, alike, width) for width in widths]
+    found += [_fill_longest_first(sizes, alike, width) for width in widths]
     return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
 
 
@@ -233,6 +236,25 @@ def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[l
         rooms.append(room)
         left = rest
     return packs, most - min(rooms)
+
+
+def _fill_longest_first(
+    sizes: Sequence[int], alike: Sequence[int], most: int
+) -> tuple[list[list[tuple[int, int]]], int]:
+    """Fill packs of at most ``most`` tokens: the longest rows first, each where it leaves the least room."""
+    filled: list[list[int]] = []
+    rooms: list[int] = []
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= sizes[row]]
+        if not fitting:
+            filled.append([])
+            rooms.append(most)
+        number = min(fitting)[1] if fitting else len(filled) - 1
+        filled[number].append(row)
+        rooms[number] -= sizes[row]
+    ordered = [sorted(pack) for pack in filled]
+    packs = [[(pack[0], 0), *((two, min(alike[one + 1 : two + 1])) for one, two in pairwise(pack))] for pack in ordered]
+    return packs, max(sum(sizes[row] - same for row, same in pack) for pack in packs)
 
 
 def _alike(one: Sequence[int], two: Sequence[int]) -> int:
