@@ -160,7 +160,7 @@ def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tu
         before it in the pack does, and which the pack holds already.
 
     >>> fill_packs([50, 100, 60], [0, 0, 20])
-    ([[(0, 0), (2, 0)], [(1, 0)]], 110)
+    ([[(0, 0), (1, 0), (2, 20)]], 190)
     """
     longest = max(sizes)
     widths = range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)
