@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="*", default=[], help="some of the rows (default: all)")
     parser.add_argument("--sentences", type=int, default=2000, help="short sentences (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=120, help="long texts (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="parts, each run by all in turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="each of all systems in turn (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10_000], help="of stream, in sentences")
@@ -68,7 +68,6 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     folder = resolve_base(EMBEDDED_BASE).folder
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
     half = args.sentences // 2
-    # Side by side, so that a part of the texts has whole pairs.
     short = [text for pair in zip(pairs.first[:half], pairs.second[:half], strict=True) for text in pair]
     found: dict[str, list[dict[str, Any]]] = {}
     rounds: dict[str, dict[str, list[float]]] = {}
@@ -105,22 +104,25 @@ def make_systems(
 def run_interleaved(
     systems: dict[str, Embed], texts: Sequence[str], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Embed each part of the texts by each system in turn, another one first every time."""
+    """Embed all texts by each system in turn, another one first in every round.
+
+    A system may sort the texts, so a round gives it all of them.
+
+    Returns:
+        The seconds of each round, and the vectors of the last one, by system.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    vectors: dict[str, list[Any]] = {name: [] for name in systems}
+    vectors: dict[str, Any] = {}
     names = list(systems)
-    size = -(-len(texts) // (2 * rounds)) * 2
-    rounds = -(-len(texts) // size)  # fewer where some parts would be empty
     for name in names:
         systems[name](texts[:32])  # what is done once, on a first call, is no part of the throughput
     for number in tqdm(range(rounds), desc="rounds"):
-        part = texts[number * size : (number + 1) * size]
         first = number % len(names)
         for name in names[first:] + names[:first]:
             started = time.perf_counter()
-            vectors[name].append(systems[name](part))
+            vectors[name] = systems[name](texts)
             seconds[name].append(time.perf_counter() - started)
-    return seconds, {name: np.concatenate(parts) for name, parts in vectors.items()}
+    return seconds, vectors
 
 
 def compare(
@@ -138,16 +140,16 @@ def compare(
     operations = 2 * linear_parameters(read_json(folder / "config.json")) * sum(tokens)
     reference = vectors.get(f"{_PLAIN} float32")
     rows = []
-    for name, parts in seconds.items():
+    for name, rounds in seconds.items():
         rate = rates["bfloat16" if "bfloat16" in name else "float32"]
-        whole = sum(parts)
+        whole = sum(rounds) / len(rounds)
         row: dict[str, Any] = {
             "system": name,
             "texts/s": len(tokens) / whole,
             "tokens/s": sum(tokens) / whole,
         }
         for peer in ("paper", f"{_PLAIN} float32", f"{_PLAIN} bfloat16"):
-            row[f"x {peer.replace(_PLAIN, 'ST')}"] = sum(seconds[peer]) / whole if peer in seconds else None
+            row[f"x {peer.replace(_PLAIN, 'ST')}"] = sum(seconds[peer]) / sum(rounds) if peer in seconds else None
         row["% of the products' rate"] = 100 * operations / whole / rate / 1e9
         row["lowest cosine"] = None if reference is None else lowest_cosine(vectors[name], reference)
         rows.append(row)

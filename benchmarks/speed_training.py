@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,12 +21,10 @@ from sempa_st.adapters import lora_config
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
-from sempa_st.folder import install_template
 from sempa_st.nli import NliData, load_nli
 from sempa_st.preferences import preference_rows
-from sempa_st.prompts import embedding_template
-from sempa_st.stsdata import GradedPairs
-from sempa_st.train.build import Ingredients, build_trainer
+from sempa_st.train.build import build_trainer
+from sempa_st.train.run import gather
 from sempa_st.train.trainer import DevScorer
 from sempa_st.train.workdir import WorkDir
 
@@ -33,13 +32,6 @@ _BATCH = 8
 _COMMON = {"batch_size": _BATCH, "gradient_accumulation": 1, "log_steps": 1, "device": "cpu", "dtype": "float32"}
 Timed = tuple[float, float, list[float]]
 """Seconds before the first step (the reference's, where it is run then), seconds of the steps, and each step's loss."""
-
-
-class _Unjudged(DevScorer):
-    """Takes no time: what a checkpoint's score costs is no part of a step."""
-
-    def __call__(self, model: Any) -> float:
-        return 0.0
 
 
 def trl_as_it_comes(precompute: bool) -> Callable[[NliData, Path], Timed]:
@@ -73,19 +65,18 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
     """Train with this package, the reference not yet on the disk."""
 
     def run(data: NliData, scratch: Path) -> Timed:
-        base = resolve_base(EMBEDDED_BASE)
         output = scratch / str(settings["objective"])
-        config = TrainConfig(data=data.source, output=str(output), warmup_ratio=0.0, **_COMMON, **settings)
-        embedder = load_tokenizer(base.folder)
-        install_template(embedder, embedding_template(config.template))
-        scorer = _Unjudged(
-            GradedPairs([], [], []), embedder, template=config.template, max_seq_length=512, batch_size=32
+        config = TrainConfig(
+            base=EMBEDDED_BASE, data="sample", dev="sample", output=str(output), warmup_ratio=0.0, **_COMMON, **settings
         )
-        model = load_causal_lm(base.folder, torch.float32)
-        parts = Ingredients(config, "cpu", base, data, load_tokenizer(base.folder), model, scorer, None)
+        parts = replace(gather(config, "cpu"), data=data)
         work = WorkDir(output)
         work.checkpoints.mkdir(parents=True, exist_ok=True)
-        with mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}):
+        with (
+            mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}),
+            # What a checkpoint's score costs is no part of a step.
+            mock.patch.object(DevScorer, "__call__", return_value=0.0),
+        ):
             started = time.perf_counter()
             return _timed(build_trainer(parts, work), started)
 

@@ -110,9 +110,7 @@ def _add_evaluate(commands: Any) -> None:
 def _add_table(commands: Any) -> None:
     parser = _command(commands, "table", table_command, "Score methods and models on the seven STS sets, side by side.")
     add_table_options(parser)
-    parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="sentences a batch, more of short ones (default: 32)"
-    )
+    _add_batch_size(parser)
 
 
 def _add_generation(commands: Any) -> None:
@@ -166,8 +164,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reader", default="sempa", choices=("sempa", "native"), help="our module, or plain ST")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto")
     parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
+    _add_batch_size(parser)
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="sentences a batch, more of short ones (default: 32)"
+        "--batch-size",
+        type=_positive,
+        default=32,
+        help="sentences a batch; more of short ones, where rows are run in packs (default: 32)",
     )
 
 

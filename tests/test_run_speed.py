@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from conftest import make_gemma
 from scipy.stats import spearmanr
 from torch import nn
 
+from sempa_st.nli import NliData, load_nli
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import speed_training
 from run_speed import linear_parameters, lowest_cosine, run_interleaved, spearman
 
 
@@ -33,11 +37,12 @@ def test_every_system_embeds_every_text_once_and_takes_its_turn() -> None:
 
         return embed
 
-    texts = [str(number) for number in range(10)]
+    texts = [str(number) for number in range(40)]
     seconds, vectors = run_interleaved({"a": system("a"), "b": system("b")}, texts, rounds=2)
-    assert [(name, len(part)) for name, part in calls[2:]] == [("a", 6), ("b", 6), ("b", 4), ("a", 4)]
-    assert vectors["a"].ravel().tolist() == vectors["b"].ravel().tolist() == list(range(10))
-    assert all(len(parts) == 2 for parts in seconds.values())
+    assert calls[:2] == [("a", texts[:32]), ("b", texts[:32])]
+    assert calls[2:] == [("a", texts), ("b", texts), ("b", texts), ("a", texts)]
+    assert vectors["a"].ravel().tolist() == vectors["b"].ravel().tolist() == list(range(40))
+    assert all(len(rounds) == 2 for rounds in seconds.values())
 
 
 def test_figures() -> None:
@@ -47,3 +52,21 @@ def test_figures() -> None:
     assert spearman(np.concatenate([found, found[[0, 2]]]), [1.0, 3.0, 2.0]) == pytest.approx(
         100 * spearmanr([0.0, 1.9 / 2**0.5 / 1.81**0.5, 0.5**0.5], [1.0, 3.0, 2.0]).statistic
     )
+
+
+def test_our_trainings_are_timed_on_the_same_triplets_as_trls(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed_training, "EMBEDDED_BASE", str(tiny_base))
+    data = NliData(load_nli("sample").triplets[:16], "triplets.parquet")
+    names = ["TRL dpo", "TRL dpo, reference before", "dpo", "one-word"]
+    timed = {name: speed_training.TRAININGS[name](data, tmp_path / name.replace(" ", "-")) for name in names}
+    for before, steps, losses in timed.values():
+        assert before > 0
+        assert steps > 0
+        assert len(losses) == 2
+    for name in names[1:3]:
+        assert timed[name][2] == pytest.approx(timed["TRL dpo"][2], abs=1e-5)
+    second = {name: losses[1] for name, (_, _, losses) in timed.items()}
+    assert second["dpo"] != pytest.approx(math.log(2), abs=1e-4)  # the first step has moved the model
+    assert second["one-word"] != pytest.approx(second["dpo"], abs=1e-4)

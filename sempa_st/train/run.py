@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
-    parts = _gather(config, device)
+    parts = gather(config, device)
     work = WorkDir(config.output)
     _on_main_process(lambda: work.open(parts.identity, resume=config.resume, overwrite=config.overwrite))
     with _broken_off(work):
@@ -117,7 +117,16 @@ def _pick_device(config: TrainConfig) -> str:
     return device
 
 
-def _gather(config: TrainConfig, device: str) -> Ingredients:
+def gather(config: TrainConfig, device: str) -> Ingredients:
+    """Load what a run needs, and refuse what it could not use.
+
+    Args:
+        config: Settings of the run.
+        device: Where it will run, such as ``cpu``.
+
+    Raises:
+        SempaError: On settings, data, a base or an output folder that cannot be used.
+    """
     check_output_folder(config.output, overwrite=config.overwrite)
     data = _draw(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
     pairs = dev_pairs(config.dev, data_dir_or_default(config.data_dir))
