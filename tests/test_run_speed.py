@@ -19,6 +19,7 @@ from sempa_st.nli import NliData, load_nli
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import speed_training
 from run_speed import linear_parameters, lowest_cosine, run_interleaved, spearman
+from speed_stream import run_watched
 
 
 def test_the_linear_layers_are_counted() -> None:
@@ -70,3 +71,13 @@ def test_our_trainings_are_timed_on_the_same_triplets_as_trls(
     second = {name: losses[1] for name, (_, _, losses) in timed.items()}
     assert second["dpo"] != pytest.approx(math.log(2), abs=1e-4)  # the first step has moved the model
     assert second["one-word"] != pytest.approx(second["dpo"], abs=1e-4)
+
+
+def test_a_watched_process_tells_its_own_memory() -> None:
+    _, little, _ = run_watched(["-c", "import time; time.sleep(0.3)"])
+    seconds, peak, private = run_watched(["-c", "import time; held = b'x' * (64 << 20); time.sleep(0.3)"])
+    assert seconds > 0.3
+    assert 60 < peak - little < 70
+    assert 64 <= private < peak
+    with pytest.raises(RuntimeError, match="ended with status"):
+        run_watched(["-c", "raise SystemExit(3)"])
