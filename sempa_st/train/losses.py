@@ -1,4 +1,4 @@
-"""The one loss behind every objective: a Plackett-Luce choice among candidates (PAPER section "Theory")."""
+"""The one loss behind every objective: a Plackett-Luce choice among candidates (the paper, "Theory")."""
 
 from __future__ import annotations
 
