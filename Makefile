@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit integration clean
+.PHONY: demo test lint types tests unit integration clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
 
-test: lint types unit integration
+test: lint types tests
 
 # ruff and mypy run before anything slow.
 lint: $(VENV)/.ready
@@ -17,6 +17,10 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+# Unit and integration tests side by side, a file a process, each on a thread of its own.
+tests: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 unit: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration"
