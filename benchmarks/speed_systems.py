@@ -52,11 +52,11 @@ def plain(dtype: torch.dtype) -> Make:
     return make
 
 
-def ours(dtype: str) -> Make:
+def ours(dtype: str, *, int8: bool = False) -> Make:
     """Embed with the native folder in this package."""
 
     def make(_: Path, native: Path, device: str) -> Embed:
-        return _encode(sempa_st.load(native, dtype=dtype, device=device))
+        return _encode(sempa_st.load(native, dtype=dtype, device=device, int8=int8))
 
     return make
 
@@ -121,5 +121,6 @@ SYSTEMS: dict[str, Make] = {
     "openvino": exported("openvino"),
     "sempa_st float32": ours("float32"),
     "sempa_st bfloat16": ours("bfloat16"),
+    "sempa_st int8": ours("float32", int8=True),
 }
 """How to make each."""

@@ -164,6 +164,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reader", default="sempa", choices=("sempa", "native"), help="our module, or plain ST")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto")
     parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
+    parser.add_argument("--int8", action="store_true", help="round products to integers: faster on a CPU, not exact")
     _add_batch_size(parser)
 
 
@@ -205,6 +206,7 @@ def _load(args: argparse.Namespace) -> Any:
         base=args.base,
         reader=args.reader,
         method=_method(args),
+        int8=args.int8,
     )
 
 
@@ -254,7 +256,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             rows.append(["average", args.split, protocol, sum(score.pairs for score in same), average(same)])
     print(table(["task", "split", "protocol", "pairs", "Spearman x 100"], rows))
     result = {"model": args.model, "method": method, "results": [asdict(score) for score in scores]}
-    run = {"dtype": args.dtype, "reader": args.reader, **run_info()}
+    run = {"dtype": args.dtype, "int8": args.int8, "reader": args.reader, **run_info()}
     for file in score_files:
         write_json(file, {**result, "run": run})
 

@@ -41,6 +41,7 @@ def load(
     method: str | None = None,
     base: str | None = None,
     reader: str = "sempa",
+    int8: bool = False,
 ) -> SentenceTransformer:
     """Load a model for embedding; its decoder still generates (``load(...)[0].model.generate``).
 
@@ -55,6 +56,8 @@ def load(
         base: Base to put the folder's adapter on, where the one it names has moved; for a bare adapter it may be an
             adapter itself.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
+        int8: Round what most linear layers multiply to integers (:func:`sempa_st.int8.quantize`): faster on a CPU, and
+            no longer exact.
 
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
@@ -80,6 +83,11 @@ def load(
         else:
             opened = _load_plain(source, torch_dtype, device)
     keep_attention_right(opened, device)
+    if int8:
+        from sempa_st.int8 import quantize
+
+        quantize(opened)
+        opened.model_card_data.model_name = f"{opened.model_card_data.model_name}-int8"
     return opened
 
 

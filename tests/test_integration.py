@@ -126,6 +126,10 @@ def test_the_chosen_type_decides(run_cli: Callable[..., tuple[int, str, str]], t
     vectors = [m.encode(SENTENCES[:4], convert_to_tensor=True).float() for m in (model, exact)]
     assert model.dtype == torch.bfloat16
     assert cosine_similarity(*vectors).min() > 0.98
+    rounded = sempa_st.load("gemma3-270m", dtype="float32", device="cpu", int8=True)
+    assert cosine_similarity(rounded.encode(SENTENCES[:4], convert_to_tensor=True), vectors[1]).min() > 0.98
+    projections = [type(layer.mlp.down_proj) for layer in rounded[0].decoder.layers]
+    assert projections.count(torch.nn.Linear) > len(projections) / 2  # rounding them costs much of the score
 
 
 def sample_score(model: SentenceTransformer) -> float:

@@ -37,7 +37,7 @@ LAYERS = [
     {"methods.module"},
     {"preferences", "stsdata", "gendata", "adapters", "folder", "embedder", "config"},
     {"card", "grid", "encoding", "evaluate.shared_prefix", "evaluate.once"},
-    {"shipped"},
+    {"shipped", "int8"},
     {"sources"},
     {"loading"},
     {
