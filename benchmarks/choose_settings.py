@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from sempa_st.devices import keep_attention_right, pick_device
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import folder_digest
-from sempa_st.methods.layers import states_after, states_in
-from sempa_st.methods.method import Method, Rows, mean_of
+from sempa_st.methods.layers import states_in
+from sempa_st.methods.method import Method, mean_of
 from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.runinfo import run_info
@@ -86,7 +87,9 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
         features = {name: tensor.to(decoder.device) for name, tensor in features.items()}
         rows = rows_in(features)
         with read_at_layers(decoder, rows[0].read) as read:
-            vectors[depth][batch] = run_padded(method, decoder, rows).cpu()
+            # Never from packs, in which the places of a row's tokens would not be known here.
+            with mock.patch.object(type(method), "packs", False):
+                vectors[depth][batch] = method.vectors(decoder, *rows).cpu()
             for layer in range(1, depth):
                 vectors[layer][batch] = read[layer].cpu()
     return {
@@ -102,14 +105,6 @@ def _can_be_read(method: Method, decoder: Any) -> bool:
     except SempaError:  # contrastive-prompting has done nothing yet below its own layer
         return False
     return True
-
-
-def run_padded(method: Method, decoder: Any, rows: list[Rows]) -> Tensor:
-    """Return a method's vectors, never from packs, in which the places of a row's tokens would not be known here."""
-    if type(method).vectors is not Method.vectors:
-        return method.vectors(decoder, *rows)
-    states = states_after(decoder, method.layers_run(decoder), rows[0].input_ids, rows[0].attention_mask)
-    return mean_of(states, rows[0].read)
 
 
 @contextmanager

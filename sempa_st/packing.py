@@ -44,7 +44,7 @@ class _Layout(NamedTuple):
     places: list[Tensor]
 
 
-class _Begun(NamedTuple):
+class Packs(NamedTuple):
     """Rows laid out, the cache of what all of them begin with, and its states, of shape (tokens, hidden)."""
 
     layout: _Layout
@@ -63,8 +63,8 @@ def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
         rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
     """
-    begun = _begin(decoder, rows)
-    states = _run_packs(decoder, begun)
+    begun = begin_packs(decoder, rows)
+    states = run_packs(decoder, begun)
     opening = len(begun.opening)
     there = torch.arange(opening)
     return Packed(
@@ -75,7 +75,7 @@ def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
 
 def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
     """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`packed_states`."""
-    begun = _begin(decoder, rows)
+    begun = begin_packs(decoder, rows)
     width = begun.layout.ids.shape[1]
     packs: list[list[int]] = [[] for _ in begun.layout.ids]
     found = []
@@ -85,11 +85,11 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
     read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
     last_layer = last_layer_of(decoder)
     if last_layer is None or keeps_no_cache(decoder):
-        states = _run_packs(decoder, begun)
+        states = run_packs(decoder, begun)
         states = states.gather(1, read[:, :, None].expand(-1, -1, states.shape[-1]))
     else:
         with read_at(last_layer, read):
-            states = _run_packs(decoder, begun)
+            states = run_packs(decoder, begun)
     return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
 
 
@@ -101,6 +101,16 @@ def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -
         return embed_rows(module, input_ids, attention_mask)
     with alone(module.decoder), acting_everywhere(module.model):
         return last_packed_states(module.decoder, rows)
+
+
+def last_places(begun: Packs) -> Tensor | None:
+    """Return the rows' last tokens' places among all of the packs' tokens, of shape (rows,).
+
+    None where another row goes on from one of them, so that no change to it would be the one row's own.
+    """
+    last = torch.stack([places[-1] for places in begun.layout.places])
+    alone_there = begun.layout.ends.flatten()[last] == last % begun.layout.ids.shape[1] + 1
+    return last if alone_there.all() else None
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
@@ -170,8 +180,8 @@ def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tu
     return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
 
 
-def _begin(decoder: Any, rows: Sequence[Tensor]) -> _Begun:
-    """Run what all rows begin with, and lay out the rest."""
+def begin_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
+    """Run what all rows begin with, and lay out the rest; arguments as for :func:`packed_states`."""
     lists = [row.tolist() for row in rows]
     shortest = min(len(row) for row in lists)
     opening = 0 if keeps_no_cache(decoder) else min(_alike(min(lists), max(lists)), shortest - 1)
@@ -183,10 +193,11 @@ def _begin(decoder: Any, rows: Sequence[Tensor]) -> _Begun:
         there = torch.arange(opening, device=decoder.device)[None]
         states = run_on(decoder, cache, beginning, torch.ones_like(beginning), there)[0]
         cache.batch_repeat_interleave(len(layout.ids))
-    return _Begun(layout, cache, states)
+    return Packs(layout, cache, states)
 
 
-def _run_packs(decoder: Any, begun: _Begun) -> Tensor:
+def run_packs(decoder: Any, begun: Packs) -> Tensor:
+    """Return the states of packs that were begun, of shape (packs, tokens, hidden)."""
     layout, opening, device = begun.layout, len(begun.opening), decoder.device
     mask = _own_keys(layout.ends.to(device), opening, decoder.dtype)
     return run_on(decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))

@@ -30,10 +30,14 @@ from sempa_st.bases import load_causal_lm
 from sempa_st.cli import build_parser
 from sempa_st.errors import SempaError
 from sempa_st.files import read_rows
+from sempa_st.methods import contrastive_prompting
+from sempa_st.methods.layers import attention_output
 from sempa_st.methods.llm2vec import LLM2Vec
+from sempa_st.methods.method import Rows
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import METHODS, methods_for, parse_method
 from sempa_st.nli import sample_path
+from sempa_st.packing import begin_packs, last_places
 from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -167,6 +171,32 @@ def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
         ids = ids_of(module, EMBEDDING_TEMPLATES[template].text(text))
         expected.append(naive.hidden_states(module.layers, ids, mix=contrast)[-1][-1])
     check(module, expected)
+
+
+@torch.no_grad()
+def test_a_change_to_a_row_reaches_no_row_that_goes_on_from_it() -> None:
+    model = make_llama().base_model
+    # No sentence gives such rows: its double quotes become single ones.
+    short, long, other = torch.tensor([1, 7, 8, 9]), torch.tensor([1, 7, 8, 9, 10, 11]), torch.tensor([1, 7, 12, 9])
+    assert last_places(begin_packs(model, [short, long])) is None
+    assert last_places(begin_packs(model, [short, other, short])) is not None
+    projection = attention_output(model.layers[1])
+    for ids in ([short, long], [short, other, short]):
+        width = max(map(len, ids))
+        filled = [
+            torch.nn.functional.pad(torch.stack([row, torch.ones_like(row)]), (width - len(row), 0)) for row in ids
+        ]
+        input_ids, mask = torch.stack(filled).unbind(1)
+        last = torch.zeros_like(mask)
+        last[:, -1] = 1
+        rows = Rows(input_ids, mask, last, torch.zeros_like(mask), torch.zeros_like(mask))
+        unchanged = contrastive_prompting._padded(model, 3, rows, projection, lambda mixtures: mixtures)
+        found, expected = (
+            run(model, 3, rows, projection, lambda mixtures: -mixtures)
+            for run in (contrastive_prompting._packed, contrastive_prompting._padded)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (found - unchanged).norm(dim=1).min() > 1e-2
 
 
 @MODELS

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sempa_st.cached import layers_of
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import at_tokens, attention_output, entering, states_after
-from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
+from sempa_st.methods.layers import attention_output, ending_after, entering, states_after
+from sempa_st.methods.method import Method, Rendered, Rows, of_32
+from sempa_st.packing import begin_packs, can_pack, last_places, run_packs, unpadded
 from sempa_st.prompts import EmbeddingTemplate, embedding_template
 
 _AUXILIARY = EmbeddingTemplate("auxiliary", 'The irrelevant information of this sentence : "', '" means in one word:"')
@@ -62,18 +64,15 @@ class ContrastivePrompting(Method):
         taken: list[Tensor] = []
 
         def take(mixtures: Tensor) -> Tensor:
-            taken.append(at_read(mixtures, auxiliary.read))
+            taken.append(mixtures)
             return mixtures
 
         def contrast(mixtures: Tensor) -> Tensor:
-            new = self._contrast(at_read(mixtures, rows.read), taken[0], model.config.get_text_config())
-            return at_tokens(mixtures, rows.read, new)
+            return self._contrast(mixtures, taken[0], model.config.get_text_config())
 
-        with entering(projection, take):
-            states_after(model, at + 1, auxiliary.input_ids, auxiliary.attention_mask)
-        with entering(projection, contrast):
-            states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
-        return mean_of(states, rows.read)
+        run = _packed if self.packs else _padded
+        run(model, at + 1, auxiliary, projection, take)
+        return run(model, self.layers_run(model), rows, projection, contrast)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the layer is not there, not run, or has no output projection by a known name."""
@@ -95,3 +94,34 @@ class ContrastivePrompting(Method):
         kept, size = (x.unflatten(-1, (heads, -1)).norm(dim=-1, keepdim=True) for x in (normal, difference))
         ratio = kept / size.clamp(min=torch.finfo(size.dtype).tiny)
         return scale * (difference.unflatten(-1, (heads, -1)) * ratio).flatten(-2)
+
+
+_Change = Callable[[Tensor], Tensor]
+"""Called with the rows' last tokens' states of shape (rows, width); what it returns takes their place."""
+
+
+def _padded(model: Any, run: int, rows: Rows, module: nn.Module, change: _Change) -> Tensor:
+    """Return the last tokens' states after ``run`` layers, what of these tokens enters a module of theirs changed."""
+    starts = torch.arange(len(rows.read), device=rows.read.device) * rows.read.shape[1]
+    last = starts + rows.read.argmax(dim=1)
+    with entering(module, lambda inputs: _put(inputs, last, change)):
+        return states_after(model, run, rows.input_ids, rows.attention_mask).flatten(0, 1)[last]
+
+
+def _packed(model: Any, run: int, rows: Rows, module: nn.Module, change: _Change) -> Tensor:
+    """Return what :func:`_padded` returns, from packs where that can be."""
+    if not can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
+        return _padded(model, run, rows, module, change)
+    with ending_after(model, run):
+        packs = begin_packs(model, unpadded(rows.input_ids, rows.attention_mask))
+        places = last_places(packs)
+        if places is not None:
+            last = places.to(rows.input_ids.device)
+            with entering(module, lambda inputs: _put(inputs, last, change)):
+                return run_packs(model, packs).flatten(0, 1)[last]
+    return _padded(model, run, rows, module, change)
+
+
+def _put(inputs: Tensor, places: Tensor, change: _Change) -> Tensor:
+    flat = inputs.flatten(0, 1)
+    return flat.index_copy(0, places, change(flat[places]).to(flat.dtype)).view_as(inputs)

@@ -16,6 +16,7 @@ class EncoderMethod(Method):
     """A method for encoders, whose tokens see each other anyway."""
 
     for_encoders: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
 
     def depth(self, model: Any) -> int:
         """Return the number of layers."""

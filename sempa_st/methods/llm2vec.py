@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class LLM2Vec(Method):
         after: Text behind it, which is read too.
     """
 
+    packs: ClassVar[bool] = False
     before: str = ""
     after: str = ""
 

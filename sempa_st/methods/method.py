@@ -64,6 +64,8 @@ class Method(ABC):
 
     layer: int | None = None
     for_encoders: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    """Whether rows are run in packs, on a model that allows it."""
 
     @abstractmethod
     def render(self, sentence: str) -> tuple[Rendered, ...]:
@@ -78,7 +80,7 @@ class Method(ABC):
             *others: Its further texts.
         """
         run = self.layers_run(model)
-        if can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
+        if self.packs and can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
             with ending_after(model, run):
                 return _packed_means(model, rows)
         return mean_of(states_after(model, run, rows.input_ids, rows.attention_mask), rows.read)

@@ -65,7 +65,7 @@ class MethodModule(InputModule):
     @property
     def runs_packs(self) -> bool:
         """Whether the method runs rows in packs on this model."""
-        return type(self._method).vectors is Method.vectors and can_pack(self.layers, 1)
+        return self._method.packs and can_pack(self.layers, 1)
 
     def get_embedding_dimension(self) -> int:
         """Return the width of the embedding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class TokenPrepending(Method):
         exit: First layer that is entered unchanged again; about a quarter of the depth when None.
     """
 
+    packs: ClassVar[bool] = False
     template: str = "prompteol"
     start: int = 1
     exit: int | None = None
