@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
     parser.add_argument("--model", default=EMBEDDED_BASE, help="of stream: base or folder (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="stream through a random decoder of two narrow layers")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10_000], help="of stream, in sentences")
     args = parser.parse_args()
     result = {"encode": measure_encoding, "train": measure_training, "stream": measure_streams}[args.what](args)

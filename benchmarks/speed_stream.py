@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base
 from sempa_st.devices import pick_dtype
 from sempa_st.sources import find_model
 from sempa_st.stsdata import local_files, read_pairs
@@ -27,14 +30,15 @@ def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
     """Encode files of real sentences, repeated where they run out, each by a process of its own."""
     sentences = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb")).sentences
     _, _, libraries = run_watched(["-c", "import sempa_st.embedder, sempa_st.loading"])
-    weights = _weights(find_model(args.model).folder)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
+        model = str(save_tiny(Path(scratch, "tiny"))) if args.tiny else args.model
+        weights = _weights(find_model(model).folder)
         for length in args.lengths:
             source, output = Path(scratch, "sentences.txt"), Path(scratch, "vectors.npy")
             with source.open("w") as handle:
                 handle.writelines(f"{text}\n" for text in itertools.islice(itertools.cycle(sentences), length))
-            command = ["-m", "sempa_st", "encode", args.model, str(source), "--output", str(output), "--device", "cpu"]
+            command = ["-m", "sempa_st", "encode", model, str(source), "--output", str(output), "--device", "cpu"]
             seconds, peak, private = run_watched(command)
             rows.append(
                 {
@@ -49,6 +53,18 @@ def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
                 }
             )
     return {"tables": {"stream": rows}}
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write a random decoder with the embedded base's tokenizer, so narrow that reading and writing take the time."""
+    base = resolve_base(EMBEDDED_BASE).folder
+    config = AutoConfig.from_pretrained(base)
+    config.update({"hidden_size": 16, "intermediate_size": 32, "head_dim": 8, "num_attention_heads": 2})
+    config.update({"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
 
 
 def run_watched(arguments: Sequence[str]) -> tuple[float, float, float]:
