@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.module import MethodModule
+from sempa_st.methods.registry import parse_method
 from sempa_st.nli import load_nli
 from sempa_st.prompt_eol import PromptEOL, invocation_tokens
 
@@ -84,11 +85,13 @@ def quantize(embedder: SentenceTransformer) -> list[str]:
         The names of the layers that were replaced.
 
     Raises:
-        SempaError: If the model is of another kind or type, is elsewhere, or has an activated adapter.
+        SempaError: If the model is an encoder, of another kind or type, or elsewhere, or has an activated adapter.
     """
     module = embedder[0]
     if not isinstance(module, PromptEOL | MethodModule):
         raise SempaError("int8 needs a model that this package reads: leave out the native reader, or int8.")
+    if isinstance(module, MethodModule) and parse_method(module.method).for_encoders:
+        raise SempaError(f"int8 is for decoders, and {module.method} reads an encoder. Leave it out.")
     if embedder.device.type != "cpu" or module.model.dtype != torch.float32:
         raise SempaError(
             f"int8 is for float32 on a CPU, not for {module.model.dtype} on {embedder.device}. Leave it out, or choose "

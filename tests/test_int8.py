@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gemma, make_llama, sample_sentences
+from conftest import make_gemma, make_llama, make_tokenizer, sample_sentences, save_base
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from transformers import BertConfig, BertModel
 
 import sempa_st
 from sempa_st import int8
@@ -114,6 +115,10 @@ def test_what_int8_cannot_do_is_refused(adapter_folder: Path, tiny_base: Path, t
         sempa_st.load(str(tiny_base), dtype="bfloat16", device="cpu", int8=True)
     with pytest.raises(SempaError, match="leave out the native reader"):
         sempa_st.load(adapter_folder, reader="native", device="cpu", int8=True)
+    bert = BertModel(BertConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+    save_base(tmp_path / "bert", bert, make_tokenizer())
+    with pytest.raises(SempaError, match="bert-avg reads an encoder"):
+        sempa_st.load(tmp_path / "bert", method="bert-avg", device="cpu", int8=True)
     activated = copy_model(str(adapter_folder), tmp_path / "activated", activate=True)
     with pytest.raises(SempaError, match="which an activated one cannot be"):
         sempa_st.load(activated, device="cpu", int8=True)
