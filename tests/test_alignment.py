@@ -28,7 +28,7 @@ from sempa_st.nli import sample_path
 from sempa_st.train.alignment import AlignmentTrainer
 from sempa_st.train.build import build_trainer
 from sempa_st.train.contrastive import ContrastiveTrainer
-from sempa_st.train.run import _gather, train
+from sempa_st.train.run import gather, train
 from sempa_st.train.workdir import WorkDir
 
 MIXED = {"objective": "dpo:0.3,one-word-listwise:1.0", "kl": 0.1, "lora_dropout": 0.05}
@@ -220,7 +220,7 @@ def test_the_reference_is_run_once(
         """Build a trainer; return how often the reference was run for it, and what it says of four triplets."""
         before = runs
         config = config_of("one-word", tiny_base, data, tmp_path / "m", **{"objective": objective, **kwargs})
-        trainer: Any = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+        trainer: Any = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
         found = trainer.data_collator([{"index": index} for index in range(4)])
         return runs - before, {name: tensor for name, tensor in found.items() if name.startswith("reference_")}
 

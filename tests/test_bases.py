@@ -18,7 +18,7 @@ from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.hub import model_folder
-from sempa_st.train.run import _gather
+from sempa_st.train.run import gather
 
 
 def test_a_folder_is_a_base(tiny_base: Path) -> None:
@@ -103,7 +103,7 @@ def test_every_way_to_open_a_model_sees_to_that(
         model = opened(*way)
         assert {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")} == {"eager"}
         assert abs(model.encode(sentences) - vectors).max() < 1e-4
-    parts = _gather(make_config(tiny_gemma, tmp_path / "trained"), "cpu")
+    parts = gather(make_config(tiny_gemma, tmp_path / "trained"), "cpu")
     assert parts.model.config._attn_implementation == "eager"
 
 

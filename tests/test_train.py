@@ -26,7 +26,7 @@ from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.sources import describe_method, find_model
 from sempa_st.stsdata import dev_pairs
 from sempa_st.train.build import build_trainer
-from sempa_st.train.run import _gather, train
+from sempa_st.train.run import gather, train
 from sempa_st.train.trainer import DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
@@ -221,7 +221,7 @@ def sequence_log_probability(
 
 def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tiny_base, tmp_path / "m")
-    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
     randomise(trainer.model)
     trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -255,7 +255,7 @@ def test_the_reference_is_run_once_for_all_runs(
     """Its columns are a manual pass of the base over the rows; a second run on the same data reads them."""
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
-    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
     rows = list(trainer.train_dataset)
     assert len(rows) == 24
     base = make_llama()
@@ -272,16 +272,16 @@ def test_the_reference_is_run_once_for_all_runs(
         raise AssertionError("the reference was run again")
 
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", fail)
-    again = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    again = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
     assert list(again.train_dataset) == rows
     with pytest.raises(AssertionError, match="run again"):
-        build_trainer(_gather(replace(config, paraphrase="generate"), "cpu"), WorkDir(tmp_path / "m"))
+        build_trainer(gather(replace(config, paraphrase="generate"), "cpu"), WorkDir(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_prompts_are_run_once_for_trls_gradients(tiny_base: Path, tmp_path: Path, tuning: str) -> None:
     config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
-    trainer = build_trainer(_gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
     model: Any = trainer.model
     if tuning == "lora":
         randomise(model)
