@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base
+from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base, save_tokenizer
 from sempa_st.devices import pick_dtype
 from sempa_st.sources import find_model
 from sempa_st.stsdata import local_files, read_pairs
@@ -63,7 +63,7 @@ def save_tiny(folder: Path) -> Path:
     config.update({"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    load_tokenizer(base).save_pretrained(folder)
+    save_tokenizer(load_tokenizer(base), folder)
     return folder
 
 
