@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,6 +20,8 @@ from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
 _EVEN = 3000
+_MISSES = 32
+"""Rows one after another that do not fit, after which no more are tried for a pack: the rest would hardly fill it."""
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 OWN_MASKS = ("sdpa", "eager")
 """Implementations of attention that take a mask of queries by keys."""
@@ -209,20 +212,25 @@ def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
     pairs = [(rows[one], rows[two]) for one, two in pairwise(order)]
     alike = [0, *(0 if views and one == two else _alike(one, two) for one, two in pairs)]
     packs, width = fill_packs([len(rows[row]) for row in order], alike)
-    ids = torch.zeros(len(packs), width, dtype=torch.long)
-    layout = _Layout(ids, torch.zeros_like(ids), torch.full_like(ids, width), [ids[0]] * len(rows))
+    filled: list[list[list[int]]] = []
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
     for number, pack in enumerate(packs):
-        end, places = 0, ids[0, :0]
+        tokens: list[int] = []
+        along: list[int] = []
+        until = [width] * width
+        places: list[int] = []
         for place, same in pack:
             row = rows[order[place]]
-            here = torch.arange(end, end + len(row) - same)
-            end += len(here)
-            places = torch.cat([places[:same], here])
-            layout.ids[number, here] = torch.tensor(row[same:], dtype=torch.long)
-            layout.positions[number, here] = torch.arange(same, len(row))
-            layout.ends[number, places] = end
-            layout.places[order[place]] = number * width + places
-    return layout
+            places = [*places[:same], *range(len(tokens), len(tokens) + len(row) - same)]
+            tokens += row[same:]
+            along += range(same, len(row))
+            for there in places:
+                until[there] = len(tokens)
+            found[order[place]] = number * width + torch.tensor(places)
+        padding = [0] * (width - len(tokens))
+        filled.append([tokens + padding, along + padding, until])
+    ids, positions, ends = torch.tensor(filled).unbind(1)
+    return _Layout(ids, positions, ends, found)
 
 
 def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[list[tuple[int, int]]], int]:
@@ -233,16 +241,20 @@ def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[l
     while left:
         pack: list[tuple[int, int]] = []
         rest: list[tuple[int, int]] = []
-        room, in_pack, in_rest = most, 0, 0
-        for row, same in left:
+        room, in_pack, in_rest, missed = most, 0, 0, 0
+        for number, (row, same) in enumerate(left):
             in_pack, in_rest = min(in_pack, same), min(in_rest, same)
             if sizes[row] - in_pack <= room:
                 pack.append((row, in_pack))
                 room -= sizes[row] - in_pack
-                in_pack = sizes[row]
-            else:
-                rest.append((row, in_rest))
-                in_rest = sizes[row]
+                in_pack, missed = sizes[row], 0
+                continue
+            rest.append((row, in_rest))
+            in_rest = sizes[row]
+            missed += 1
+            if missed == _MISSES:
+                rest += left[number + 1 :]
+                break
         packs.append(pack)
         rooms.append(room)
         left = rest
@@ -254,15 +266,16 @@ def _fill_longest_first(
 ) -> tuple[list[list[tuple[int, int]]], int]:
     """Fill packs of at most ``most`` tokens: the longest rows first, each where it leaves the least room."""
     filled: list[list[int]] = []
-    rooms: list[int] = []
+    rooms: list[tuple[int, int]] = []  # of each pack, with its number, in order
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        fitting = [(room, number) for number, room in enumerate(rooms) if room >= sizes[row]]
-        if not fitting:
+        least = bisect_left(rooms, (sizes[row], 0))
+        if least == len(rooms):
             filled.append([])
-            rooms.append(most)
-        number = min(fitting)[1] if fitting else len(filled) - 1
+            room, number = most, len(filled) - 1
+        else:
+            room, number = rooms.pop(least)
         filled[number].append(row)
-        rooms[number] -= sizes[row]
+        insort(rooms, (room - sizes[row], number))
     ordered = [sorted(pack) for pack in filled]
     packs = [[(pack[0], 0), *((two, min(alike[one + 1 : two + 1])) for one, two in pairwise(pack))] for pack in ordered]
     return packs, max(sum(sizes[row] - same for row, same in pack) for pack in packs)
