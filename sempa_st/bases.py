@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,8 @@ def _is_decoder(config: dict[str, Any]) -> bool:
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer set up for embedding: left padding, right truncation, a pad token other than EOS."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = _read_tokenizer(Path(folder))
     except Exception as error:  # transformers raises many types for one cause: the files are not there or not whole
         raise SempaError(
             f"The tokenizer in {folder} cannot be read ({type(error).__name__}). Restore or download the folder again."
@@ -135,6 +134,34 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.pad_token = _spare_token(tokenizer)
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """Read a folder's tokenizer, as it was saved where that is the same.
+
+    Many classes, Gemma's too, build it anew from lists of tokens and merges, at three times the time, and keep these.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    whole = config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file()
+    named = (
+        tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None
+    )
+    # A class with methods of its own may need what its constructor leaves.
+    if named is None or named.__bases__ != (TokenizersBackend,) or _methods(named) != {"__init__"}:
+        return AutoTokenizer.from_pretrained(str(folder))
+    # The file brings the added tokens; unless told so, transformers parses all of it a second time to look for them.
+    tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={})
+    tokenizer.__class__ = named  # its name is saved
+    tokenizer.model_input_names = list(named.model_input_names)
+    return tokenizer
+
+
+def _methods(kind: Any) -> set[str]:
+    return {name for name, value in vars(kind).items() if isroutine(value) or isinstance(value, property)}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

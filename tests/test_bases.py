@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import torch
 from conftest import finish_adapter, make_config, make_gemma, make_llama, make_tokenizer, save_base
 from peft import get_peft_model
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    TokenizersBackend,
+)
 
 import sempa_st
 from sempa_st.adapters import lora_config
@@ -61,6 +71,34 @@ def test_corrupted_weights_are_named(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(SempaError, match=r"The model in .* cannot be read"):
         load_causal_lm(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [GemmaTokenizer, Qwen2Tokenizer])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_tokenizer_saved_whole_is_read_as_transformers_reads_it(
+    kind: type[TokenizersBackend], whole: bool, tmp_path: Path
+) -> None:
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<|endoftext|>", *"abcdefgh▁Ġ", "ab", "cd", "abcd"]
+    vocab = {token: number for number, token in enumerate(letters)}
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd")]
+    kind(vocab=vocab, merges=merges, pad_token="<pad>").save_pretrained(tmp_path)  # type: ignore[call-arg]
+    if not whole:
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        del settings["backend"]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    found = pickle.loads(pickle.dumps(load_tokenizer(tmp_path)))
+    assert type(found) is type(expected) is kind
+    assert hasattr(found, "_merges") is not whole
+    texts = ["abcd ab", "  hex\nabc <eos>", ""]
+    assert found(texts) == expected(texts)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    saved = []
+    for number, tokenizer in enumerate((expected, found)):
+        tokenizer.save_pretrained(tmp_path / str(number))
+        settings = json.loads((tmp_path / str(number) / "tokenizer_config.json").read_text())
+        saved.append({name: value for name, value in settings.items() if value is not None and name != "padding_side"})
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize(
