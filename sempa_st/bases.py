@@ -15,6 +15,7 @@ from inspect import isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
@@ -129,6 +130,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise SempaError(
             f"The tokenizer in {folder} cannot be read ({type(error).__name__}). Restore or download the folder again."
         ) from error
+    give_back_memory()
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:

@@ -62,7 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sempa", description="Sentence embeddings from an LLM that keeps generating.")
     parser.add_argument("--version", action="version", version=f"sempa-st {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sweep, _add_encode, _add_evaluate, _add_table, _add_generation, _add_copy, _add_demo):
+    for add in (
+        _add_train,
+        _add_sweep,
+        _add_encode,
+        _add_evaluate,
+        _add_table,
+        _add_generation,
+        _add_copy,
+        _add_average,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -138,6 +148,14 @@ def _add_copy(commands: Any) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="type of merged weights")
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")
     parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands at the output folder")
+
+
+def _add_average(commands: Any) -> None:
+    parser = _command(commands, "average", _average, "Make one model of several: the mean of their adapters' updates.")
+    parser.add_argument("models", nargs="+", metavar="model", help="shipped model, SemPA folder or Hub id")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--rank", type=int, help="rank to cut the mean to (default: the sum of the models' ranks)")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands at the output folder")
 
 
@@ -276,6 +294,13 @@ def _copy(args: argparse.Namespace) -> None:
         template=args.template,
         overwrite=args.overwrite,
     )
+    print(f"Wrote {path}.")
+
+
+def _average(args: argparse.Namespace) -> None:
+    from sempa_st.averaging import average_models
+
+    path = average_models(args.models, args.output, rank=args.rank, overwrite=args.overwrite)
     print(f"Wrote {path}.")
 
 

@@ -131,9 +131,10 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         folders, below = adapters_over_base(source.folder, base)
         for folder in filter(is_activated, folders):
             raise SempaError(f"The adapter in {folder} acts from certain tokens on, which no --method has.")
+        tokenizer = load_tokenizer(below.folder)
         model = load_causal_lm(below.folder, dtype).eval()
         merge_adapters(model, folders, below.name)
-        return model, load_tokenizer(below.folder)
+        return model, tokenizer
     tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
         return load_causal_lm(source.folder, dtype).eval(), tokenizer

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import (
 import sempa_st
 from sempa_st.adapters import lora_config
 from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
-from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
+from sempa_st.devices import give_back_memory, keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.hub import model_folder
 from sempa_st.train.run import gather
@@ -192,3 +193,20 @@ def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == "cpu"
     with pytest.raises(SempaError, match="Unknown dtype 'int4'"):
         pick_dtype("int4", "cpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps no account of this kind")
+def test_freed_memory_is_given_back() -> None:
+    pieces = ["x" * 2000 + str(number) for number in range(50_000)]
+    kept = pieces[-1]  # above all the others, so that the heap does not shrink by itself
+    before = memory_in_use()
+    del pieces
+    give_back_memory()
+    assert before - memory_in_use() > 50
+    assert kept
+
+
+def memory_in_use() -> float:
+    """Return this process's own memory in MiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024

@@ -49,7 +49,7 @@ LAYERS = [
         "train.reference",
         "train.passages",
     },
-    {"train.objectives", "train.batches", "train.forwards"},
+    {"train.objectives", "train.batches", "train.forwards", "averaging"},
     {"train.trainer", "train.workdir", "train.record", "train.ranking", "evaluate.sts", "evaluate.generation"},
     {"train.alignment", "train.contrastive"},
     {"train.parts"},
