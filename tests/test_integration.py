@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import sample_sentences
 from peft import AutoPeftModelForCausalLM
-from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +19,6 @@ from sempa_st.bases import embedded_base, resolve_base
 from sempa_st.copying import copy_model
 from sempa_st.nli import sample_path
 from sempa_st.prompts import EMBEDDING_TEMPLATES
-from sempa_st.stsdata import read_pairs
 
 pytestmark = pytest.mark.integration
 
@@ -118,49 +115,3 @@ def test_a_folder_from_another_machine_opens_and_is_repaired(trained: Path, base
     assert torch.equal(found, expected)
     repaired = copy_model(str(moved), tmp_path / "repaired")
     assert json.loads((repaired / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
-
-
-def test_the_chosen_type_decides(run_cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    model = sempa_st.load("gemma3-270m", dtype="bfloat16", device="cpu")
-    exact = sempa_st.load("gemma3-270m", dtype="float32", device="cpu")
-    vectors = [m.encode(SENTENCES[:4], convert_to_tensor=True).float() for m in (model, exact)]
-    assert model.dtype == torch.bfloat16
-    assert cosine_similarity(*vectors).min() > 0.98
-    rounded = sempa_st.load("gemma3-270m", dtype="float32", device="cpu", int8=True)
-    assert cosine_similarity(rounded.encode(SENTENCES[:4], convert_to_tensor=True), vectors[1]).min() > 0.98
-    projections = [type(layer.mlp.down_proj) for layer in rounded[0].decoder.layers]
-    assert projections.count(torch.nn.Linear) > len(projections) / 2  # rounding them costs much of the score
-
-
-def sample_score(model: SentenceTransformer) -> float:
-    pairs = read_pairs([sample_path("sts_sample.jsonl")])
-    first, second = (model.encode(list(side), convert_to_tensor=True) for side in (pairs.first, pairs.second))
-    return 100 * float(spearmanr(cosine_similarity(first, second), pairs.scores).statistic)
-
-
-def test_the_shipped_models_embed_better_and_open_everywhere(tmp_path: Path) -> None:
-    base = sample_score(sempa_st.load("gemma3-270m", dtype="float32", device="cpu"))
-    ours = sempa_st.load("sempa-gemma3-270m", dtype="float32", device="cpu")
-    assert sample_score(ours) > base + 5
-    folder = copy_model("sempa-gemma3-270m", tmp_path / "copy")
-    native = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-    vectors = [m.encode(SENTENCES[:8], convert_to_tensor=True) for m in (ours, native)]
-    assert cosine_similarity(*vectors).min() >= 0.99999
-    activated = sempa_st.load("sempa-gemma3-270m-activated", dtype="float32", device="cpu")
-    assert sample_score(activated) > base + 5
-
-
-def test_the_shipped_activated_adapter_leaves_ordinary_text_to_the_base(base: Path, tmp_path: Path) -> None:
-    folder = copy_model("sempa-gemma3-270m-activated", tmp_path / "activated")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tuned = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    ordinary = tokenizer(
-        ["The best thing about a rainy Sunday", "Means in one word"], padding=True, return_tensors="pt"
-    )
-    template = tokenizer(EMBEDDING_TEMPLATES["prompteol"].text("A cat sleeps"), return_tensors="pt")
-    with torch.no_grad():
-        assert torch.equal(tuned(**ordinary).logits, plain(**ordinary).logits)
-        assert not torch.equal(tuned(**template).logits[:, -1], plain(**template).logits[:, -1])
-    written = [model.generate(**ordinary, max_new_tokens=8, do_sample=False) for model in (tuned, plain)]
-    assert torch.equal(*written)
