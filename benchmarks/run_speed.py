@@ -23,7 +23,7 @@ import torch
 from scipy.stats import spearmanr
 from speed_stream import measure_streams
 from speed_systems import SYSTEMS, Embed
-from speed_training import chosen, measure_training
+from speed_training import chosen, measure_memory, measure_training
 from tqdm import tqdm
 
 from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, resolve_base
@@ -55,11 +55,13 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="of train: the peak of each, in a process of its own")
     parser.add_argument("--model", default=EMBEDDED_BASE, help="of stream: base or folder (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="stream through a random decoder of two narrow layers")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10_000], help="of stream, in sentences")
     args = parser.parse_args()
-    result = {"encode": measure_encoding, "train": measure_training, "stream": measure_streams}[args.what](args)
+    training = measure_memory if args.memory else measure_training
+    result = {"encode": measure_encoding, "train": training, "stream": measure_streams}[args.what](args)
     write_json(args.output, {**run_info(), "threads": torch.get_num_threads(), **result})
     for name, rows in result["tables"].items():
         print(f"\n{name}")

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from speed_stream import run_watched
 from transformers import ProgressCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -114,6 +115,21 @@ def measure_training(args: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as scratch:
                 found[name].append(TRAININGS[name](data, Path(scratch)))
     return {"rounds": found, "tables": {"training": _rows(found, size)}}
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Run every training in a process of its own and compare the peaks of their memory with the first one's."""
+    names = chosen(args.systems, TRAININGS)
+    script = str(Path(__file__).with_name("run_speed.py"))
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            flags = {"--systems": name, "--data-dir": args.data_dir, "--triplets": str(args.triplets), "--rounds": "1"}
+            output = ["--output", str(Path(scratch, "speed.json"))]
+            _, _, private = run_watched([script, "train", *(text for pair in flags.items() for text in pair), *output])
+        first = rows[0]["private MiB"] if rows else private
+        rows.append({"training": name, "private MiB": private, f"times {names[0]}": private / first})
+    return {"tables": {"memory of training": rows}}
 
 
 def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from sempa_st import __version__
 from sempa_st.bases import EMBEDDED_BASE
 from sempa_st.config import TrainConfig
 from sempa_st.console import table
+from sempa_st.copy_cli import add_average_options, add_copy_options, average_command, copy_command
 from sempa_st.devices import DTYPES
 from sempa_st.errors import SempaError
 from sempa_st.generation_cli import add_generation_options, generation_command
@@ -133,30 +134,19 @@ def _add_generation(commands: Any) -> None:
 
 def _add_copy(commands: Any) -> None:
     parser = _command(
-        commands, "copy", _copy, "Copy a model so that it works here: after a move, in the other format, or merged."
+        commands,
+        "copy",
+        copy_command,
+        "Copy a model so that it works here: after a move, in the other format, or merged.",
     )
-    parser.add_argument("model", help="shipped model, SemPA folder, Hub id, or a base (which becomes such a folder)")
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--format", choices=("native", "custom"), help="format of the copy (default: the source's)")
-    parser.add_argument("--merge", action="store_true", help="write a full model with the adapter merged in")
-    parser.add_argument(
-        "--activate",
-        action="store_true",
-        help="let a plain adapter act on sentences under the template only; other text gets the base's exact output",
-    )
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply the adapter's update by this")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="type of merged weights")
-    parser.add_argument("--base", help="base to use instead of the one that the adapter names")
-    parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands at the output folder")
+    add_copy_options(parser)
 
 
 def _add_average(commands: Any) -> None:
-    parser = _command(commands, "average", _average, "Make one model of several: the mean of their adapters' updates.")
-    parser.add_argument("models", nargs="+", metavar="model", help="shipped model, SemPA folder or Hub id")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--rank", type=int, help="rank to cut the mean to (default: the sum of the models' ranks)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what stands at the output folder")
+    parser = _command(
+        commands, "average", average_command, "Make one model of several: the mean of their adapters' updates."
+    )
+    add_average_options(parser)
 
 
 def _add_demo(commands: Any) -> None:
@@ -277,31 +267,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     run = {"dtype": args.dtype, "int8": args.int8, "reader": args.reader, **run_info()}
     for file in score_files:
         write_json(file, {**result, "run": run})
-
-
-def _copy(args: argparse.Namespace) -> None:
-    from sempa_st.copying import copy_model
-
-    path = copy_model(
-        args.model,
-        args.output,
-        format=args.format,
-        merge=args.merge,
-        activate=args.activate,
-        scale=args.scale,
-        dtype=args.dtype,
-        base=args.base,
-        template=args.template,
-        overwrite=args.overwrite,
-    )
-    print(f"Wrote {path}.")
-
-
-def _average(args: argparse.Namespace) -> None:
-    from sempa_st.averaging import average_models
-
-    path = average_models(args.models, args.output, rank=args.rank, overwrite=args.overwrite)
-    print(f"Wrote {path}.")
 
 
 def _demo(args: argparse.Namespace) -> None:

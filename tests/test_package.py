@@ -56,7 +56,7 @@ LAYERS = [
     {"train.build"},
     {"train.run"},
     {"demo", "train.sweep", "evaluate.systems"},
-    {"sweep_cli", "generation_cli", "table_cli"},
+    {"sweep_cli", "generation_cli", "table_cli", "copy_cli"},
     {"cli"},
     {"__main__"},
 ]
