@@ -137,7 +137,7 @@ def _add_copy(commands: Any) -> None:
         commands,
         "copy",
         copy_command,
-        "Copy a model so that it works here: after a move, in the other format, or merged.",
+        "Copy a model to work here: after a move, in the other format, or merged.",
     )
     add_copy_options(parser)
 
