@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import sempa_st
 from sempa_st.adapters import merged_model
 from sempa_st.averaging import average_models
-from sempa_st.bases import load_causal_lm, resolve_base
+from sempa_st.bases import load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
+from sempa_st.folder import closing_tokens, invocation_of
 from sempa_st.train.run import train
 
 
@@ -55,6 +56,22 @@ def test_a_rank_keeps_the_largest_singular_values(tiny_base: Path, models: list[
         nearest = (left[:, :3] * values[:3]) @ right[:3]
         torch.testing.assert_close(update, nearest.float(), atol=1e-6, rtol=1e-3)
     assert all(3 in tensor.shape for tensor in load_file(cut / "adapter_model.safetensors").values())
+
+
+def test_activated_adapters_stay_activated(tiny_base: Path, tmp_path: Path) -> None:
+    tokens = closing_tokens(load_tokenizer(tiny_base), "prompteol")
+    runs = [
+        finish_adapter(tmp_path / f"run{seed}", tiny_base, make_llama(), seed=seed, invocation=tokens, format="custom")
+        for seed in (1, 2)
+    ]
+    output = average_models([str(run) for run in runs], tmp_path / "mean")
+    assert invocation_of(output) == tokens
+    found, *each = (load_file(folder / "adapter_model.safetensors") for folder in (output, *runs))
+    name = next(name for name in found if "lora_A" in name)
+    up = name.replace("lora_A", "lora_B")
+    scale = 32 / 8
+    expected = sum(scale * one[up] @ one[name] for one in each) / 2
+    torch.testing.assert_close(found[up] @ found[name], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_one_adapter_averaged_with_itself_is_itself(tiny_base: Path, models: list[str], tmp_path: Path) -> None:
