@@ -25,6 +25,9 @@ from sempa_st.files import atomic_file, read_json
 
 _DEV = "STS-B dev, Spearman x 100"
 
+_MARKERS = "osD^"
+"""One for each ten points: that many colours differ."""
+
 
 def main() -> None:
     """Draw one of the two pictures and print its figures."""
@@ -48,9 +51,9 @@ def main() -> None:
 def draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
     """Draw STS-B dev over the rise of the perplexity, with the bar of 2 per cent."""
     base = data["base"]
-    for row in data["rows"]:
+    for number, row in enumerate(data["rows"]):
         rise = 100 * (row["perplexity"] / base["perplexity"] - 1)
-        axes.scatter(rise, row["dev"], s=40, label=row["name"])
+        axes.scatter(rise, row["dev"], s=40, marker=_MARKERS[number // 10], label=row["name"])
     axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
     axes.axvline(2, linestyle="--", color="grey", linewidth=1)
     axes.axhline(base["dev"], linestyle=":", color="grey", linewidth=1)
