@@ -94,7 +94,7 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_systems(
-    names: Sequence[str], folder: Path, native: Path, device: str = "cpu", batch_size: int = 32
+    names: Sequence[str], folder: Path, native: Path, device: str, batch_size: int
 ) -> tuple[dict[str, Embed], dict[str, str]]:
     """Load the systems that are at hand; of the others, say why they are not."""
     systems, missing = {}, {}

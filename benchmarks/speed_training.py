@@ -124,9 +124,9 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
-            flags = {"--systems": name, "--data-dir": args.data_dir, "--triplets": str(args.triplets), "--rounds": "1"}
-            output = ["--output", str(Path(scratch, "speed.json"))]
-            _, _, private = run_watched([script, "train", *(text for pair in flags.items() for text in pair), *output])
+            data = ["--data-dir", args.data_dir, "--triplets", str(args.triplets), "--rounds", "1"]
+            output = str(Path(scratch, "speed.json"))
+            _, _, private = run_watched([script, "train", "--systems", name, *data, "--output", output])
         first = rows[0]["private MiB"] if rows else private
         rows.append({"training": name, "private MiB": private, f"times {names[0]}": private / first})
     return {"tables": {"memory of training": rows}}

@@ -30,8 +30,8 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         _metadata(base, record),
         template_path=str(sample_path("model_card.md")),
         name=name,
-        base=_shown(base.name),
-        data=_shown(record["data"]["source"]) if record else "",
+        base=published_name(base.name),
+        data=published_name(record["data"]["source"]) if record else "",
         template=template.prefix + "{sentence}" + template.suffix if template else "",
         format=folder_format(folder),
         adapter=adapter,
@@ -51,7 +51,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _shown(name: str) -> str:
+def published_name(name: str) -> str:
     """Return a name to publish: of a file or folder its last part, the rest being the author's own machine."""
     return Path(name).name if Path(name).exists() else name
 
