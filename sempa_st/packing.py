@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
 _EVEN = 3000
+_MANY = 256
+"""Rows beyond which fewer widths are tried."""
 _MISSES = 32
 """Rows one after another that do not fit, after which no more are tried for a pack: the rest would hardly fill it."""
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
@@ -82,7 +84,7 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
     width = begun.layout.ids.shape[1]
     packs: list[list[int]] = [[] for _ in begun.layout.ids]
     found = []
-    for last in (int(places[-1]) for places in begun.layout.places):
+    for last in torch.stack([places[-1] for places in begun.layout.places]).tolist():
         found.append((last // width, len(packs[last // width])))
         packs[last // width].append(last % width)
     read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
@@ -118,7 +120,8 @@ def last_places(begun: Packs) -> Tensor | None:
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
     """Return the token ids of each row, without padding and on the CPU."""
-    return [row[kept] for row, kept in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
+    mask = attention_mask.bool().cpu()
+    return list(input_ids.cpu()[mask].split(mask.sum(dim=1).tolist()))
 
 
 @contextmanager
@@ -176,7 +179,9 @@ def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tu
     ([[(0, 0), (1, 0), (2, 20)]], 190)
     """
     longest = max(sizes)
-    widths = range(longest, max(_WIDTH, 2 * longest) + 1, _STEP)
+    # Of many rows the widest packs leave next to no room, whatever their exact width.
+    step = _STEP * (1 + len(sizes) // _MANY)
+    widths = range(max(_WIDTH, 2 * longest), longest - 1, -step)
     # The second leaves less room where rows are of very different lengths and share little.
     found = [_fill(sizes, alike, width) for width in widths]
     found += [_fill_longest_first(sizes, alike, width) for width in widths]
@@ -213,7 +218,7 @@ def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
     alike = [0, *(0 if views and one == two else _alike(one, two) for one, two in pairs)]
     packs, width = fill_packs([len(rows[row]) for row in order], alike)
     filled: list[list[list[int]]] = []
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    found: list[list[int]] = [[]] * len(rows)
     for number, pack in enumerate(packs):
         tokens: list[int] = []
         along: list[int] = []
@@ -226,11 +231,12 @@ def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
             along += range(same, len(row))
             for there in places:
                 until[there] = len(tokens)
-            found[order[place]] = number * width + torch.tensor(places)
+            found[order[place]] = [number * width + there for there in places]
         padding = [0] * (width - len(tokens))
         filled.append([tokens + padding, along + padding, until])
     ids, positions, ends = torch.tensor(filled).unbind(1)
-    return _Layout(ids, positions, ends, found)
+    places_of_all = torch.tensor(list(chain.from_iterable(found)))
+    return _Layout(ids, positions, ends, list(places_of_all.split([len(places) for places in found])))
 
 
 def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[list[tuple[int, int]]], int]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from sempa_st.folder import install_template
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, pad_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
@@ -73,6 +73,19 @@ def test_batches_equal_a_manual_forward(name: str, padding_side: str) -> None:
         actual = embedder.encode(sentences, batch_size=batch_size, convert_to_tensor=True)
         assert cosine_similarity(actual, expected).min() >= 0.99999
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_rows_are_padded_as_by_the_tokenizer(side: str | None) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    rows = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    expected = tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
+    actual = pad_rows(tokenizer, rows, side)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name])
+        assert tensor.dtype == expected[name].dtype
 
 
 def test_a_long_sentence_is_cut_and_the_template_is_not() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sempa_st.nli import Triplet
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, pad_rows
 from sempa_st.train.answers import answer_ids
 from sempa_st.words import bag_matrix, without_shared
 
@@ -44,9 +44,7 @@ class ReadingRows:
         ``pair_bags`` (2 rows, words).
         """
         sentences = [sentence_of(triplet, role) for role in self.roles for triplet in triplets]
-        padded = self.module.tokenizer.pad(
-            {"input_ids": self.module.token_rows(sentences)}, padding_side="left", return_tensors="pt"
-        )
+        padded = pad_rows(self.module.tokenizer, self.module.token_rows(sentences), "left")
         premises = [triplet.premise for triplet in triplets]
         same = [[first == second and i != j for j, second in enumerate(premises)] for i, first in enumerate(premises)]
         neutral_known = [triplet.neutral is not None for triplet in triplets]
@@ -104,7 +102,7 @@ class AnswerRows:
             used = used + [used[-1]] * (self.answers - len(used))
             sequences += [answer_ids(self.tokenizer, prompt, answer) for answer in used]
         rows = [(request + answer)[: self.max_length] for request, answer in sequences]
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        padded = pad_rows(self.tokenizer, rows, "right")
         places = torch.arange(padded["input_ids"].shape[1])[None]
         starts = torch.tensor([len(request) for request, _ in sequences])[:, None]
         return {

@@ -16,7 +16,7 @@ from sempa_st.config import TrainConfig
 from sempa_st.nli import NliData, Triplet
 from sempa_st.objectives import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES
 from sempa_st.preferences import ranked_answers
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, pad_rows
 from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
@@ -139,8 +139,8 @@ def _reference_states(
         rows = module.token_rows(distinct)
 
         def states(batch: list[int]) -> Tensor:
-            padded = module.tokenizer.pad({"input_ids": [rows[index] for index in batch]}, return_tensors="pt")
-            features = module(dict(padded.to(module.model.device)))
+            padded = pad_rows(module.tokenizer, [rows[index] for index in batch])
+            features = module({name: tensor.to(module.model.device) for name, tensor in padded.items()})
             embedding: Tensor = features["sentence_embedding"]
             return embedding
 
@@ -194,5 +194,4 @@ def _passages(tokenizer: PreTrainedTokenizerBase, passages: Passages, positions:
 
 
 def _plain_rows(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Batch:
-    padded = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    return {f"plain_{name}": tensor for name, tensor in padded.items() if isinstance(tensor, torch.Tensor)}
+    return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, rows, "right").items()}
