@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from speed_stream import measure_streams
-from speed_systems import SYSTEMS, Embed
+from speed_systems import SYSTEMS, Embed, Setting
 from speed_training import chosen, measure_memory, measure_training
 from tqdm import tqdm
 
@@ -54,6 +54,9 @@ def main() -> None:
         "--batch-size", type=int, default=32, help="of encode, but for the paper (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="of encode (default: %(default)s)")
+    parser.add_argument(
+        "--peers-python", metavar="PYTHON", help="of encode: interpreter in whose environment ONNX and OpenVINO start"
+    )
     parser.add_argument("--triplets", type=int, default=64, help="of train (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="of train: the peak of each, in a process of its own")
     parser.add_argument("--model", default=EMBEDDED_BASE, help="of stream: base or folder (default: %(default)s)")
@@ -81,7 +84,8 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
-        systems, missing = make_systems(chosen(args.systems, SYSTEMS), folder, native, args.device, args.batch_size)
+        setting = Setting(folder, native, args.device, args.batch_size, args.peers_python)
+        systems, missing = make_systems(chosen(args.systems, SYSTEMS), setting)
         rates = product_rates(read_json(folder / "config.json"), args.device)
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
             seconds, vectors = run_interleaved(systems, texts, args.rounds)
@@ -93,14 +97,12 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     return {"missing": missing, "gflops of matrix products": rates, "seconds of the rounds": rounds, "tables": found}
 
 
-def make_systems(
-    names: Sequence[str], folder: Path, native: Path, device: str, batch_size: int
-) -> tuple[dict[str, Embed], dict[str, str]]:
+def make_systems(names: Sequence[str], setting: Setting) -> tuple[dict[str, Embed], dict[str, str]]:
     """Load the systems that are at hand; of the others, say why they are not."""
     systems, missing = {}, {}
     for name in names:
         try:
-            systems[name] = SYSTEMS[name](folder, native, device, batch_size)
+            systems[name] = SYSTEMS[name](setting)
         except Exception as error:  # a peer that is not installed, or does not take this model, is reported
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not systems:

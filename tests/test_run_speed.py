@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_gemma
+import torch
+from conftest import make_gemma, make_tokenizer, sample_sentences
 from scipy.stats import spearmanr
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModel
 
+from sempa_st.errors import SempaError
 from sempa_st.nli import NliData, load_nli
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import speed_peers
 import speed_training
 from run_speed import linear_parameters, lowest_cosine, run_interleaved, spearman
 from speed_stream import run_watched
@@ -53,6 +59,52 @@ def test_figures() -> None:
     assert spearman(np.concatenate([found, found[[0, 2]]]), [1.0, 3.0, 2.0]) == pytest.approx(
         100 * spearmanr([0.0, 1.9 / 2**0.5 / 1.81**0.5, 0.5**0.5], [1.0, 3.0, 2.0]).statistic
     )
+
+
+def attend_row_by_row(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """What FlashAttention computes, without it."""
+    rows = []
+    for start, end in pairwise(starts.tolist()):
+        assert end - start <= longest
+        own = [tensor[start:end].transpose(0, 1) for tensor in (queries, keys, values)]
+        mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or end))
+        rows.append(scaled_dot_product_attention(*own, attn_mask=mask, scale=scale).transpose(0, 1))
+    return torch.cat(rows)
+
+
+def test_rows_without_padding_equal_rows_alone(tmp_path: Path) -> None:
+    model, tokenizer = make_gemma(), make_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sentences = sample_sentences()[:9]
+    embed = speed_peers.unpadded(tmp_path, "cpu", 4, str.strip, torch.float32, attend=attend_row_by_row)
+    for sentence, vector in zip(sentences, embed(sentences), strict=True):
+        states = model.base_model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(torch.from_numpy(vector), states[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_another_environment_is_asked_line_by_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys, numpy\n"
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    if not request['texts']: sys.exit(3)\n"
+        "    numpy.save(request['output'], [[len(text), int(sys.argv[3])] for text in request['texts']])\n"
+        "    print('done', flush=True)\n"
+    )
+    monkeypatch.setattr(speed_peers, "_WORKER", worker)
+    embed = speed_peers.in_other_environment(sys.executable, "onnx", tiny_base, tmp_path, 7, render="<{}>".format)
+    assert embed(["a", "bcd"]).tolist() == [[3, 7], [5, 7]]
+    assert embed(["ef"]).tolist() == [[4, 7]]
+    assert AutoModel.from_pretrained(tmp_path / "decoder").config.model_type == "llama"
+    with pytest.raises(SempaError, match=r"onnx backend of .* ended with status 3"):
+        embed([])
 
 
 def test_our_trainings_are_timed_on_the_same_triplets_as_trls(
