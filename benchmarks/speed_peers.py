@@ -1,25 +1,23 @@
-"""Peers of :mod:`speed_systems` that take more than a call: another environment's backends, and unpadded rows."""
+"""Peers of :mod:`speed_systems` that take more than a call: another environment's backends, and FlashAttention."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
+from sempa_st.flash import can_flash, last_flash_states
 
 Render = Callable[[str], str]
 _WORKER = Path(__file__).with_name("speed_worker.py")
-_UNPADDED = "unpadded"
 
 
 def in_other_environment(
@@ -74,44 +72,12 @@ def in_other_environment(
     return embed
 
 
-def flash_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
-    """Attend within rows that stand one behind another, each token to those before it: FlashAttention, CUDA only.
-
-    Args:
-        queries: Shape (tokens, heads, size).
-        keys: Of the same shape.
-        values: Of the same shape.
-        starts: Where each row starts and the last one ends, of shape (rows + 1,), int32.
-        longest: Tokens of the longest row.
-        scale: Of the scores.
-        window: Tokens that one sees, itself among them; None for all.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    seen = (-1 if window is None else window - 1, 0)
-    found: Tensor = varlen_attn(queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=seen)
-    return found
-
-
-def unpadded(
-    folder: Path, device: str, batch_size: int, render: Render, dtype: torch.dtype, attend: Any = flash_attention
-) -> Callable[[Sequence[str]], Any]:
-    """Embed rows without padding in one long row, as FlashAttention's users do; arguments as above."""
-    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).base_model.eval().to(device)
+def flash_rows(folder: Path, device: str, batch_size: int, render: Render) -> Callable[[Sequence[str]], Any]:
+    """Embed in bfloat16 and in sorted batches of rows, which FlashAttention takes without padding; as above."""
+    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).base_model.eval().to(device)
     tokenizer = load_tokenizer(folder)
-
-    def attention(module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, _: Any, **kwargs: Any) -> Any:
-        groups = queries.shape[1] // keys.shape[1]
-        keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
-        rows = [tensor[0].transpose(0, 1) for tensor in (queries, keys, values)]
-        settings = (kwargs[name] for name in ("starts", "longest", "scaling", "sliding_window"))
-        return attend(*rows, *settings)[None], None
-
-    AttentionInterface.register(_UNPADDED, attention)
-    decoder.set_attn_implementation(_UNPADDED)
-    no_masks = dict.fromkeys(set(decoder.config.layer_types))
+    if not can_flash(decoder):
+        raise SempaError(f"FlashAttention does not run on {device}")
 
     @torch.inference_mode()
     def embed(sentences: Sequence[str]) -> Any:
@@ -119,21 +85,8 @@ def unpadded(
         vectors = []
         for start in range(0, len(order), batch_size):
             texts = [render(sentences[place]) for place in order[start : start + batch_size]]
-            rows = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
-            ends = list(accumulate(len(row) for row in rows))
-            ids, positions, starts = (
-                torch.tensor(list(values), device=device)
-                for values in (chain(*rows), chain(*(range(len(row)) for row in rows)), [0, *ends])
-            )
-            states = decoder(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                attention_mask=no_masks,
-                use_cache=False,
-                starts=starts.int(),
-                longest=max(map(len, rows)),
-            ).last_hidden_state[0]
-            vectors.append(states[starts[1:] - 1].float().cpu())
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
+            vectors.append(last_flash_states(decoder, **batch).float().cpu())
         return torch.cat(vectors)[torch.tensor(order).argsort()].numpy()
 
     return embed

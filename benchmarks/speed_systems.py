@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from speed_peers import in_other_environment, unpadded
+from speed_peers import flash_rows, in_other_environment
 from transformers import AutoModelForCausalLM
 
 import sempa_st
@@ -130,15 +130,9 @@ def exported(backend: str) -> Make:
     return make
 
 
-def flash(dtype: torch.dtype) -> Make:
-    """Embed rows without padding, with FlashAttention."""
-
-    def make(setting: Setting) -> Embed:
-        if not setting.device.startswith("cuda"):
-            raise SempaError(f"FlashAttention runs on CUDA only, not on {setting.device}")
-        return unpadded(setting.folder, setting.device, setting.batch_size, _TEMPLATE.text, dtype)
-
-    return make
+def flash(setting: Setting) -> Embed:
+    """Embed batches of rows without padding, with FlashAttention in bfloat16."""
+    return flash_rows(setting.folder, setting.device, setting.batch_size, render=_TEMPLATE.text)
 
 
 def _check_cpu(device: str) -> None:
@@ -156,7 +150,7 @@ SYSTEMS: dict[str, Make] = {
     "sentence-transformers bfloat16": plain(torch.bfloat16),
     "llama.cpp Q4_K_M": llama_cpp("Q4_K_M"),
     "llama.cpp Q8_0": llama_cpp("Q8_0"),
-    "FlashAttention bfloat16": flash(torch.bfloat16),
+    "FlashAttention bfloat16": flash,
     "onnx": exported("onnx"),
     "openvino": exported("openvino"),
     "sempa_st float32": ours("float32"),

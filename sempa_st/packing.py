@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sempa_st.cached import alone, keeps_no_cache, last_layer_of, run_on, takes_positions, window_covers
+from sempa_st.flash import can_flash, last_flash_states
 from sempa_st.last_layer import read_at
 from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
-_EVEN = 3000
+_EVEN = 1000
 _MANY = 256
 """Rows beyond which fewer widths are tried."""
 _MISSES = 32
@@ -99,13 +100,16 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
 
 
 def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, in packs where the model can be run so."""
-    rows = unpadded(input_ids, attention_mask)
+    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, without padding where the model can be run so."""
+    decoder = module.decoder
+    flash = can_flash(decoder)
     # PEFT finds the closing tokens by their place in a row of its own.
-    if module.closing_only or not can_pack(module.decoder, max(len(row) for row in rows)):
+    if module.closing_only or not (flash or can_pack(decoder, int(attention_mask.sum(dim=1).max()))):
         return embed_rows(module, input_ids, attention_mask)
-    with alone(module.decoder), acting_everywhere(module.model):
-        return last_packed_states(module.decoder, rows)
+    with alone(decoder), acting_everywhere(module.model):
+        if flash:
+            return last_flash_states(decoder, input_ids, attention_mask)
+        return last_packed_states(decoder, unpadded(input_ids, attention_mask))
 
 
 def last_places(begun: Packs) -> Tensor | None:

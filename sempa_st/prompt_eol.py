@@ -21,11 +21,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_SEQ_LENGTH = 512
-MODALITY_CONFIG = {
-    "text": {"method": "forward", "method_output_name": "last_hidden_state"},
-    "message": {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"},
-}
-"""What a plain ``Transformer`` module needs to run its text through a chat template (both entries, or it does not)."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -168,35 +163,24 @@ class PromptEOL(InputModule):
 
     @classmethod
     def load(  # type: ignore[override]
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
-        **kwargs: Any,
+        cls, model_name_or_path: str, subfolder: str = "", cache_folder: str | None = None, **kwargs: Any
     ) -> PromptEOL:
         """Load a model folder or Hub repository, of format ``native`` or ``custom``; arguments as for any module.
 
         Raises:
             ValueError: If the backend is not torch, the folder names no template, or the adapter does not fit.
         """
-        if backend != "torch":
+        if (backend := kwargs.get("backend", "torch")) != "torch":
             raise ValueError(f"PromptEOL runs on the torch backend only, got {backend!r}.")
-        hub = {"token": token, "revision": revision, "local_files_only": local_files_only}
+        hub = {name: value for name, value in kwargs.items() if name in ("token", "revision", "local_files_only")}
         here: dict[str, Any] = {"subfolder": subfolder, "cache_folder": cache_folder, **hub}
         config = cls.load_config(model_name_or_path, **here)
         template = config.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
         if template is None:
             raise ValueError(f"{model_name_or_path} names no embedding template in {cls.config_file_name}.")
         files = {"subfolder": subfolder, "cache_dir": cache_folder, **hub}
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **{**files, **(processor_kwargs or {})})
+        of_tokenizer = files | (kwargs.get("processor_kwargs") or {})
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **of_tokenizer)
         adapter = cls.load_file_path(model_name_or_path, ADAPTER_WEIGHTS, **here)
         base_model = model_name_or_path
         if adapter is not None:
@@ -206,9 +190,9 @@ class PromptEOL(InputModule):
             from peft import PeftConfig
 
             base_model = PeftConfig.from_pretrained(str(Path(config_path).parent)).base_model_name_or_path
-            files = {"cache_dir": cache_folder, "token": token, "local_files_only": local_files_only}
-        arguments = {"use_safetensors": True, "trust_remote_code": trust_remote_code, **files}
-        arguments |= {**(config_kwargs or {}), **(model_kwargs or {})}
+            files = {"cache_dir": cache_folder, **hub, "revision": None}  # it is the adapter's
+        arguments = {"use_safetensors": True, "trust_remote_code": kwargs.get("trust_remote_code", False), **files}
+        arguments |= (kwargs.get("config_kwargs") or {}) | (kwargs.get("model_kwargs") or {})
         model = AutoModelForCausalLM.from_pretrained(base_model, **arguments)
         if adapter is not None:
             model = load_adapter(model, Path(adapter).parent)
@@ -217,15 +201,9 @@ class PromptEOL(InputModule):
 
 
 def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:
-    """Return what ``tokenizer.pad`` does, in a tenth of its time.
+    """Return ``input_ids`` and ``attention_mask`` of shape (rows, tokens): what ``tokenizer.pad`` does, much sooner.
 
-    Args:
-        tokenizer: Its pad token fills the rows; any token would do, since padding is masked.
-        rows: Token ids of each row.
-        side: Where padding goes, ``left`` or ``right``; the tokenizer's own side by default.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, each of shape (rows, tokens).
+    ``rows`` are the rows' token ids, ``side`` the padding's (``left`` or ``right``, or None for the tokenizer's own).
     """
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     places = torch.arange(int(lengths.max()))
@@ -279,9 +257,11 @@ def embedding_width(config: Any) -> int:
 
 def transformer_config(template: str, max_seq_length: int) -> dict[str, Any]:
     """Return the settings with which a plain sentence-transformers ``Transformer`` applies the chat template."""
+    read = {"method": "forward", "method_output_name": "last_hidden_state"}
     return {
         "transformer_task": "feature-extraction",
-        "modality_config": MODALITY_CONFIG,
+        # Both entries, or it runs no text through a template.
+        "modality_config": {"text": read, "message": {**read, "format": "flat"}},
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"chat_template": template}},
         "max_seq_length": max_seq_length,

@@ -29,6 +29,7 @@ LAYERS = [
         "train.losses",
         "last_layer",
     },
+    {"flash"},
     {"nli", "bases", "closing", "packing", "methods.layers"},
     {"methods.method"},
     {"methods.pooling", "methods.templates", "methods.echo", "methods.encoders"},

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import make_gemma, make_tokenizer, sample_sentences
+from conftest import make_gemma
 from scipy.stats import spearmanr
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 from transformers import AutoModel
 
 from sempa_st.errors import SempaError
@@ -59,30 +56,6 @@ def test_figures() -> None:
     assert spearman(np.concatenate([found, found[[0, 2]]]), [1.0, 3.0, 2.0]) == pytest.approx(
         100 * spearmanr([0.0, 1.9 / 2**0.5 / 1.81**0.5, 0.5**0.5], [1.0, 3.0, 2.0]).statistic
     )
-
-
-def attend_row_by_row(
-    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
-    """What FlashAttention computes, without it."""
-    rows = []
-    for start, end in pairwise(starts.tolist()):
-        assert end - start <= longest
-        own = [tensor[start:end].transpose(0, 1) for tensor in (queries, keys, values)]
-        mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or end))
-        rows.append(scaled_dot_product_attention(*own, attn_mask=mask, scale=scale).transpose(0, 1))
-    return torch.cat(rows)
-
-
-def test_rows_without_padding_equal_rows_alone(tmp_path: Path) -> None:
-    model, tokenizer = make_gemma(), make_tokenizer()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    sentences = sample_sentences()[:9]
-    embed = speed_peers.unpadded(tmp_path, "cpu", 4, str.strip, torch.float32, attend=attend_row_by_row)
-    for sentence, vector in zip(sentences, embed(sentences), strict=True):
-        states = model.base_model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state
-        torch.testing.assert_close(torch.from_numpy(vector), states[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_another_environment_is_asked_line_by_line(

@@ -1,0 +1,126 @@
+"""Rows one behind another in one long row, without padding, each attending to itself by FlashAttention: on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from sempa_st.cached import takes_positions
+from sempa_st.errors import SempaError
+
+_NAME = "sempa_flash"
+"""Of the attention function among those of transformers."""
+_OF_ROWS = ("cu_seq_lens_q", "max_length_q")
+"""What transformers calls the rows' edges and the longest row's tokens, on their way to an attention function."""
+_FURTHER = ("softcap", "s_aux", "position_bias")
+"""What some models ask of an attention function beyond its scale and window."""
+_LARGEST_HEAD = 256
+_CAPABILITY = (8, 0)
+"""Oldest GPUs that have the kernel (Ampere)."""
+
+
+def can_flash(decoder: Any) -> bool:
+    """Whether a decoder is where the kernel is (CUDA, 16-bit floating point) and asks no more of it than it does."""
+    return (
+        decoder.device.type == "cuda"
+        and decoder.dtype in {torch.bfloat16, torch.float16}
+        and torch.cuda.get_device_capability(decoder.device) >= _CAPABILITY
+        and torch.backends.cuda.is_flash_attention_available()
+        and find_spec("torch.nn.attention.varlen") is not None
+        and takes_any_attention(decoder)
+    )
+
+
+def takes_any_attention(decoder: Any) -> bool:
+    """Whether a decoder's attention can be exchanged for one that knows a scale and a window and nothing else."""
+    config = decoder.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        bool(getattr(decoder, "_supports_attention_backend", False))
+        and takes_positions(decoder)
+        and width <= _LARGEST_HEAD
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not any(name.endswith("sinks") for name, _ in decoder.named_parameters())
+    )
+
+
+def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the states at the rows' last tokens, of shape (rows, hidden).
+
+    Args:
+        decoder: Layers without the LM head, for which :func:`can_flash` holds; no other thread may run it meanwhile.
+        input_ids: Token ids of shape (rows, tokens).
+        attention_mask: 0 on padding, which may stand anywhere, of the same shape.
+    """
+    kept = attention_mask.bool()
+    lengths = kept.sum(dim=1)
+    ends = lengths.cumsum(0)
+    rows = dict(zip(_OF_ROWS, (nn.functional.pad(ends, (1, 0)).int(), int(lengths.max())), strict=True))
+    with _attending(decoder):
+        output = decoder(
+            input_ids=input_ids[kept][None],
+            position_ids=(kept.cumsum(dim=1) - 1)[kept][None],
+            use_cache=False,
+            **rows,
+        )
+    states: Tensor = output.last_hidden_state[0, ends - 1]
+    return states
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Attend within rows, each token to those before it and itself, by FlashAttention.
+
+    Args:
+        queries: Shape (tokens, heads, size).
+        keys: Of the same shape.
+        values: Of the same shape.
+        starts: Where each row starts and the last one ends, of shape (rows + 1,), int32.
+        longest: Tokens of the longest row.
+        scale: Of the scores.
+        window: Tokens that one sees, itself among them; None for all.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    seen = (-1 if window is None else window - 1, 0)
+    states = varlen_attn(queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=seen)
+    assert isinstance(states, Tensor)
+    return states
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Run :func:`attend` as one of transformers' attention functions."""
+    further = [name for name in _FURTHER if kwargs.get(name) is not None]
+    if further or any(name not in kwargs for name in _OF_ROWS):
+        raise SempaError(
+            f"The attention of {type(module).__name__} cannot be FlashAttention (it asks for {further or 'no rows'}). "
+            "Load the model with dtype='float32'."
+        )
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    starts, longest = (kwargs[name] for name in _OF_ROWS)
+    states = attend(query[0].transpose(0, 1), keys, values, starts, longest, scale, kwargs.get("sliding_window"))
+    return states[None], None
+
+
+@contextmanager
+def _attending(decoder: Any) -> Iterator[None]:
+    """Let a decoder run by :func:`_attention`; it makes no mask for an attention that it has none for."""
+    AttentionInterface.register(_NAME, _attention)
+    config = decoder.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

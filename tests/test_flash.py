@@ -1,0 +1,100 @@
+"""Rows without padding in one long row equal rows alone; FlashAttention runs on CUDA, so what it computes is here.
+
+``benchmarks/check_device.py`` compares the kernel's vectors with the CPU's.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, sample_sentences
+from families import FAMILIES, make_causal_lm
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sempa_st import flash, packing
+from sempa_st.embedder import SentenceTransformer
+from sempa_st.errors import SempaError
+from sempa_st.flash import can_flash, last_flash_states, takes_any_attention
+from sempa_st.folder import install_template
+from sempa_st.packing import embed_packed
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompts import EMBEDDING_TEMPLATES
+
+LENGTHS = [5, 1, 90, 17, 70]
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    rows = []
+    for start, end in pairwise(starts.tolist()):
+        assert end - start <= longest
+        own = [tensor[start:end].transpose(0, 1) for tensor in (queries, keys, values)]
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or end))
+        rows.append(scaled_dot_product_attention(*own, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "attend", attend)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+def test_rows_equal_rows_alone(family: str, side: str) -> None:
+    decoder = make_causal_lm(family).base_model
+    assert takes_any_attention(decoder)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 600, (length,), generator=generator) for length in LENGTHS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    before = decoder.config._attn_implementation
+    with torch.inference_mode():
+        found = last_flash_states(decoder, ids, mask)
+        alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
+    assert decoder.config._attn_implementation == before
+
+
+def test_what_the_kernel_cannot_do_is_left_to_packs() -> None:
+    assert not takes_any_attention(make_causal_lm("gemma2").base_model)  # caps its scores
+    assert not takes_any_attention(make_causal_lm("llama", head_dim=264).base_model)
+    assert not can_flash(make_llama().to(torch.bfloat16).base_model)  # not on CUDA
+
+
+def test_an_attention_that_asks_for_more_is_refused_and_the_models_own_restored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = make_causal_lm("gemma2").base_model
+    ids = torch.tensor([[5, 6, 7]])
+    before = decoder.config._attn_implementation
+    with pytest.raises(SempaError, match="softcap"):
+        last_flash_states(decoder, ids, torch.ones_like(ids))
+    assert decoder.config._attn_implementation == before
+
+
+@pytest.mark.usefixtures("kernel")
+def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    module = PromptEOL(make_llama(), tokenizer).eval()
+    embedder = SentenceTransformer(modules=[module], device="cpu")
+    expected = embedder.encode(sample_sentences(), convert_to_tensor=True)
+    module.embed_rows = embed_packed
+    calls: list[int] = []
+
+    def counted(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        calls.append(len(input_ids))
+        return last_flash_states(decoder, input_ids, attention_mask)
+
+    monkeypatch.setattr(packing, "can_flash", lambda decoder: True)
+    monkeypatch.setattr(packing, "last_flash_states", counted)
+    found = embedder.encode(sample_sentences(), convert_to_tensor=True)
+    assert sum(calls) == len(sample_sentences())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
