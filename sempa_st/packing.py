@@ -20,7 +20,7 @@ from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
-_EVEN = 1000
+_EVEN = 1500
 _MANY = 256
 """Rows beyond which fewer widths are tried."""
 _MISSES = 32
