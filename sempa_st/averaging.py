@@ -20,7 +20,10 @@ from sempa_st.sources import Source, adapter_base, find_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FREE = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode")
+_FREE = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode", "peft_version",
+)  # fmt: skip
+"""Settings in which adapters may differ."""
 _SCALINGS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
@@ -69,7 +72,8 @@ def average_models(
 def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """Return the settings of all adapters, or raise :class:`SempaError` unless they go together."""
     if len(sources) < 2:
-        raise SempaError(f"There is 1 model to average: {sources[0].name}. Expected two or more.")
+        named = ", ".join(source.name for source in sources) or "none"
+        raise SempaError(f"These are too few models to average: {named}. Expected two or more.")
     settings = []
     for source in sources:
         path = source.folder / ADAPTER_CONFIG
@@ -85,7 +89,8 @@ def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
         differing = [
             name
             for name in settings[0].keys() | settings[-1].keys()
-            if name not in _FREE and settings[0].get(name) != settings[-1].get(name)
+            # An option that a version of PEFT does not know yet is off.
+            if name not in _FREE and (settings[0].get(name) or None) != (settings[-1].get(name) or None)
         ]
         if template_name(source.folder) != template_name(sources[0].folder):
             differing.append("template")

@@ -99,6 +99,18 @@ def change(folder: str, name: str, value: object) -> None:
     write_json(path, {**read_json(path), name: value})
 
 
+def test_adapters_that_other_versions_of_peft_wrote_go_together(
+    tiny_base: Path, models: list[str], tmp_path: Path
+) -> None:
+    other = finish_adapter(tmp_path / "other", tiny_base, make_llama(), seed=5)
+    expected = updates(tiny_base, average_models([models[0], str(other)], tmp_path / "expected"))
+    change(str(other), "peft_version", "0.99.0")
+    change(str(other), "an_option_of_the_future", False)
+    change(str(other), "layers_to_transform", [])
+    found = updates(tiny_base, average_models([models[0], str(other)], tmp_path / "found"))
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_does_not_go_together_is_refused(
     tiny_base: Path, models: list[str], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -117,6 +129,8 @@ def test_what_does_not_go_together_is_refused(
         write_json(other / "adapter_config.json", kept)
     with pytest.raises(SempaError, match="Expected two or more"):
         average_models(models[:1], output)
+    with pytest.raises(SempaError, match="to average: none"):
+        average_models([], output)
     with pytest.raises(SempaError, match="holds no adapter"):
         average_models([models[0], str(tiny_base)], output)
     with pytest.raises(SempaError, match=r"--rank is 6. Expected 1 to 5"):
