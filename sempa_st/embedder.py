@@ -18,6 +18,8 @@ from sempa_st.prompt_eol import PromptEOL
 _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": None}
 _LONG = 256
 """Characters up to which texts count as being of one length, and which a batch holds for each text asked for."""
+_FILLS_GPU = 65_536
+"""Characters of a batch from which on a GPU computes for longer than its work takes to hand out."""
 
 
 # Of the same name, which stands in the model cards that sentence-transformers writes.
@@ -38,7 +40,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         options.pop("inputs", None)
         found, places = [], []
         with tqdm(total=len(texts), desc="texts", disable=not show, dynamic_ncols=True) as bar:
-            for batch in batches_alike(texts, size):
+            for batch in batches_alike(texts, size, characters_of_batch(self, size)):
                 part = [texts[place] for place in batch]
                 found.append(super().encode(part, **{**options, "batch_size": len(part)}))
                 places += batch
@@ -62,22 +64,36 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         )
 
 
-def batches_alike(texts: Sequence[str], size: int) -> Iterator[list[int]]:
+def characters_of_batch(model: sentence_transformers.SentenceTransformer, size: int) -> int:
+    """Return how many characters a batch of ``size`` texts holds at the least, in texts beyond these where it must.
+
+    It takes no longer then than a batch of long texts, and on a GPU no more memory than one of the longest.
+    """
+    if model.device.type != "cuda":
+        return size * _LONG
+    # Two characters a token are few.
+    return max(size * _LONG, min(size * 2 * (model.max_seq_length or 0), _FILLS_GPU))
+
+
+def batches_alike(texts: Sequence[str], size: int, characters: int) -> Iterator[list[int]]:
     """Yield the numbers of texts in batches: the long ones first, and neighbours that begin alike.
 
-    A batch has ``size`` texts, or more where they are short, so that it takes as long as one of long texts.
+    Args:
+        texts: The texts.
+        size: Texts of a batch, at the least.
+        characters: Characters of a batch, at the least.
 
-    >>> list(batches_alike(["A cat sleeps.", "Snow." * 60, "A cat runs."], 1))
+    >>> list(batches_alike(["A cat sleeps.", "Snow." * 60, "A cat runs."], 1, 256))
     [[1], [0, 2]]
     """
     batch: list[int] = []
-    characters = 0
+    held = 0
     for place in sorted(range(len(texts)), key=lambda place: (_magnitude(texts[place]), texts[place]), reverse=True):
         batch.append(place)
-        characters += len(texts[place])
-        if len(batch) >= size and characters >= size * _LONG:
+        held += len(texts[place])
+        if len(batch) >= size and held >= characters:
             yield batch
-            batch, characters = [], 0
+            batch, held = [], 0
     if batch:
         yield batch
 

@@ -142,13 +142,14 @@ def _encode_once(
     """Return the vectors of a window's sentences, a few batches of neighbours at a time."""
     import numpy as np
 
-    from sempa_st.embedder import batches_alike
+    from sempa_st.embedder import batches_alike, characters_of_batch
 
     times = Counter(texts)
     different = list(times)
     parts: list[Any] = []
     numbers: dict[str, int] = {}
-    for places in batches_alike(different, _BATCHES * batch_size):
+    size = _BATCHES * batch_size
+    for places in batches_alike(different, size, characters_of_batch(model, size)):
         part = [different[place] for place in places]
         parts.append(model.encode(part, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
         numbers |= {text: len(numbers) + number for number, text in enumerate(part)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ def can_flash(decoder: Any) -> bool:
         and decoder.dtype in {torch.bfloat16, torch.float16}
         and torch.cuda.get_device_capability(decoder.device) >= _CAPABILITY
         and torch.backends.cuda.is_flash_attention_available()
-        and find_spec("torch.nn.attention.varlen") is not None
         and takes_any_attention(decoder)
     )
 

@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Event, get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from families import FAMILIES, make_causal_lm
 from sentence_transformers import SentenceTransformer
 
 from sempa_st.embedder import SentenceTransformer as Reordering
+from sempa_st.embedder import characters_of_batch
 from sempa_st.folder import install_template
 from sempa_st.last_layer import read_at
 from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_states, packed_states
@@ -290,3 +292,12 @@ def test_rows_that_are_padded_stay_sorted_by_length() -> None:
     note_batches(model[0], seen)
     model.encode(["A cat", "A cat sleeps in the snow", "The dog", "The dog runs in the snow"], batch_size=2)
     assert sorted(seen[0]) == ["A cat sleeps in the snow", "The dog runs in the snow"]
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "expected"),
+    [("cpu", 32, 8192), ("cuda", 32, 32_768), ("cuda:1", 64, 65_536), ("cuda", 128, 65_536), ("cuda", 512, 131_072)],
+)
+def test_a_gpu_gets_batches_that_keep_it_busy_and_no_larger_ones(device: str, size: int, expected: int) -> None:
+    model: Any = SimpleNamespace(device=torch.device(device), max_seq_length=512)
+    assert characters_of_batch(model, size) == expected
