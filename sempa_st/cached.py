@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
 
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = Lock()
 
@@ -52,6 +53,13 @@ def window_covers(decoder: Any, width: int) -> bool:
 def takes_positions(decoder: Any) -> bool:
     """Whether a decoder can be told positions, which padding or another row before a token would shift."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def only_attends(decoder: Any) -> bool:
+    """Whether all layers attend: convolution or recurrence would carry one row's tokens over into the next row."""
+    config = decoder.config.get_text_config()
+    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
+    return kinds <= _ATTENTION
 
 
 def keeps_no_cache(decoder: Any) -> bool:

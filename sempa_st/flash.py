@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from sempa_st.cached import takes_positions
-from sempa_st.errors import SempaError
+from sempa_st.cached import only_attends, takes_positions
 
 _NAME = "sempa_flash"
 """Of the attention function among those of transformers."""
@@ -22,6 +21,10 @@ _FURTHER = ("softcap", "s_aux", "position_bias")
 _LARGEST_HEAD = 256
 _CAPABILITY = (8, 0)
 """Oldest GPUs that have the kernel (Ampere)."""
+
+
+class CannotFlash(Exception):  # noqa: N818 (another way is taken then)
+    """A decoder's attention asks for something that FlashAttention does not do here."""
 
 
 def can_flash(decoder: Any) -> bool:
@@ -42,6 +45,7 @@ def takes_any_attention(decoder: Any) -> bool:
     return (
         bool(getattr(decoder, "_supports_attention_backend", False))
         and takes_positions(decoder)
+        and only_attends(decoder)
         and width <= _LARGEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
         and not any(name.endswith("sinks") for name, _ in decoder.named_parameters())
@@ -55,6 +59,9 @@ def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -
         decoder: Layers without the LM head, for which :func:`can_flash` holds; no other thread may run it meanwhile.
         input_ids: Token ids of shape (rows, tokens).
         attention_mask: 0 on padding, which may stand anywhere, of the same shape.
+
+    Raises:
+        CannotFlash: If the decoder's attention asks for more than a scale, a window and the rows' edges.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(dim=1)
@@ -97,12 +104,8 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Run :func:`attend` as one of transformers' attention functions."""
-    further = [name for name in _FURTHER if kwargs.get(name) is not None]
-    if further or any(name not in kwargs for name in _OF_ROWS):
-        raise SempaError(
-            f"The attention of {type(module).__name__} cannot be FlashAttention (it asks for {further or 'no rows'}). "
-            "Load the model with dtype='float32'."
-        )
+    if any(kwargs.get(name) is not None for name in _FURTHER) or any(name not in kwargs for name in _OF_ROWS):
+        raise CannotFlash(type(module).__name__)
     groups = query.shape[1] // key.shape[1]
     keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5

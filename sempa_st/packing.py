@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -13,8 +13,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from sempa_st.cached import alone, keeps_no_cache, last_layer_of, run_on, takes_positions, window_covers
-from sempa_st.flash import can_flash, last_flash_states
+from sempa_st.cached import (
+    alone,
+    keeps_no_cache,
+    last_layer_of,
+    only_attends,
+    run_on,
+    takes_positions,
+    window_covers,
+)
+from sempa_st.flash import CannotFlash, can_flash, last_flash_states
 from sempa_st.last_layer import read_at
 from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
 
@@ -25,7 +33,6 @@ _MANY = 256
 """Rows beyond which fewer widths are tried."""
 _MISSES = 32
 """Rows one after another that do not fit, after which no more are tried for a pack: the rest would hardly fill it."""
-_ATTENTION = {"full_attention", "sliding_attention", "attention"}
 OWN_MASKS = ("sdpa", "eager")
 """Implementations of attention that take a mask of queries by keys."""
 
@@ -102,14 +109,15 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
 def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, without padding where the model can be run so."""
     decoder = module.decoder
-    flash = can_flash(decoder)
     # PEFT finds the closing tokens by their place in a row of its own.
-    if module.closing_only or not (flash or can_pack(decoder, int(attention_mask.sum(dim=1).max()))):
-        return embed_rows(module, input_ids, attention_mask)
-    with alone(decoder), acting_everywhere(module.model):
-        if flash:
-            return last_flash_states(decoder, input_ids, attention_mask)
-        return last_packed_states(decoder, unpadded(input_ids, attention_mask))
+    if not module.closing_only:
+        with alone(decoder), acting_everywhere(module.model):
+            if can_flash(decoder):
+                with suppress(CannotFlash):
+                    return last_flash_states(decoder, input_ids, attention_mask)
+            if can_pack(decoder, int(attention_mask.sum(dim=1).max())):
+                return last_packed_states(decoder, unpadded(input_ids, attention_mask))
+    return embed_rows(module, input_ids, attention_mask)
 
 
 def last_places(begun: Packs) -> Tensor | None:
@@ -155,13 +163,10 @@ def can_pack(decoder: Any, longest: int) -> bool:
         decoder: Layers without the LM head.
         longest: Tokens of the longest row.
     """
-    config = decoder.config.get_text_config()
-    # Any other kind of layer (convolution, recurrence) would carry one row's tokens over into the next row.
-    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
     return (
         takes_positions(decoder)
-        and kinds <= _ATTENTION
-        and config._attn_implementation in OWN_MASKS
+        and only_attends(decoder)
+        and decoder.config.get_text_config()._attn_implementation in OWN_MASKS
         and window_covers(decoder, longest)
     )
 

@@ -17,11 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sempa_st import flash, packing
 from sempa_st.embedder import SentenceTransformer
-from sempa_st.errors import SempaError
-from sempa_st.flash import can_flash, last_flash_states, takes_any_attention
+from sempa_st.flash import CannotFlash, can_flash, last_flash_states, takes_any_attention
 from sempa_st.folder import install_template
 from sempa_st.packing import embed_packed
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, embed_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 LENGTHS = [5, 1, 90, 17, 70]
@@ -65,25 +64,34 @@ def test_rows_equal_rows_alone(family: str, side: str) -> None:
 def test_what_the_kernel_cannot_do_is_left_to_packs() -> None:
     assert not takes_any_attention(make_causal_lm("gemma2").base_model)  # caps its scores
     assert not takes_any_attention(make_causal_lm("llama", head_dim=264).base_model)
+    decoder = make_causal_lm("qwen3").base_model
+    decoder.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    assert not takes_any_attention(decoder)  # recurrence would go on from row to row
     assert not can_flash(make_llama().to(torch.bfloat16).base_model)  # not on CUDA
 
 
-def test_an_attention_that_asks_for_more_is_refused_and_the_models_own_restored(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder = make_causal_lm("gemma2").base_model
-    ids = torch.tensor([[5, 6, 7]])
-    before = decoder.config._attn_implementation
-    with pytest.raises(SempaError, match="softcap"):
-        last_flash_states(decoder, ids, torch.ones_like(ids))
-    assert decoder.config._attn_implementation == before
+def make_module(model: Any) -> PromptEOL:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    return PromptEOL(model, tokenizer).eval()
+
+
+def test_an_attention_that_asks_for_more_is_run_in_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module(make_causal_lm("gemma2"))
+    features = module.preprocess(sample_sentences()[:4])
+    before = module.decoder.config._attn_implementation
+    with pytest.raises(CannotFlash):
+        last_flash_states(module.decoder, **features)
+    assert module.decoder.config._attn_implementation == before
+    monkeypatch.setattr(packing, "can_flash", lambda decoder: True)
+    with torch.inference_mode():
+        found, expected = (run(module, **features) for run in (embed_packed, embed_rows))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("kernel")
 def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = make_tokenizer()
-    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
-    module = PromptEOL(make_llama(), tokenizer).eval()
+    module = make_module(make_llama())
     embedder = SentenceTransformer(modules=[module], device="cpu")
     expected = embedder.encode(sample_sentences(), convert_to_tensor=True)
     module.embed_rows = embed_packed
