@@ -18,7 +18,7 @@ _OF_ROWS = ("cu_seq_lens_q", "max_length_q")
 """What transformers calls the rows' edges and the longest row's tokens, on their way to an attention function."""
 _FURTHER = ("softcap", "s_aux", "position_bias")
 """What some models ask of an attention function beyond its scale and window."""
-_LARGEST_HEAD = 256
+_LARGEST_HEAD, _HEAD_STEP = 256, 8
 _CAPABILITY = (8, 0)
 """Oldest GPUs that have the kernel (Ampere)."""
 
@@ -104,11 +104,12 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Run :func:`attend` as one of transformers' attention functions."""
-    if any(kwargs.get(name) is not None for name in _FURTHER) or any(name not in kwargs for name in _OF_ROWS):
+    size, further = query.shape[-1], [name for name in _FURTHER if kwargs.get(name) is not None]
+    if further or size % _HEAD_STEP or value.shape[-1] != size or any(name not in kwargs for name in _OF_ROWS):
         raise CannotFlash(type(module).__name__)
     groups = query.shape[1] // key.shape[1]
     keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scale = kwargs.get("scaling") or size**-0.5
     starts, longest = (kwargs[name] for name in _OF_ROWS)
     states = attend(query[0].transpose(0, 1), keys, values, starts, longest, scale, kwargs.get("sliding_window"))
     return states[None], None

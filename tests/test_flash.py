@@ -76,8 +76,11 @@ def make_module(model: Any) -> PromptEOL:
     return PromptEOL(model, tokenizer).eval()
 
 
-def test_an_attention_that_asks_for_more_is_run_in_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make_module(make_causal_lm("gemma2"))
+@pytest.mark.parametrize(("family", "changes"), [("gemma2", {}), ("llama", {"head_dim": 12})])
+def test_an_attention_that_asks_for_more_is_run_in_packs(
+    family: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module(make_causal_lm(family, **changes))
     features = module.preprocess(sample_sentences()[:4])
     before = module.decoder.config._attn_implementation
     with pytest.raises(CannotFlash):
