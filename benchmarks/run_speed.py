@@ -65,12 +65,17 @@ def main() -> None:
     args = parser.parse_args()
     training = measure_memory if args.memory else measure_training
     result = {"encode": measure_encoding, "train": training, "stream": measure_streams}[args.what](args)
-    write_json(args.output, {**run_info(), "threads": torch.get_num_threads(), **result})
+    save(args.output, result)
     for name, rows in result["tables"].items():
         print(f"\n{name}")
         print(table(list(rows[0]), [["" if cell is None else cell for cell in row.values()] for row in rows]))
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})")
+
+
+def save(path: str, result: dict[str, Any]) -> None:
+    """Write a result with what it was measured on."""
+    write_json(path, {**run_info(), "threads": torch.get_num_threads(), **result})
 
 
 def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,22 +84,28 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
     half = args.sentences // 2
     short = [text for pair in zip(pairs.first[:half], pairs.second[:half], strict=True) for text in pair]
-    found: dict[str, list[dict[str, Any]]] = {}
     rounds: dict[str, dict[str, list[float]]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch, "native")
         copy_model(EMBEDDED_BASE, native, format="native")
         setting = Setting(folder, native, args.device, args.batch_size, args.peers_python)
         systems, missing = make_systems(chosen(args.systems, SYSTEMS), setting)
         rates = product_rates(read_json(folder / "config.json"), args.device)
+        result = {
+            "missing": missing,
+            "gflops of matrix products": rates,
+            "seconds of the rounds": rounds,
+            "tables": tables,
+        }
         for name, texts in (("short", short), ("long", long_texts(args.data_dir, folder, args.texts))):
-            seconds, vectors = run_interleaved(systems, texts, args.rounds)
-            rounds[name] = seconds
-            found[name] = compare(seconds, vectors, count_tokens(folder, texts), folder, rates)
+            rounds[name], vectors = run_interleaved(systems, texts, args.rounds)
+            tables[name] = compare(rounds[name], vectors, count_tokens(folder, texts), folder, rates)
             if name == "short":
-                for row in found[name]:
+                for row in tables[name]:
                     row["STS-B dev"] = spearman(vectors[row["system"]], pairs.scores[:half])
-    return {"missing": missing, "gflops of matrix products": rates, "seconds of the rounds": rounds, "tables": found}
+            save(args.output, result)  # long texts may take more memory than there is
+    return result
 
 
 def make_systems(names: Sequence[str], setting: Setting) -> tuple[dict[str, Embed], dict[str, str]]:
