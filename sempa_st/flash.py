@@ -48,7 +48,6 @@ def takes_any_attention(decoder: Any) -> bool:
         and only_attends(decoder)
         and width <= _LARGEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
-        and not any(name.endswith("sinks") for name, _ in decoder.named_parameters())
     )
 
 
