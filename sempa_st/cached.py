@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock, RLock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -15,8 +11,23 @@ from transformers import DynamicCache
 from sempa_st.errors import SempaError
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
-_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = Lock()
+
+
+class EndedEarly(Exception):  # noqa: N818 (it ends a pass early and is no error)
+    """A forward pass is over before its last layer; ``states`` are what it came to."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def last_hidden_states(decoder: Any, **inputs: Any) -> Tensor:
+    """Run a decoder and return its last hidden states, or those at which the pass was ended (:class:`EndedEarly`)."""
+    try:
+        states: Tensor = decoder(**inputs).last_hidden_state
+    except EndedEarly as ended:
+        return ended.states
+    return states
 
 
 def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -33,15 +44,19 @@ def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask:
     Returns:
         Last hidden states of shape (rows, tokens, hidden).
     """
-    output = decoder(
+    return last_hidden_states(
+        decoder,
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
+        **{cache_argument(decoder): cache},
     )
-    states: Tensor = output.last_hidden_state
-    return states
+
+
+def cache_argument(model: Any) -> str:
+    """Return what a model's ``forward`` calls its key/value cache: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def window_covers(decoder: Any, width: int) -> bool:
@@ -67,47 +82,25 @@ def keeps_no_cache(decoder: Any) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
 
 
-@contextmanager
-def alone(decoder: nn.Module) -> Iterator[None]:
-    """Let one thread at a time run a decoder whose layers are changed for the time of a pass."""
-    with _LOCKS_LOCK:
-        lock = _LOCKS.setdefault(decoder, RLock())
-    with lock:
-        yield
-
-
 def layers_of(decoder: Any) -> nn.ModuleList:
     """Return the list of a decoder's layers.
 
     Raises:
         SempaError: If it has none by the name that Llama, Gemma, OPT, GPT-NeoX and most others have for it.
     """
-    layers: nn.ModuleList = layer_holder(decoder).layers
+    layers = _layers(decoder)
+    if layers is None:
+        raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")
     return layers
 
 
 def last_layer_of(decoder: Any) -> nn.Module | None:
     """Return the last layer, or None for a decoder of another build (GPT-2)."""
-    holder = _holder(decoder)
-    if holder is None:
-        return None
-    layers: nn.ModuleList = holder.layers
-    return layers[-1]
+    layers = _layers(decoder)
+    return None if layers is None else layers[-1]
 
 
-def layer_holder(decoder: Any) -> Any:
-    """Return the part of a decoder that has the list of layers as ``layers``.
-
-    Raises:
-        SempaError: If there is none.
-    """
-    holder = _holder(decoder)
-    if holder is None:
-        raise SempaError(f"{type(decoder).__name__} has no list of layers. Expected a decoder such as Llama or Gemma.")
-    return holder
-
-
-def _holder(decoder: Any) -> Any:
-    # It is among the first modules; all of them are gone through only where there is none.
-    holders = (module for module in decoder.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
-    return next(holders, None)
+def _layers(decoder: Any) -> nn.ModuleList | None:
+    # Its holder is among the first modules; all of them are gone through only where there is none.
+    lists = (getattr(module, "layers", None) for module in decoder.modules())
+    return next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sempa_st.cached import run_on, window_covers
-from sempa_st.prompt_eol import PromptEOL, activated
+from sempa_st.peft_models import activated
+from sempa_st.prompt_eol import PromptEOL
 
 
 class OpenRows:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sempa_st.cached import only_attends, takes_positions
+from sempa_st.cached import last_hidden_states, only_attends, takes_positions
 
-_NAME = "sempa_flash"
-"""Of the attention function among those of transformers."""
+ATTENTIONS = {"sdpa": "sempa_st_sdpa", "eager": "sempa_st_eager"}
+"""Attention functions of transformers, and those of ours that do the same for any pass but one of rows by edges."""
 _OF_ROWS = ("cu_seq_lens_q", "max_length_q")
 """What transformers calls the rows' edges and the longest row's tokens, on their way to an attention function."""
 _FURTHER = ("softcap", "s_aux", "position_bias")
@@ -43,7 +46,8 @@ def takes_any_attention(decoder: Any) -> bool:
     config = decoder.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
-        bool(getattr(decoder, "_supports_attention_backend", False))
+        decoder.is_backend_compatible()
+        and config._attn_implementation in {*ATTENTIONS, *ATTENTIONS.values()}
         and takes_positions(decoder)
         and only_attends(decoder)
         and width <= _LARGEST_HEAD
@@ -55,7 +59,8 @@ def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -
     """Return the states at the rows' last tokens, of shape (rows, hidden).
 
     Args:
-        decoder: Layers without the LM head, for which :func:`can_flash` holds; no other thread may run it meanwhile.
+        decoder: Layers without the LM head, for which :func:`can_flash` holds. Its attention becomes ours of
+            :data:`ATTENTIONS` for good, with which any other pass, of another thread too, is what it was.
         input_ids: Token ids of shape (rows, tokens).
         attention_mask: 0 on padding, which may stand anywhere, of the same shape.
 
@@ -66,15 +71,17 @@ def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -
     lengths = kept.sum(dim=1)
     ends = lengths.cumsum(0)
     rows = dict(zip(_OF_ROWS, (nn.functional.pad(ends, (1, 0)).int(), int(lengths.max())), strict=True))
-    with _attending(decoder):
-        output = decoder(
-            input_ids=input_ids[kept][None],
-            position_ids=(kept.cumsum(dim=1) - 1)[kept][None],
-            use_cache=False,
-            **rows,
-        )
-    states: Tensor = output.last_hidden_state[0, ends - 1]
-    return states
+    _register(decoder)
+    states = last_hidden_states(
+        decoder,
+        input_ids=input_ids[kept][None],
+        position_ids=(kept.cumsum(dim=1) - 1)[kept][None],
+        # Transformers takes a mask of four dimensions for a finished one; this one is never looked at.
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=decoder.dtype, device=decoder.device),
+        use_cache=False,
+        **rows,
+    )
+    return states[0, ends - 1]
 
 
 def attend(
@@ -100,11 +107,19 @@ def attend(
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Run :func:`attend` as one of transformers' attention functions."""
+    plain: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """Run :func:`attend` where rows are told by their edges, and else ``plain``, as one of transformers' functions."""
+    if any(kwargs.get(name) is None for name in _OF_ROWS):
+        return plain(module, query, key, value, attention_mask, **kwargs)
     size, further = query.shape[-1], [name for name in _FURTHER if kwargs.get(name) is not None]
-    if further or size % _HEAD_STEP or value.shape[-1] != size or any(name not in kwargs for name in _OF_ROWS):
+    if further or size % _HEAD_STEP or value.shape[-1] != size:
         raise CannotFlash(type(module).__name__)
     groups = query.shape[1] // key.shape[1]
     keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
@@ -114,14 +129,16 @@ def _attention(
     return states[None], None
 
 
-@contextmanager
-def _attending(decoder: Any) -> Iterator[None]:
-    """Let a decoder run by :func:`_attention`; it makes no mask for an attention that it has none for."""
-    AttentionInterface.register(_NAME, _attention)
-    config = decoder.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the eager attention of a module's architecture, which transformers has under this name in its file."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def _register(decoder: Any) -> None:
+    name = decoder.config.get_text_config()._attn_implementation
+    if name in ATTENTIONS:
+        plain: Callable[..., Any] = sdpa_attention_forward if name == "sdpa" else _eager
+        mask: Callable[..., Any] = sdpa_mask if name == "sdpa" else eager_mask
+        AttentionInterface.register(ATTENTIONS[name], partial(_attention, plain))
+        AttentionMaskInterface.register(ATTENTIONS[name], mask)
+        decoder.set_attn_implementation(ATTENTIONS[name])

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, PromptEOL, transformer_config
+from sempa_st.prompt_eol import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DEFAULT_MAX_SEQ_LENGTH,
+    PromptEOL,
+    copy_sources,
+    transformer_config,
+)
 from sempa_st.prompts import EmbeddingTemplate
 
 if TYPE_CHECKING:
@@ -181,7 +188,7 @@ def write_embedding_files(
         modules.append({"idx": 1, "name": "1", "path": POOLING, "type": _POOLING_TYPE})
         _write_pooling(folder, width)
     else:
-        shutil.copy(Path(__file__).with_name("prompt_eol.py"), folder)
+        copy_sources(folder)
     write_json(folder / MODULES, modules)
     if not (folder / ST_CONFIG).exists():
         write_json(folder / ST_CONFIG, _sentence_transformers_config())

@@ -15,7 +15,8 @@ from sempa_st.errors import SempaError
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import parse_method
 from sempa_st.nli import load_nli
-from sempa_st.prompt_eol import PromptEOL, invocation_tokens
+from sempa_st.peft_models import invocation_tokens, is_peft_model
+from sempa_st.prompt_eol import PromptEOL
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -104,7 +105,7 @@ def quantize(embedder: SentenceTransformer) -> list[str]:
             "int8 needs the adapter merged, which an activated one cannot be. Make a plain copy of it first: sempa "
             "copy FOLDER DIR --format native."
         )
-    if hasattr(module.model, "peft_config"):
+    if is_peft_model(module.model):
         module.model = module.model.merge_and_unload()
     decoder = module.decoder if isinstance(module, PromptEOL) else module.layers
     linears = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache
+
+from sempa_st.patching import edited
 
 _OF_TOKENS = ("position_ids", "position_embeddings")
 """What a layer is given that has one entry a token, in its second dimension."""
@@ -35,39 +36,43 @@ class _Kept:
         return self._found
 
 
-@contextmanager
-def read_at(layer: nn.Module, places: Tensor) -> Iterator[None]:
-    """Let a decoder's last layer return the states at some tokens alone, for the time of a forward pass with a cache.
+def read_at(layer: nn.Module, places: Tensor) -> AbstractContextManager[None]:
+    """Let a decoder's last layer return the states at some tokens alone, in this thread's forward pass with a cache.
 
     The others' attention, output projection and MLP are left out: nothing would read what comes of them. A layer that
     is called in another way than Llama's (with a cache and a mask of queries by keys, by name) is run whole.
 
     Args:
-        layer: The last layer, not checkpointed; no other thread may run it meanwhile (:func:`sempa_st.cached.alone`).
+        layer: The last layer, not checkpointed.
         places: Of the tokens that are read, of shape (rows, tokens read).
     """
-    original, shadowed = layer.forward, layer.__dict__.get("forward")
+    narrowed = False
 
-    def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal narrowed
+        narrowed = False
+        states = args[0] if args else kwargs.get("hidden_states")
         caches = {name: _Kept(value) for name, value in kwargs.items() if isinstance(value, Cache)}
         mask = kwargs.get("attention_mask")
-        if args or len(caches) != 1 or mask is None or mask.dim() != _QUERIES_BY_KEYS:
-            return _output_at(original(states, *args, **kwargs), places)
+        if len(args) > 1 or states is None or len(caches) != 1 or mask is None or mask.dim() != _QUERIES_BY_KEYS:
+            return args, kwargs
         try:
-            return _output_at(original(states, **{**kwargs, **caches}), places)  # it has no keys and values
+            # Keys and values of all tokens; the call ends where the attention would begin.
+            layer.forward(*args, **{**kwargs, **caches})
         except _EnoughComputed:
-            chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
+            narrowed = True
+        if not narrowed:  # it has no keys and values
+            return args, kwargs
+        chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
         chosen["attention_mask"] = mask.gather(2, places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
-        return original(_at(states, places), **{**kwargs, **chosen, **caches})
+        if not args:
+            chosen["hidden_states"] = _at(states, places)
+        return ((_at(states, places),) if args else args), {**kwargs, **chosen, **caches}
 
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if shadowed is None:
-            del layer.forward
-        else:
-            layer.forward = shadowed
+    def after(output: Any) -> Any:
+        return output if narrowed else _output_at(output, places)
+
+    return edited(layer, before=before, after=after)
 
 
 def _output_at(output: Any, places: Tensor) -> Any:

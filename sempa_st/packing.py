@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sempa_st.cached import (
-    alone,
     keeps_no_cache,
     last_layer_of,
     only_attends,
@@ -22,9 +21,10 @@ from sempa_st.cached import (
     takes_positions,
     window_covers,
 )
-from sempa_st.flash import CannotFlash, can_flash, last_flash_states
+from sempa_st.flash import ATTENTIONS, CannotFlash, can_flash, last_flash_states
 from sempa_st.last_layer import read_at
-from sempa_st.prompt_eol import PromptEOL, embed_rows, invocation_tokens
+from sempa_st.peft_models import activated
+from sempa_st.prompt_eol import PromptEOL, embed_rows
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
@@ -33,7 +33,7 @@ _MANY = 256
 """Rows beyond which fewer widths are tried."""
 _MISSES = 32
 """Rows one after another that do not fit, after which no more are tried for a pack: the rest would hardly fill it."""
-OWN_MASKS = ("sdpa", "eager")
+OWN_MASKS = (*ATTENTIONS, *ATTENTIONS.values())
 """Implementations of attention that take a mask of queries by keys."""
 
 
@@ -111,7 +111,7 @@ def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -
     decoder = module.decoder
     # PEFT finds the closing tokens by their place in a row of its own.
     if not module.closing_only:
-        with alone(decoder), acting_everywhere(module.model):
+        with activated(module.model, None):
             if can_flash(decoder):
                 with suppress(CannotFlash):
                     return last_flash_states(decoder, input_ids, attention_mask)
@@ -134,26 +134,6 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
     """Return the token ids of each row, without padding and on the CPU."""
     mask = attention_mask.bool().cpu()
     return list(input_ids.cpu()[mask].split(mask.sum(dim=1).tolist()))
-
-
-@contextmanager
-def acting_everywhere(model: Any) -> Iterator[None]:
-    """Let an activated adapter act on every token, as a plain one and at its price, for the time of a forward pass.
-
-    An adapter that acts from the template's opening on does so on rows under the template.
-    """
-    if not invocation_tokens(model):
-        yield
-        return
-    variants = [layer.lora_variant for layer in model.modules() if hasattr(layer, "lora_variant")]
-    kept = [dict(variant) for variant in variants]
-    for variant in variants:
-        variant.clear()
-    try:
-        yield
-    finally:
-        for variant, content in zip(variants, kept, strict=True):
-            variant.update(content)
 
 
 def can_pack(decoder: Any, longest: int) -> bool:

@@ -1,28 +1,33 @@
 """The PromptEOL module for sentence-transformers: a decoder, a template and the last token's state.
 
-This file needs nothing else of sempa_st: a model folder of format ``custom`` carries a copy of it, which
-``SentenceTransformer(folder, trust_remote_code=True)`` runs where sempa_st is not installed. The template itself is
-data: a named chat template of the folder's tokenizer.
+This file and ``peft_models.py`` need nothing else of sempa_st: a model folder of format ``custom`` carries copies of
+them, which ``SentenceTransformer(folder, trust_remote_code=True)`` runs where sempa_st is not installed. The template
+itself is data: a named chat template of the folder's tokenizer.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .peft_models import activated, invocation_tokens, is_peft_model, keep_activation_apart
+
 DEFAULT_MAX_SEQ_LENGTH = 512
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SOURCES = ("prompt_eol.py", "peft_models.py")
+"""Files of code that a folder of format ``custom`` carries."""
 
 
 class PromptEOL(InputModule):
@@ -50,6 +55,7 @@ class PromptEOL(InputModule):
         max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     ) -> None:
         super().__init__()
+        keep_activation_apart(model)
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         if template not in named:
             raise ValueError(f"The tokenizer has no chat template named {template!r}, only {sorted(named)}.")
@@ -63,7 +69,7 @@ class PromptEOL(InputModule):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The layers with the LM head, adapter included but not PEFT's wrapper."""
-        causal_lm: PreTrainedModel = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        causal_lm: PreTrainedModel = self.model.get_base_model() if is_peft_model(self.model) else self.model
         return causal_lm
 
     @property
@@ -131,11 +137,8 @@ class PromptEOL(InputModule):
     def _token_ids(self, sentences: Sequence[str], prompt: str | None) -> list[list[int]]:
         system = [{"role": "system", "content": prompt}] if prompt else []
         conversations = [[*system, {"role": "user", "content": sentence}] for sentence in sentences]
-        encoded: Any = self.tokenizer.apply_chat_template(
-            conversations, chat_template=self.template, tokenize=True, return_dict=True
-        )
-        rows: list[list[int]] = encoded["input_ids"]
-        return rows
+        texts: Any = self.tokenizer.apply_chat_template(conversations, chat_template=self.template, tokenize=False)
+        return [ids for ids, _ in tokenize(self.tokenizer, texts, add_special_tokens=False)]
 
     def _cut(self, row: list[int]) -> list[int]:
         # At exactly the limit sentence-transformers cannot tell a cut row from a whole one, and rewrites its end too.
@@ -153,13 +156,11 @@ class PromptEOL(InputModule):
         return transformer_config(self.template, self.max_seq_length)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Save the model (an adapter alone, where there is one), the tokenizer, the settings and this source file."""
+        """Save the model (an adapter alone, where there is one), the tokenizer, the settings and the source files."""
         save_model(self.model, output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)
-        source, copy = Path(__file__), Path(output_path, Path(__file__).name)
-        if source.resolve() != copy.resolve():
-            shutil.copy(source, copy)
+        copy_sources(output_path)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -200,6 +201,46 @@ class PromptEOL(InputModule):
         return cls(model.eval(), tokenizer, template=template, max_seq_length=length)
 
 
+_WITHOUT_TRUNCATION: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Return the token ids of texts, and the first character and the one behind the last of each token.
+
+    Padding and truncation are settings of a fast tokenizer and not arguments of a call. Another thread may set them
+    meanwhile, so they are neither relied on nor touched here.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The texts.
+        add_special_tokens: Whether to add those that the tokenizer puts around a text.
+    """
+    shared = tokenizer.backend_tokenizer
+    encodings = [] if shared.truncation else shared.encode_batch(texts, add_special_tokens=add_special_tokens)
+    if shared.truncation or any(encoding.overflowing for encoding in encodings):
+        own = _WITHOUT_TRUNCATION.get(tokenizer)
+        if own is None:
+            own = _WITHOUT_TRUNCATION[tokenizer] = copy.deepcopy(shared)
+            own.no_truncation()
+        encodings = own.encode_batch(texts, add_special_tokens=add_special_tokens)
+    return [_without_padding(encoding) for encoding in encodings]
+
+
+def _without_padding(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    ids, offsets, mask = encoding.ids, encoding.offsets, encoding.attention_mask
+    return (ids, offsets) if all(mask) else (list(compress(ids, mask)), list(compress(offsets, mask)))
+
+
+def copy_sources(folder: str | Path) -> None:
+    """Copy this file, and the one that it needs, into a model folder."""
+    for name in SOURCES:
+        source, target = Path(__file__).with_name(name), Path(folder, name)
+        if source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+
+
 def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:
     """Return ``input_ids`` and ``attention_mask`` of shape (rows, tokens): what ``tokenizer.pad`` does, much sooner.
 
@@ -226,29 +267,6 @@ def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> 
     return states[torch.arange(len(last), device=states.device), last]
 
 
-def invocation_tokens(model: Any) -> list[int]:
-    """Return the template's tokens from which on a model's activated adapter acts; none for any other model."""
-    if not hasattr(model, "peft_config"):
-        return []
-    return getattr(model.active_peft_config, "alora_invocation_tokens", None) or []
-
-
-def activated(model: Any, tokens: list[int]) -> AbstractContextManager[Any]:
-    """Let an activated adapter act on the end of each row, and nowhere else, for the time of a forward pass.
-
-    PEFT looks for invocation tokens in what passes through the PEFT model; the decoder alone is run here, and what it
-    reads is always under the template.
-
-    Args:
-        model: Any model; without an activated adapter nothing is done.
-        tokens: Number of tokens of each row that the adapter acts on, padding on the right included.
-    """
-    if not invocation_tokens(model):
-        return nullcontext()
-    context: AbstractContextManager[Any] = model._enable_peft_forward_hooks(alora_offsets=tokens)
-    return context
-
-
 def embedding_width(config: Any) -> int:
     """Return the width of a decoder's last hidden state (OPT-350M projects it down after the layers)."""
     text_config = config.get_text_config()
@@ -271,7 +289,7 @@ def transformer_config(template: str, max_seq_length: int) -> dict[str, Any]:
 def save_model(model: Any, folder: str | Path) -> None:
     """Save a causal language model with its head, or the adapter of a PEFT model alone."""
     # A frozen embedding belongs to the base; "auto" would ask the Hub whether it was resized.
-    only_adapter = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    only_adapter = {"save_embedding_layers": False} if is_peft_model(model) else {}
     model.save_pretrained(folder, **only_adapter)
 
 

@@ -53,12 +53,35 @@ def test_rows_equal_rows_alone(family: str, side: str) -> None:
     rows = [torch.randint(3, 600, (length,), generator=generator) for length in LENGTHS]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    before = decoder.config._attn_implementation
     with torch.inference_mode():
-        found = last_flash_states(decoder, ids, mask)
         alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows]
+        found = last_flash_states(decoder, ids, mask)
+        after = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows]
     torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
-    assert decoder.config._attn_implementation == before
+    assert all(map(torch.equal, after, alone))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+def test_all_other_passes_are_what_they_were(family: str, implementation: str) -> None:
+    """Bit for bit: padded batches, generation with its cache, and packs, whose mask is one of queries by keys."""
+    model = make_causal_lm(family)
+    model.set_attn_implementation(implementation)
+    ids = torch.tensor([[0, 0, 5, 9, 30], [7, 30, 8, 12, 40]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+    def passes() -> list[Tensor]:
+        generated = model.generate(ids[1:], attention_mask=mask[1:], max_new_tokens=5, do_sample=False)
+        packed = packing.last_packed_states(model.base_model, [ids[1, :3], ids[1]])
+        return [model(input_ids=ids, attention_mask=mask).logits, generated, packed]
+
+    with torch.inference_mode():
+        before = passes()
+        last_flash_states(model.base_model, ids, mask)
+        after = passes()
+    assert model.config._attn_implementation == flash.ATTENTIONS[implementation]
+    assert all(map(torch.equal, after, before))
 
 
 def test_what_the_kernel_cannot_do_is_left_to_packs() -> None:
@@ -89,10 +112,8 @@ def test_an_attention_that_asks_for_more_is_run_in_packs(
 ) -> None:
     module = make_module(make_causal_lm(family, **changes))
     features = module.preprocess(sample_sentences()[:4])
-    before = module.decoder.config._attn_implementation
     with pytest.raises(CannotFlash):
         last_flash_states(module.decoder, **features)
-    assert module.decoder.config._attn_implementation == before
     monkeypatch.setattr(packing, "can_flash", lambda decoder: True)
     with torch.inference_mode():
         found, expected = (run(module, **features) for run in (embed_packed, embed_rows))

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from sempa_st.folder import install_template
-from sempa_st.prompt_eol import PromptEOL, pad_rows
+from sempa_st.prompt_eol import PromptEOL, pad_rows, tokenize
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
@@ -194,3 +194,24 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert (loaded.max_seq_length, loaded.template) == (77, "prompteol")
     assert SentenceTransformer(modules=[loaded], device="cpu").encode(sentences) == pytest.approx(before, abs=1e-5)
     assert (tmp_path / "prompt_eol.py").read_text() == Path("sempa_st/prompt_eol.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding": True},
+        {"padding": "max_length", "max_length": 90},
+        {"truncation": True, "max_length": 3, "stride": 1},
+    ],
+)
+def test_settings_of_other_calls_of_the_tokenizer_change_nothing(settings: dict[str, Any]) -> None:
+    """They stay on a fast tokenizer after the call, and another thread may set them at any time."""
+    tokenizer = make_tokenizer()
+    texts = ["A cat", "", "A dog sleeps in the snow."]
+    for special in (True, False):
+        plain = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
+        tokenizer(texts, **settings)
+        set_before = (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation)
+        found = tokenize(tokenizer, texts, add_special_tokens=special)
+        assert found == list(zip(plain["input_ids"], plain["offset_mapping"], strict=True))
+        assert (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation) == set_before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from sempa_st.cached import cache_argument
 from sempa_st.errors import SempaError
-from sempa_st.prompt_eol import invocation_tokens
+from sempa_st.patching import edited
+from sempa_st.peft_models import invocation_tokens
 
 _BATCH_TOKENS = 1 << 14
 """Most tokens in the key/value cache of a batch, rows times length: what bounds its memory."""
@@ -197,7 +199,8 @@ class _Scorer:
     def _logits(self, tokens: Tensor, cache: Any, places: Tensor) -> Tensor:
         """Run tokens, on top of the cache where there is one, and predict at ``places`` of the flattened batch only."""
         with _head_sees(self.model.get_output_embeddings(), places.to(self.device)):
-            output = self.model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+            kept = {} if cache is None else {cache_argument(self.model): cache}
+            output = self.model(input_ids=tokens, use_cache=cache is not None, **kept)
         logits: Tensor = output.logits[0]
         return logits
 
@@ -217,16 +220,11 @@ def _cells(batch: list[Row], held: int) -> Iterator[tuple[int, int, int, int]]:
             yield from ((number, index, start + offset, token) for offset, token in enumerate(continuation))
 
 
-@contextmanager
-def _head_sees(head: torch.nn.Module, places: Tensor) -> Iterator[None]:
+def _head_sees(head: torch.nn.Module, places: Tensor) -> AbstractContextManager[None]:
     """Let the LM head work on some places of the flattened batch only: it is the dearest layer of a small model."""
 
-    def select(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        states, *others = inputs
-        return (states.flatten(0, 1)[places][None], *others)
+    def select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states, *others = args
+        return (states.flatten(0, 1)[places][None], *others), kwargs
 
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return edited(head, before=select)

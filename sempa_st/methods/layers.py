@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sempa_st.cached import layer_holder, layers_of, takes_positions
+from sempa_st.cached import EndedEarly, last_hidden_states, layers_of, takes_positions
 from sempa_st.errors import SempaError
+from sempa_st.patching import edited
 
 _ATTENTION = ("self_attn", "attention")
 _PROJECTION = ("o_proj", "out_proj", "dense")
@@ -46,61 +47,42 @@ def states_after(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tens
     # Positions count real tokens only, so that padding on the left moves no learned position embedding.
     positions = {"position_ids": (padding.cumsum(-1) - 1).clamp(min=0)} if takes_positions(decoder) else {}
     with ending_after(decoder, run):
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    states: Tensor = output.last_hidden_state
-    return states
+        return last_hidden_states(
+            decoder, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        )
 
 
-@contextmanager
-def ending_after(decoder: Any, run: int) -> Iterator[None]:
-    """Let forward passes of a decoder end after some of its layers, whose states are then its last hidden states.
+def ending_after(decoder: Any, run: int) -> AbstractContextManager[None]:
+    """Let this thread's passes by :func:`sempa_st.cached.last_hidden_states` end after some of a decoder's layers.
 
     Args:
         decoder: Layers without the LM head.
         run: Number of layers to run; the final norm is applied after the last one only.
     """
-    holder, layers = layer_holder(decoder), layers_of(decoder)
+    layers = layers_of(decoder)
     if run == len(layers):
-        yield
-        return
-    found: list[Tensor] = []
+        return nullcontext()
 
-    def put_found(_: nn.Module, inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = found.pop()
-        return output
+    def end(output: Any) -> Any:
+        raise EndedEarly(states_in(output))
 
-    handles = [
-        layers[run - 1].register_forward_hook(lambda _, inputs, output: found.append(states_in(output))),
-        decoder.register_forward_hook(put_found),
-    ]
-    holder.layers = layers[:run]
-    try:
-        yield
-    finally:
-        holder.layers = layers
-        for handle in handles:
-            handle.remove()
+    return edited(layers[run - 1], after=end)
 
 
-@contextmanager
-def entering(module: nn.Module, change: Any) -> Iterator[None]:
-    """Change the states that enter a module, for the time of a call.
+def entering(module: nn.Module, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Change the states that enter a module, for the time of a block and in this thread only.
 
     Args:
         module: A layer, or a part of one.
         change: Called with the states, of shape (rows, tokens, width); what it returns takes their place.
     """
 
-    def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-    handle = module.register_forward_pre_hook(pre_hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return edited(module, before=before)
 
 
 def at_tokens(states: Tensor, marked: Tensor, new: Tensor) -> Tensor:

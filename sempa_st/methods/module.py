@@ -13,13 +13,20 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sempa_st.bases import load_tokenizer, save_tokenizer
-from sempa_st.cached import alone
 from sempa_st.errors import SempaError
 from sempa_st.methods.encoders import PromptBERT
 from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
 from sempa_st.packing import can_pack
-from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, embedding_width, load_adapter, save_model
+from sempa_st.peft_models import is_peft_model
+from sempa_st.prompt_eol import (
+    ADAPTER_CONFIG,
+    DEFAULT_MAX_SEQ_LENGTH,
+    embedding_width,
+    load_adapter,
+    save_model,
+    tokenize,
+)
 
 
 class MethodModule(InputModule):
@@ -59,7 +66,7 @@ class MethodModule(InputModule):
     @property
     def layers(self) -> Any:
         """The model without its head, adapter included."""
-        whole = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        whole = self.model.get_base_model() if is_peft_model(self.model) else self.model
         return whole.base_model
 
     @property
@@ -90,8 +97,7 @@ class MethodModule(InputModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        with alone(self.layers):
-            features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features))
+        features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features))
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -129,7 +135,7 @@ class MethodModule(InputModule):
             excess = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows) - self.max_seq_length
             if excess <= 0 or not sentence:
                 return rows
-            spans = self.tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            ((_, spans),) = tokenize(self.tokenizer, [sentence], add_special_tokens=False)
             kept = max(0, len(spans) - max(1, excess // 2))  # a text may hold the sentence twice
             sentence = sentence[: spans[kept][0]]
 
@@ -146,10 +152,8 @@ class MethodModule(InputModule):
         return tensors
 
     def _row(self, text: Rendered) -> dict[str, list[int]]:
-        encoded = self.tokenizer(
-            text.text.replace(MASK, self.tokenizer.mask_token or MASK), return_offsets_mapping=True
-        )
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        whole = text.text.replace(MASK, self.tokenizer.mask_token or MASK)
+        ((ids, spans),) = tokenize(self.tokenizer, [whole], add_special_tokens=True)
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
         last = [int(place == len(ids) - 1) for place in range(len(ids))]

@@ -37,7 +37,7 @@ def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 
 @contextmanager
 def pairs_together(decoder: Any) -> Iterator[None]:
-    """Make a decoder run a batch of pairs by :func:`shared_states`.
+    """Make a decoder run a batch of pairs by :func:`shared_states`, in all threads: for training, which has one.
 
     Args:
         decoder: Layers without the LM head, called as TRL's DPO trainer calls them: rows padded on the right, and

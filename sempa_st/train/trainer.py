@@ -17,6 +17,7 @@ from trl import DPOTrainer
 
 from sempa_st.errors import SempaError
 from sempa_st.packing import embed_packed
+from sempa_st.peft_models import is_peft_model
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
@@ -180,6 +181,6 @@ class SempaTrainer(DevScored, DPOTrainer):
     @contextmanager
     def _once(self) -> Iterator[None]:
         model = self.generator()
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        causal_lm = model.get_base_model() if is_peft_model(model) else model
         with completion_tokens_only(), pairs_together(causal_lm.base_model):
             yield
