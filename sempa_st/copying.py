@@ -32,12 +32,12 @@ from sempa_st.folder import (
     weight_files,
     write_embedding_files,
 )
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
 
@@ -120,7 +120,7 @@ def copy_model(
             tokenizer,
             template=template,
             max_seq_length=length,
-            width=_width(origin.folder),
+            config=_config(origin.folder),
             format=format,
         )
         record = read_record(source.folder)
@@ -181,7 +181,8 @@ def _scale_adapter(path: Path, scale: float) -> None:
         save_file(scaled, path, metadata={"format": "pt"})
 
 
-def _width(folder: Path) -> int:
+def _config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    return embedding_width(AutoConfig.from_pretrained(str(folder)))
+    config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
+    return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE_VARIABLE = "SEMPA_AUTO_DTYPE"
+"""Environment variable with the type that ``auto`` means on a CPU, whatever the processor has."""
 
 
 def pick_device(device: str | None = None) -> str:
@@ -41,13 +44,15 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
     ``auto`` is bfloat16 on an accelerator and on a CPU that multiplies bfloat16 in hardware (AMX or AVX512-BF16), and
     float32 on any other CPU, where bfloat16 is emulated and several times slower; an accelerator without it gets
-    float16.
+    float16. The environment variable ``SEMPA_AUTO_DTYPE`` decides for all CPUs.
 
     Raises:
-        SempaError: If ``dtype`` is none of :data:`DTYPES`.
+        SempaError: If ``dtype``, or the environment variable, is none of :data:`DTYPES`.
     """
     import torch
 
+    if dtype == "auto" and device.startswith("cpu"):
+        dtype = os.environ.get(AUTO_DTYPE_VARIABLE) or dtype
     if dtype not in DTYPES:
         raise SempaError(f"Unknown dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
     if dtype != "auto":

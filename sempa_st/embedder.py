@@ -31,6 +31,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Embed texts: arguments and return value of sentence-transformers' own ``encode``, the vectors too."""
+        if kwargs.get("output_value", "sentence_embedding") != "sentence_embedding":
+            kwargs["token_embeddings"] = True
         texts: Any = args[0] if args else kwargs.get("inputs")
         size = kwargs.get("batch_size", 32)
         if len(args) > 1 or not self._may_reorder(texts, kwargs) or not 0 < size < len(texts):

@@ -21,12 +21,14 @@ from sempa_st.prompt_eol import (
     DEFAULT_MAX_SEQ_LENGTH,
     PromptEOL,
     copy_sources,
+    embedding_width,
+    position_limit,
     transformer_config,
 )
 from sempa_st.prompts import EmbeddingTemplate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 FORMATS = ("native", "custom")
 """``native``: built-in modules only, opens with no flag. ``custom``: our module, opens with trust_remote_code=True."""
@@ -154,7 +156,7 @@ def write_embedding_files(
     *,
     template: str,
     max_seq_length: int,
-    width: int,
+    config: PreTrainedConfig,
     format: str,
 ) -> None:
     """Write into ``folder`` all that makes a model folder an embedding model: tokenizer, template, module list.
@@ -163,8 +165,8 @@ def write_embedding_files(
         folder: Folder that holds (or will hold) the model or adapter.
         tokenizer: Tokenizer with the template installed.
         template: Name of the template.
-        max_seq_length: Longest input in tokens, template included.
-        width: Width of the embedding.
+        max_seq_length: Longest input in tokens, template included; cut to the positions that the decoder has.
+        config: The decoder's own settings.
         format: One of :data:`FORMATS`.
 
     Raises:
@@ -180,13 +182,14 @@ def write_embedding_files(
         # With this file beside the adapter, transformers refuses to open the folder, and quotes the reason.
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
     save_tokenizer(tokenizer, folder)
-    write_json(folder / SETTINGS, transformer_config(template, max_seq_length))
+    length = min(max_seq_length, position_limit(config) or max_seq_length)
+    write_json(folder / SETTINGS, transformer_config(template, length))
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}
     ]
     if format == "native":
         modules.append({"idx": 1, "name": "1", "path": POOLING, "type": _POOLING_TYPE})
-        _write_pooling(folder, width)
+        _write_pooling(folder, embedding_width(config))
     else:
         copy_sources(folder)
     write_json(folder / MODULES, modules)

@@ -50,7 +50,9 @@ class Int8Linear(nn.Module):
         balance = largest.clamp(min=least) ** _BALANCE / weight.abs().amax(0).clamp(min=least) ** (1 - _BALANCE)
         self.register_buffer("inverse", 1 / balance, persistent=False)
         self.bias = linear.bias
-        self._packed = _pack(weight * balance)
+        weight = weight * balance
+        scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).double()
+        self._packed = _pack(weight, scales)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the layer's output, of shape (..., outputs)."""
@@ -61,12 +63,24 @@ class Int8Linear(nn.Module):
         output: Tensor = torch.ops.quantized.linear_dynamic(balanced.div_(row), self._packed, True).mul_(row)
         return output if self.bias is None else output + self.bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what goes to another process: arrays in the place of the kernel's own form.
+
+        Not tensors, which torch would share with the process although they are gone by the time that it starts.
+        """
+        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
+        return {**self.__dict__, "_packed": (weight.int_repr().numpy(), weight.q_per_channel_scales().numpy())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`__getstate__` returned."""
+        integers, scales = map(torch.from_numpy, state["_packed"])
+        super().__setstate__({**state, "_packed": _pack(integers * scales[:, None].float(), scales)})
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise SempaError("A model with int8 layers cannot be saved. Load it without int8, and save that.")
 
 
-def _pack(weight: Tensor) -> Any:
-    scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).double()
+def _pack(weight: Tensor, scales: Tensor) -> Any:
     with warnings.catch_warnings():
         # Announced to go (pytorch/pytorch#184982), and still the only way to torch's fast kernel.
         warnings.simplefilter("ignore", UserWarning)

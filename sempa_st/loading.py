@@ -57,13 +57,16 @@ def load(
             adapter itself.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
         int8: Round what most linear layers multiply to integers (:func:`sempa_st.int8.quantize`): faster on a CPU, and
-            no longer exact.
+            no longer exact. It is computed in float32 on a CPU, which an ``auto`` dtype and a device of None then are.
 
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
     """
     if reader not in READERS:
         raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
+    if int8:
+        # What it needs, where nothing else is asked for.
+        device, dtype = device or "cpu", "float32" if dtype == "auto" else dtype
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
     source = find_model(str(model), for_method=True)

@@ -139,6 +139,9 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
 def can_pack(decoder: Any, longest: int) -> bool:
     """Whether a decoder can be told rows in one pack apart.
 
+    Its attention must be one of transformers' attention functions, which see no more than the mask lets them. GPT-Neo's
+    own, for one, counts its window in places of the pack.
+
     Args:
         decoder: Layers without the LM head.
         longest: Tokens of the longest row.
@@ -146,6 +149,7 @@ def can_pack(decoder: Any, longest: int) -> bool:
     return (
         takes_positions(decoder)
         and only_attends(decoder)
+        and decoder.is_backend_compatible()
         and decoder.config.get_text_config()._attn_implementation in OWN_MASKS
         and window_covers(decoder, longest)
     )

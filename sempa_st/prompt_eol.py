@@ -37,13 +37,15 @@ class PromptEOL(InputModule):
         model: Causal language model, or a PEFT model around one; it stays a generator (``module.model.generate``).
         tokenizer: Its tokenizer, with the template among its named chat templates. Either padding side works.
         template: Name of that chat template.
-        max_seq_length: Longest input in tokens, template included; a longer *sentence* is cut, never the template.
+        max_seq_length: Longest input in tokens, template included; a longer *sentence* is cut, never the template. Of a
+            model with a table of fewer positions, the number of these.
 
     Raises:
         ValueError: If the tokenizer has no chat template of that name.
     """
 
     config_file_name = "sentence_bert_config.json"
+    forward_kwargs: set[str] = {"token_embeddings"}  # noqa: RUF012 (a list of names that nothing changes)
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(
@@ -93,6 +95,7 @@ class PromptEOL(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
+        value = min(value, position_limit(self.decoder.config) or value)
         shortest = len(self._token_ids([""], None)[0]) + 1
         if value < shortest:
             raise ValueError(
@@ -109,29 +112,38 @@ class PromptEOL(InputModule):
         """Render, tokenise, cut and pad sentences.
 
         Args:
-            inputs: Sentences. The text of a special token in one is read as that token, as by the tokenizer itself.
+            inputs: Sentences, each a string or ``{"text": string}``. The text of a special token in one is read as
+                that token, as by the tokenizer itself.
             prompt: Instruction put right before each sentence, inside the template's quotes.
             **kwargs: Ignored; sentence-transformers passes its task here.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, each of shape (batch, tokens).
+            ``input_ids`` and ``attention_mask``, each of shape (batch, tokens), padded on the right, the one side on
+            which sentence-transformers cuts padding off token embeddings.
 
         Raises:
-            ValueError: If an input is no string.
+            ValueError: If an input is no sentence.
         """
-        for text in inputs:
-            if not isinstance(text, str):
-                # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
-                raise ValueError(f"PromptEOL embeds strings, got {type(text).__name__}: {text!r:.80}.")
-        return pad_rows(self.tokenizer, self.token_rows(inputs, prompt))
+        return pad_rows(self.tokenizer, self.token_rows([sentence_in(text) for text in inputs], prompt), "right")
 
     def token_rows(self, sentences: Sequence[str], prompt: str | None = None) -> list[list[int]]:
         """Return the token ids of sentences under the template, cut to ``max_seq_length``."""
         return [self._cut(row) for row in self._token_ids(sentences, prompt)]
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        features["sentence_embedding"] = self.embed_rows(self, features["input_ids"], features["attention_mask"])
+        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``, in float32.
+
+        Where all states are computed anyway, or with ``token_embeddings=True``, ``token_embeddings`` of shape (batch,
+        tokens, hidden) are added too.
+        """
+        ids, mask = features["input_ids"], features["attention_mask"]
+        if self.embed_rows is embed_rows or kwargs.get("token_embeddings"):
+            features["token_embeddings"] = token_states(self, ids, mask)
+            embedding = _last(features["token_embeddings"], mask)
+        else:
+            embedding = self.embed_rows(self, ids, mask)
+        # A norm or a mean of 16-bit numbers is off in the third decimal.
+        features["sentence_embedding"] = embedding.float()
         return features
 
     def _token_ids(self, sentences: Sequence[str], prompt: str | None) -> list[list[int]]:
@@ -254,17 +266,52 @@ def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = N
     return {"input_ids": input_ids, "attention_mask": kept.long()}
 
 
+def sentence_in(value: Any) -> str:
+    """Return the sentence that an input of sentence-transformers holds.
+
+    Raises:
+        ValueError: If it is neither a string nor ``{"text": string}``.
+    """
+    text = value["text"] if isinstance(value, dict) and value.keys() == {"text"} else value
+    if not isinstance(text, str):
+        # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
+        raise ValueError(
+            f"PromptEOL embeds sentences, each a string or {{'text': string}}, got {type(text).__name__}: {text!r:.80}."
+        )
+    return text
+
+
 def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the rows' last tokens' states, of shape (batch, hidden); ``module.embed_rows`` may be a faster way."""
+    return _last(token_states(module, input_ids, attention_mask), attention_mask)
+
+
+def token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the states of all tokens, of shape (batch, tokens, hidden)."""
     # Positions count real tokens only, so that padding on the left moves no learned position embedding.
     takes_positions = "position_ids" in inspect.signature(module.decoder.forward).parameters
     positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
     closing, width = module.closing_only, attention_mask.shape[1]
-    last = (attention_mask * torch.arange(width, device=attention_mask.device)).argmax(dim=1)
-    with activated(module.model, (width - 1 - last + closing).tolist() if closing else [width] * len(last)):
+    behind = width - 1 - _last_places(attention_mask)
+    with activated(module.model, (behind + closing).tolist() if closing else [width] * len(behind)):
         output = module.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     states: Tensor = output.last_hidden_state
-    return states[torch.arange(len(last), device=states.device), last]
+    return states
+
+
+def _last(states: Tensor, attention_mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states), device=states.device), _last_places(attention_mask)]
+
+
+def _last_places(attention_mask: Tensor) -> Tensor:
+    return (attention_mask * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(dim=1)
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the most positions that a decoder has a state for, or None where it computes them (rotary, ALiBi)."""
+    text_config = config.get_text_config()
+    rotates = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_theta", None)
+    return None if rotates else getattr(text_config, "max_position_embeddings", None)
 
 
 def embedding_width(config: Any) -> int:

@@ -29,7 +29,7 @@ from sempa_st.folder import (
     template_name,
     write_embedding_files,
 )
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, embedding_width
+from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.prompts import embedding_template
 
 _PACKAGE = Path(str(resources.files("sempa_st")))
@@ -91,7 +91,7 @@ def _complete(packed: Path, base: Base, folder: Path) -> None:
         tokenizer,
         template=config["template"],
         max_seq_length=config["max_seq_length"],
-        width=embedding_width(AutoConfig.from_pretrained(str(base.folder))),
+        config=AutoConfig.from_pretrained(str(base.folder)),
         format="custom" if is_activated(folder) else "native",
     )
 

@@ -163,6 +163,19 @@ def make_config(base: Path, output: Path, **kwargs: Any) -> TrainConfig:
     return TrainConfig(**{**settings, **kwargs})
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--auto-dtype",
+        choices=("float32", "bfloat16"),
+        help="type that --dtype auto means in this run, here and in child processes; the processor's choice by default",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if chosen := config.getoption("--auto-dtype"):
+        os.environ["SEMPA_AUTO_DTYPE"] = chosen
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests out of the user's cache, but for those that need the real base in it."""
@@ -204,7 +217,7 @@ def finish_adapter(folder: Path, base: Path, model: Any, *, format: str = "nativ
     tokenizer = load_tokenizer(base)
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
     write_embedding_files(
-        folder, tokenizer, template="prompteol", max_seq_length=160, width=model.config.hidden_size, format=format
+        folder, tokenizer, template="prompteol", max_seq_length=160, config=model.config, format=format
     )
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_a_model_in_int8_stays_close_and_generates(
     make: Callable[[], nn.Module], tiny_base: Path, tiny_gemma: Path
 ) -> None:
     base = str(tiny_gemma if make is make_gemma else tiny_base)
-    exact, rounded = sempa_st.load(base, device="cpu"), sempa_st.load(base, device="cpu", int8=True)
+    exact, rounded = sempa_st.load(base, device="cpu", dtype="float32"), sempa_st.load(base, device="cpu", int8=True)
     cosines = cosine_similarity(vectors(exact), vectors(rounded))
     assert cosines.min() > 0.99
     assert cosines.max() < 1 - 1e-7
@@ -86,7 +87,7 @@ def test_a_model_in_int8_stays_close_and_generates(
 
 
 def test_layers_that_rounding_changes_too_much_are_left_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = sempa_st.load(str(tiny_base), device="cpu")
+    exact = sempa_st.load(str(tiny_base), device="cpu", dtype="float32")
     linears = [name for name, layer in exact[0].decoder.named_modules() if isinstance(layer, nn.Linear)]
     before = vectors(exact)
     monkeypatch.setattr(int8, "_TOLERATED", 0.0)
@@ -99,13 +100,19 @@ def test_layers_that_rounding_changes_too_much_are_left_alone(tiny_base: Path, m
 
 def test_adapters_are_merged_and_methods_take_it_too(adapter_folder: Path, tiny_base: Path) -> None:
     folder = str(adapter_folder)
-    exact, rounded = sempa_st.load(folder, device="cpu"), sempa_st.load(folder, device="cpu", int8=True)
-    bare = sempa_st.load(str(tiny_base), device="cpu")
+    exact, rounded = (
+        sempa_st.load(folder, device="cpu", dtype="float32"),
+        sempa_st.load(folder, device="cpu", int8=True),
+    )
+    bare = sempa_st.load(str(tiny_base), device="cpu", dtype="float32")
     close, far = (cosine_similarity(vectors(exact), vectors(other)) for other in (rounded, bare))
     assert close.min() > 0.99
     assert far.max() < close.min()
     assert not hasattr(rounded[0].model, "peft_config")
-    pair = [sempa_st.load(str(tiny_base), method="echo", device="cpu", int8=chosen) for chosen in (False, True)]
+    pair = [
+        sempa_st.load(str(tiny_base), method="echo", device="cpu", dtype="float32", int8=chosen)
+        for chosen in (False, True)
+    ]
     assert cosine_similarity(*(vectors(model) for model in pair)).min() > 0.99
     assert not torch.equal(*(vectors(model) for model in pair))
 
@@ -140,3 +147,25 @@ def test_the_command_line_takes_it(
     exact, rounded = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("exact", "rounded"))
     assert cosine_similarity(exact, rounded).min() > 0.99
     assert not torch.equal(exact, rounded)
+
+
+def test_other_processes_get_the_same_model(adapter_folder: Path) -> None:
+    model = sempa_st.load(adapter_folder, device="cpu", int8=True)
+    expected = model.encode(SENTENCES, batch_size=4)
+    copied = pickle.loads(pickle.dumps(model[0]))
+    assert torch.equal(*(torch.from_numpy(each.encode(SENTENCES)) for each in (model, type(model)(modules=[copied]))))
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        found = model.encode(SENTENCES, pool=pool, chunk_size=6, batch_size=4)
+    finally:
+        model.stop_multi_process_pool(pool)
+    # What is rounded how depends on the rows beside it.
+    assert cosine_similarity(*map(torch.from_numpy, (found, expected))).min() > 0.999
+
+
+@pytest.mark.parametrize("auto", ["float32", "bfloat16"])
+def test_auto_means_what_int8_needs(auto: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMPA_AUTO_DTYPE", auto)
+    assert sempa_st.load(tiny_base, device="cpu")[0].model.dtype == getattr(torch, auto)
+    rounded = sempa_st.load(tiny_base, int8=True)
+    assert (rounded[0].model.dtype, rounded.device.type) == (torch.float32, "cpu")

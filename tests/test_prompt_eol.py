@@ -3,14 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_gemma, make_llama, make_tokenizer, sample_sentences
+from conftest import make_gemma, make_llama, make_tokenizer, randomise, sample_sentences, save_base
+from families import make_causal_lm
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+import sempa_st
+from sempa_st.copying import copy_model
 from sempa_st.folder import install_template
 from sempa_st.prompt_eol import PromptEOL, pad_rows, tokenize
 from sempa_st.prompts import EMBEDDING_TEMPLATES
@@ -98,7 +103,8 @@ def test_a_long_sentence_is_cut_and_the_template_is_not() -> None:
     assert text.startswith('<bos>This sentence : "word word')
     assert text.endswith('" means in one word:"')
     whole = make_module(max_seq_length=400).preprocess(["short"])
-    assert ids["input_ids"][1][-8:].tolist() == whole["input_ids"][0][-8:].tolist()
+    short = ids["input_ids"][1][ids["attention_mask"][1].bool()]
+    assert short[-8:].tolist() == whole["input_ids"][0][-8:].tolist()
 
 
 def test_special_tokens_around_the_text_are_those_of_plain_tokenisation() -> None:
@@ -179,7 +185,7 @@ def test_what_cannot_work_is_refused() -> None:
         make_module(template="nope")
     with pytest.raises(ValueError, match="max_seq_length 5 leaves no room"):
         make_module(max_seq_length=5)
-    with pytest.raises(ValueError, match="embeds strings, got int: 7"):
+    with pytest.raises(ValueError, match=r"embeds sentences, .* got int: 7"):
         SentenceTransformer(modules=[make_module()], device="cpu").encode(["a", 7])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="torch backend only"):
         PromptEOL.load("anything", backend="onnx")
@@ -215,3 +221,68 @@ def test_settings_of_other_calls_of_the_tokenizer_change_nothing(settings: dict[
         found = tokenize(tokenizer, texts, add_special_tokens=special)
         assert found == list(zip(plain["input_ids"], plain["offset_mapping"], strict=True))
         assert (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation) == set_before
+
+
+def test_token_embeddings_and_other_inputs_are_those_of_plain_modules(adapter_folder: Path) -> None:
+    plain = SentenceTransformer(str(adapter_folder), device="cpu")
+    loaded = sempa_st.load(adapter_folder, device="cpu", dtype="float32")
+    texts = ["A cat", "A dog sleeps in the snow."]
+    for output in ("token_embeddings", None):
+        found, expected = (model.encode(texts, output_value=output) for model in (loaded, plain))
+        for one, other in zip(found, expected, strict=True):
+            if output is None:
+                read = one["attention_mask"].bool()
+                one, other = one["token_embeddings"][read], other["token_embeddings"][read]
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    for wrapped in ([{"text": text} for text in texts], {"text": texts[0]}):
+        found, expected = (torch.as_tensor(model.encode(wrapped)) for model in (loaded, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    for bad in ([3], [{"text": 3}]):
+        with pytest.raises(ValueError, match=r"embeds sentences, each a string or \{'text': string\}"):
+            loaded.encode(bad)
+    with pytest.raises(ValueError, match="one vector a sentence, and no token embeddings"):
+        sempa_st.load(adapter_folder, device="cpu", method="mean").encode(texts, output_value="token_embeddings")
+
+
+@pytest.mark.parametrize("method", [None, "mean"])
+def test_vectors_in_sixteen_bits_can_have_norm_one(tiny_base: Path, method: str | None) -> None:
+    model = sempa_st.load(tiny_base, method=method, device="cpu", dtype="bfloat16")
+    for options in ({}, {"convert_to_tensor": True}):
+        vectors = torch.as_tensor(model.encode(sample_sentences()[:9], normalize_embeddings=True, **options))
+        assert vectors.dtype == torch.float32
+        assert float((vectors.norm(dim=1) - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neo", "gptj"])
+@pytest.mark.parametrize("method", [None, "mean", "token-prepending:exit=2:layer=2"])
+def test_a_text_is_cut_to_the_positions_that_the_model_has(family: str, method: str | None, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"rotary_dim": 4} if family == "gptj" else {}
+    if family == "gpt_neo":
+        changes = {"attention_types": [[["global"], 3]]}
+    if method and family != "opt":
+        pytest.skip("methods know its layers by no name")
+    model = make_causal_lm(family, **{"max_position_embeddings": 128, **changes})
+    base = save_base(tmp_path / "base", model, make_tokenizer())
+    embedder = sempa_st.load(base, method=method, device="cpu", dtype="float32")
+    long = "A cat sleeps in the snow. " * 100
+    assert np.isfinite(embedder.encode([long, "A cat"])).all()
+    if not method:
+        assert embedder[0].max_seq_length == len(embedder[0].token_rows([long])[0]) == 128
+        native = SentenceTransformer(str(copy_model(str(base), tmp_path / "native")), device="cpu")
+        np.testing.assert_allclose(native.encode([long]), embedder.encode([long]), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_that_sentence_transformers_adds_works_and_is_kept(tiny_base: Path, tmp_path: Path) -> None:
+    model = sempa_st.load(tiny_base, device="cpu", dtype="float32")
+    before = model.encode(["A cat"])
+    model.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["q_proj"]))
+    np.testing.assert_allclose(model.encode(["A cat"]), before, rtol=0, atol=1e-6)
+    randomise(model)
+    after = model.encode(["A cat"])
+    assert abs(after - before).max() > 1e-3
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = sempa_st.load(tmp_path / "saved", device="cpu", dtype="float32")
+    np.testing.assert_allclose(again.encode(["A cat"]), after, rtol=0, atol=1e-5)

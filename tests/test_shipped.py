@@ -76,7 +76,9 @@ def train_nothing(folder: Path, base: Path, *, activated: bool) -> Path:
         settings["alora_invocation_tokens"] = closing_tokens(tokenizer, "pretended-cot")
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     form = "custom" if activated else "native"
-    write_embedding_files(folder, tokenizer, template="pretended-cot", max_seq_length=160, width=32, format=form)
+    write_embedding_files(
+        folder, tokenizer, template="pretended-cot", max_seq_length=160, config=make_gemma().config, format=form
+    )
     record = record_of(template="pretended-cot", max_seq_length=160, kl=1.0, kl_text="/mine/text.txt")
     (folder / "sempa_run.json").write_text(json.dumps(record))
     return folder

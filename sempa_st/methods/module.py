@@ -24,7 +24,9 @@ from sempa_st.prompt_eol import (
     DEFAULT_MAX_SEQ_LENGTH,
     embedding_width,
     load_adapter,
+    position_limit,
     save_model,
+    sentence_in,
     tokenize,
 )
 
@@ -43,6 +45,7 @@ class MethodModule(InputModule):
     """
 
     config_file_name = "sempa_method.json"
+    forward_kwargs: set[str] = {"token_embeddings"}  # noqa: RUF012 (a list of names that nothing changes)
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(
@@ -82,22 +85,31 @@ class MethodModule(InputModule):
         """Render, tokenise, cut and pad sentences.
 
         Args:
-            inputs: Sentences.
+            inputs: Sentences, each a string or ``{"text": string}``.
             prompt: Instruction put right before each sentence.
             **kwargs: Ignored; sentence-transformers passes its task here.
 
         Returns:
             The tensors of :class:`Rows`, those of a method's further texts with a number before their names.
+
+        Raises:
+            ValueError: If an input is no sentence.
         """
-        fitting = [self._fitting(f"{prompt or ''}{sentence}") for sentence in inputs]
+        fitting = [self._fitting(f"{prompt or ''}{sentence_in(text)}") for text in inputs]
         features: dict[str, Tensor] = {}
         for number, rows in enumerate(zip(*fitting, strict=True)):
             features |= {_key(name, number): tensor for name, tensor in self._tensors(rows).items()}
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``."""
-        features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features))
+        """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``, in float32.
+
+        Raises:
+            ValueError: If token embeddings are asked for.
+        """
+        if kwargs.get("token_embeddings"):
+            raise ValueError(f"The method {self.method!r} gives one vector a sentence, and no token embeddings.")
+        features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features)).float()
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -131,8 +143,10 @@ class MethodModule(InputModule):
         """Return the rows of a sentence's texts, the sentence cut at its end where one of them is too long."""
         while True:
             rows = [self._row(text) for text in self._method.render(sentence)]
-            # A placeholder is no part of the text.
-            excess = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows) - self.max_seq_length
+            # A placeholder is no part of the text, and has a position all the same.
+            longest = max(len(row["input_ids"]) for row in rows)
+            text = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows)
+            excess = max(text - self.max_seq_length, longest - (position_limit(self.layers.config) or longest))
             if excess <= 0 or not sentence:
                 return rows
             ((_, spans),) = tokenize(self.tokenizer, [sentence], add_special_tokens=False)

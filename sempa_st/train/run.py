@@ -36,7 +36,7 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.nli import NliData, load_nli
-from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL, embedding_width
+from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
 from sempa_st.prompts import embedding_template
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
 from sempa_st.train.build import Ingredients, build_trainer
@@ -211,7 +211,7 @@ def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[st
             parts.scorer.tokenizer,
             template=config.template,
             max_seq_length=config.max_seq_length,
-            width=embedding_width(parts.model.config),
+            config=parts.model.config,
             format=config.folder_format,
         )
         write_json(folder / RUN_RECORD, record)
