@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import ROW_SUFFIXES, atomic_file, check_output_file, iter_rows, list_rows
+from sempa_st.files import ROW_SUFFIXES, UTF8, atomic_file, check_output_file, is_text, iter_rows, list_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,7 +31,7 @@ class Sentences:
         path: The file.
         column: Column with the sentences; None for plain text.
         count: Number of sentences.
-        skipped: Number of empty or null ones left out.
+        skipped: Number of those left out that are empty or null, or hold half a character.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Sentences:
     def __iter__(self) -> Iterator[tuple[int, str]]:
         """Yield each sentence behind its row number in the file, from 1."""
         for number, value in enumerate(_values(self.path, self.column), 1):
-            if _is_sentence(value):
+            if is_text(value):
                 yield number, value
 
 
@@ -50,7 +50,7 @@ def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows
     """Find sentences: each line of a txt file, or one column of a csv, jsonl, json or parquet file.
 
     Raises:
-        SempaError: On an unknown kind of file or column, or an empty or null sentence.
+        SempaError: On an unknown kind of file or column, or an empty or null sentence, or one with half a character.
     """
     path = Path(path)
     if path.suffix.lower() == ".txt":
@@ -62,20 +62,16 @@ def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows
         raise SempaError(f"{path} has an unknown ending. Expected one of: .txt, {', '.join(ROW_SUFFIXES)}.")
     count, bad = 0, []
     for count, value in enumerate(_values(path, column), 1):
-        if not _is_sentence(value):
+        if not is_text(value):
             bad.append(count)
     if bad and not skip_bad_rows:
         raise SempaError(
-            f"{path} has {len(bad)} empty or null sentence(s), in row(s) {list_rows(bad)}. Mend them, or pass "
-            "--skip-bad-rows."
+            f"{path} has {len(bad)} empty or null sentence(s), or ones with half a character (a lone surrogate), in "
+            f"row(s) {list_rows(bad)}. Mend them, or pass --skip-bad-rows."
         )
     if count == len(bad):
         raise SempaError(f"{path} holds no sentence.")
     return Sentences(path, column, count - len(bad), len(bad))
-
-
-def _is_sentence(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _values(path: Path, column: str | None) -> Iterator[Any]:
@@ -84,7 +80,7 @@ def _values(path: Path, column: str | None) -> Iterator[Any]:
         return
     try:
         # Not splitlines(): form feeds and Unicode separators inside a sentence do not end it.
-        with path.open(encoding="utf-8") as handle:
+        with path.open(encoding=UTF8) as handle:
             yield from (line.removesuffix("\n") for line in handle)
     except (OSError, UnicodeDecodeError) as error:
         raise SempaError(f"{path} cannot be read as UTF-8 text: {error}") from error

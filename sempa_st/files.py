@@ -10,12 +10,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sempa_st.errors import SempaError
 
 _MAX_LISTED = 10
 _PARQUET_ROWS = 8192
+UTF8 = "utf-8-sig"
+"""How text of others is read: as UTF-8, and a byte order mark at its beginning is no part of it."""
 ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
@@ -168,11 +170,28 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raises :class:`SempaError` that names the file and the place of the fault."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding=UTF8))
     except FileNotFoundError as error:
         raise SempaError(f"{path} does not exist.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SempaError(f"{path} cannot be read as JSON: {error}. Restore the file from where it came.") from error
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is text that a tokenizer can read: a string with more than spaces, and without half characters.
+
+    JSON can hold half of a UTF-16 pair (``"\\ud800"``), which stands for no character.
+    """
+    return isinstance(value, str) and bool(value.strip()) and not half_characters(value)
+
+
+def half_characters(text: str) -> bool:
+    """Whether a string holds a lone surrogate, half of a character, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def list_rows(numbers: Sequence[int]) -> str:
@@ -214,12 +233,12 @@ def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             yield row
     except SempaError:
         raise
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise SempaError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
 
 
 def _iter_csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
+    with path.open(encoding=UTF8, newline="") as handle:
         for number, row in enumerate(csv.DictReader(handle, strict=True), 1):
             if None in row:
                 raise ValueError(f"row {number} has more fields than the header; quote fields that hold a comma")
@@ -227,13 +246,13 @@ def _iter_csv(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _iter_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding=UTF8) as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not JSON ({error})") from error
 
 

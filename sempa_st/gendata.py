@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import list_rows, read_rows
+from sempa_st.files import UTF8, list_rows, read_rows
 
 MMLU_SHOTS = 5
 FILES: dict[str, dict[str, str]] = {
@@ -95,7 +95,7 @@ def _truth_first(row: dict[str, Any]) -> dict[str, Any]:
 def _pages(file: Path) -> list[dict[str, Any]]:
     """Cut WikiText at its level-1 headings, as the document-level data set that the harness reads was cut."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding=UTF8).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SempaError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     pages: list[list[str]] = [[]]

@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import ROW_SUFFIXES, list_rows, read_rows
+from sempa_st.files import ROW_SUFFIXES, half_characters, is_text, list_rows, read_rows
 from sempa_st.runinfo import fingerprint
 
 _TRIPLET_COLUMNS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"))
 _PAIR_COLUMNS = (("premise", "hypothesis", "label"),)
 _LABELS = ("entailment", "neutral", "contradiction")
 """Names of SNLI's integer labels 0, 1 and 2; -1 marks a pair without a gold label."""
+_NO_LABEL = ("", "-")
+"""Texts that mark such a pair, too; where labels are missing, pandas writes the others as 0.0, 1.0 and 2.0."""
+_NO_TEXT = "empty or null sentences, or ones with half a character (a lone surrogate),"
 
 _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
     "princeton-nlp/datasets-for-simcse": {"data_files": "nli_for_simcse.csv"},
@@ -60,7 +63,7 @@ def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
             Hub data set, after a colon with a file or configuration name of it where it has several. Columns are
             either ``sent0, sent1, hard_neg`` (or ``anchor, positive, negative``; ``neutral`` is kept where present)
             or ``premise, hypothesis, label`` with labels as text or as SNLI's integers (0 entailment, 1 neutral,
-            2 contradiction, -1 no label).
+            2 contradiction, -1 or nothing for no label; also as 0.0, 1.0, ...).
         skip_bad_rows: Leave out bad rows and count them, instead of raising.
 
     Raises:
@@ -86,7 +89,10 @@ def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
                 f"{source} has the columns ({', '.join(map(str, columns))}). Expected {expected}. Rename its columns."
             )
     if not triplets:
-        raise SempaError(f"{source} holds no usable triplet: all {skipped} were skipped as bad. Check the file.")
+        raise SempaError(
+            f"{source} holds no usable triplet: {skipped} were skipped as bad, and pairs without a label give none. "
+            "Check the file."
+        )
     return NliData(triplets, source, skipped)
 
 
@@ -118,22 +124,19 @@ def _read_hub(source: str) -> list[dict[str, Any]]:
     return hub_rows(name, split="train", **arguments)
 
 
-def _is_text(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _from_triplets(
     rows: list[dict[str, Any]], names: tuple[str, str, str], source: str, skip_bad_rows: bool
 ) -> tuple[list[Triplet], int]:
     triplets, bad = [], []
     for number, row in enumerate(rows, 1):
         premise, entailed, contradicted = (row.get(name) for name in names)
-        if _is_text(premise) and _is_text(entailed) and _is_text(contradicted):
-            neutral = row.get("neutral")
-            triplets.append(Triplet(premise, entailed, contradicted, neutral if _is_text(neutral) else None))
+        neutral = row.get("neutral")
+        broken = isinstance(neutral, str) and half_characters(neutral)
+        if is_text(premise) and is_text(entailed) and is_text(contradicted) and not broken:
+            triplets.append(Triplet(premise, entailed, contradicted, neutral if is_text(neutral) else None))
         else:
             bad.append(number)
-    _report(bad, f"empty or null sentences in ({', '.join(names)})", source, skip_bad_rows)
+    _report(bad, f"{_NO_TEXT} in ({', '.join(names)})", source, skip_bad_rows)
     return triplets, len(bad)
 
 
@@ -146,14 +149,14 @@ def _from_pairs(
     for number, row in enumerate(rows, 1):
         premise, hypothesis, raw = (row.get(name) for name in names)
         label = _label(raw)
-        if not (_is_text(premise) and _is_text(hypothesis)):
+        if not (is_text(premise) and is_text(hypothesis)):
             empty.append(number)
         elif label is None:
             unknown.append(number)
         elif label:
             first_row.setdefault(premise, number)
             by_premise.setdefault(premise, {name: [] for name in _LABELS})[label].append(hypothesis)
-    _report(empty, "empty or null sentences in (premise, hypothesis)", source, skip_bad_rows)
+    _report(empty, f"{_NO_TEXT} in (premise, hypothesis)", source, skip_bad_rows)
     _report(unknown, f"labels other than {', '.join(_LABELS)}, 0, 1, 2 or -1", source, skip_bad_rows)
     triplets, lacking = [], []
     for premise, hypotheses in by_premise.items():
@@ -171,14 +174,17 @@ def _label(raw: Any) -> str | None:
         text = raw.strip().lower()
         if text in _LABELS:
             return text
-        if text in ("-", "-1"):
+        if text in _NO_LABEL:
             return ""
-        raw = int(text) if text.isdecimal() else None
-    if isinstance(raw, float) and raw.is_integer():
-        raw = int(raw)
-    if isinstance(raw, int) and -1 <= raw < len(_LABELS):
-        return _LABELS[raw] if raw >= 0 else ""
-    return None
+        try:
+            raw = float(text)
+        except ValueError:
+            return None
+    if raw is None or raw != raw:
+        return ""
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw not in range(-1, len(_LABELS)):
+        return None
+    return _LABELS[int(raw)] if raw >= 0 else ""
 
 
 def _combine(premise: str, entailment: list[str], neutral: list[str], contradiction: list[str]) -> Iterable[Triplet]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from sempa_st.errors import SempaError
+from sempa_st.files import UTF8
 
 Options = TypeVar("Options")
 
@@ -91,7 +92,7 @@ def load_yaml(path: str | Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding=UTF8))
     except OSError as error:
         raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

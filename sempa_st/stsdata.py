@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.files import read_rows
+from sempa_st.files import half_characters, read_rows
 from sempa_st.nli import sample_path
 
 if TYPE_CHECKING:
@@ -93,28 +94,32 @@ def read_pairs(files: Sequence[str | Path]) -> GradedPairs:
     """Read graded pairs (columns sentence1, sentence2, score) from one or more files, one after another.
 
     Raises:
-        SempaError: On missing columns, empty sentences, or scores that are no numbers (row numbers are listed).
+        SempaError: On missing columns, sentences that are no text, or scores that are no finite numbers; names the row.
     """
-    first: list[str] = []
-    second: list[str] = []
-    scores: list[float] = []
-    for file in files:
-        rows = read_rows(file)
-        if not rows or not set(COLUMNS) <= rows[0].keys():
-            found = ", ".join(map(str, rows[0])) if rows else "none"
-            raise SempaError(f"{file} has the columns ({found}). Expected ({', '.join(COLUMNS)}).")
-        for number, row in enumerate(rows, 1):
-            one, two, score = (row.get(column) for column in COLUMNS)
-            try:
-                grade = float(score)  # type: ignore[arg-type]
-            except (TypeError, ValueError):
-                grade = float("nan")
-            if not (isinstance(one, str) and isinstance(two, str)) or grade != grade:
-                raise SempaError(f"{file}, row {number}: expected two sentences and a number, got {row!r:.200}.")
-            first.append(one)
-            second.append(two)
-            scores.append(grade)
-    return GradedPairs(first, second, scores)
+    return _pairs(row for file in files for row in _checked(read_rows(file), str(file)))
+
+
+def _pairs(rows: Iterable[tuple[str, str, float]]) -> GradedPairs:
+    held = list(rows)
+    first, second, scores = ([row[place] for row in held] for place in range(len(COLUMNS)))
+    return GradedPairs(first, second, scores)  # type: ignore[arg-type]
+
+
+def _checked(rows: Sequence[dict[str, Any]], source: str) -> Iterable[tuple[str, str, float]]:
+    """Yield what stands in :data:`COLUMNS`, or raise :class:`SempaError` that names the row."""
+    if not rows or not set(COLUMNS) <= rows[0].keys():
+        found = ", ".join(map(str, rows[0])) if rows else "none"
+        raise SempaError(f"{source} has the columns ({found}). Expected ({', '.join(COLUMNS)}).")
+    for number, row in enumerate(rows, 1):
+        one, two, score = (row.get(column) for column in COLUMNS)
+        try:
+            grade = float(score)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            grade = math.nan
+        texts = all(isinstance(text, str) and not half_characters(text) for text in (one, two))
+        if not (texts and math.isfinite(grade)):
+            raise SempaError(f"{source}, row {number}: expected two sentences and a number, got {row!a:.200}.")
+        yield one, two, grade  # type: ignore[misc]
 
 
 def dev_pairs(dev: str, data_dir: str | None) -> GradedPairs:
@@ -148,5 +153,4 @@ def _stsb_dev(data_dir: str | None) -> GradedPairs:
             f"STS-B dev is needed to choose the best checkpoint. {error} Offline, pass --data-dir with a folder that "
             "holds sts/stsb.dev.parquet, or --dev sample for the pairs that this package ships."
         ) from error
-    columns = ([row[column] for row in rows] for column in COLUMNS)
-    return GradedPairs(*columns)
+    return _pairs(_checked(rows, "mteb/stsbenchmark-sts (validation)"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sempa_st.errors import SempaError
+from sempa_st.files import UTF8
 
 PASSAGE_TOKENS = 128
 
@@ -38,7 +39,7 @@ def read_passages(path: str, tokenizer: PreTrainedTokenizerBase) -> Passages:
     """
     try:
         content = Path(path).read_bytes()
-        text = content.decode()
+        text = content.decode(UTF8)
     except (OSError, UnicodeDecodeError) as error:
         raise SempaError(f"The text {path} cannot be read ({error}). Expected a text file in UTF-8.") from error
     beginning = _beginning(tokenizer)
