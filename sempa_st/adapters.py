@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.adapter_kinds import layers_pattern, skeleton
 from sempa_st.bases import Base, load_causal_lm
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
@@ -15,6 +16,9 @@ from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+_PROBED = 32
+"""Tokens on which a merged model is compared with what it was made of."""
 
 
 def linear_suffixes(model: PreTrainedModel) -> list[str]:
@@ -75,6 +79,8 @@ def lora_config(
         lora_dropout=dropout,
         target_modules=linear_suffixes(model),
         layers_to_transform=None if layers is None else list(layers),
+        # Without it PEFT finds no layer in a decoder without the LM head.
+        layers_pattern=None if layers is None else layers_pattern(model),
         alora_invocation_tokens=None if invocation is None else list(invocation),
     )
 
@@ -145,12 +151,7 @@ def check_adapter(base: Base, folder: str | Path) -> None:
     Raises:
         SempaError: As :func:`attach_adapter` does.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder)))
-    attach_adapter(skeleton, folder, base.name)
+    attach_adapter(skeleton(base), folder, base.name)
 
 
 def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -160,9 +161,35 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
         base: The base that the adapter was trained on.
         folder: Adapter folder.
         dtype: Type of the result; the sum itself is taken in float32.
+
+    Raises:
+        SempaError: If the adapter cannot be merged, or the merged model would give other outputs.
     """
     import torch
 
     tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), folder, base.name)
-    merged: PreTrainedModel = tuned.merge_and_unload()
+    before = _outputs(tuned)
+    try:
+        merged: PreTrainedModel = tuned.merge_and_unload()
+        merged.tie_weights()  # as when it is loaded again
+        after = _outputs(merged)
+    except (RuntimeError, ValueError) as error:
+        raise SempaError(f"The adapter in {folder} cannot be merged ({error}). Leave out --merge.") from error
+    pairs = zip(before, after, strict=True)
+    if any(not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max())) for one, two in pairs):
+        raise SempaError(
+            f"The adapter in {folder} cannot be merged: the merged model gives other outputs, as where an embedding "
+            "changes that the LM head shares. Leave out --merge."
+        )
     return merged.to(dtype=dtype)  # type: ignore[call-arg]
+
+
+def _outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the last states and the logits at some tokens of the vocabulary."""
+    import torch
+
+    config = model.config.get_text_config()
+    ids = torch.linspace(0, config.vocab_size - 1, _PROBED).long()[None]
+    with torch.no_grad():
+        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    return output.hidden_states[-1], output.logits

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.adapter_kinds import check_mean
 from sempa_st.adapters import check_adapter
 from sempa_st.card import published_name, read_record
 from sempa_st.copying import copy_model
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _FREE = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode", "peft_version",
+    "layers_pattern", "init_lora_weights",
 )  # fmt: skip
 """Settings in which adapters may differ."""
 _SCALINGS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -86,6 +88,7 @@ def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
                 f"The adapter of {source.name} ({', '.join(odd) or settings[-1].get('peft_type')}) cannot be "
                 "averaged. Expected a plain LoRA."
             )
+        check_mean(source.name, source.folder)
         differing = [
             name
             for name in settings[0].keys() | settings[-1].keys()

@@ -192,21 +192,44 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(last_resort)
 
 
-def load_causal_lm(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True) -> PreTrainedModel:
     """Load the causal language model in ``folder`` from safetensors, with its LM head.
 
+    Args:
+        folder: Local folder.
+        dtype: Type of the weights.
+        whole: Refuse a model that can be embedded with alone: one without an LM head, or with quantised weights.
+
     Raises:
-        SempaError: If its files cannot be read or do not fit together.
+        SempaError: If its files cannot be read, do not fit together, or lack weights.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info, quantisation
+
+    model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype)
+
+    if whole and getattr(model, "is_quantized", False):
         raise SempaError(
-            f"The model in {folder} cannot be read ({error}). Restore or download the folder again."
-        ) from error
+            f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need full "
+            "ones. Take the model that they were made from, or its own dequantised copy."
+        )
+    check_whole(model, info, folder, head=whole)
+    check_finite_weights(model, folder)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_causal_lm(folder: str | Path) -> None:
+    """Raise :class:`SempaError` unless ``folder`` holds all weights of a causal language model, its LM head included.
+
+    Names and sizes are compared; no weights are read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sempa_st.weights import check_whole, loaded_with_info
+
+    check_whole(*loaded_with_info(AutoModelForCausalLM, folder, device_map="meta"), folder)
 
 
 def cache_folder() -> Path:

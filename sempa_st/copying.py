@@ -7,8 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sempa_st.adapter_kinds import (
+    check_activated,
+    check_native,
+    check_scaled,
+    rewrite_tensors,
+    write_native_settings,
+)
 from sempa_st.adapters import check_adapter, merged_model
-from sempa_st.bases import Base, load_tokenizer, resolve_base
+from sempa_st.bases import Base, check_causal_lm, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.devices import pick_dtype
 from sempa_st.errors import SempaError
@@ -32,7 +39,7 @@ from sempa_st.folder import (
     weight_files,
     write_embedding_files,
 )
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, save_model
+from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.sources import Source, adapter_base, find_model
 
@@ -93,6 +100,10 @@ def copy_model(
             f"--scale {scale} cannot be applied. Expected a number above 0, a model that holds an adapter, and "
             "no --merge (merge the scaled copy instead)."
         )
+    if scale != 1:
+        check_scaled(model, source.folder)
+    if not adapter:
+        check_causal_lm(source.folder)
     if is_activated(source.folder) and (merge or format == "native"):
         _check_whole_rows(model, source.folder, merge)
     if source.kind == "sempa" and template:
@@ -114,7 +125,11 @@ def copy_model(
                     (folder / CONFIG).unlink()  # it refused the readers that can open the copy
                 if activate:
                     set_invocation(folder, opening_tokens(tokenizer, template))
-                _scale_adapter(folder / ADAPTER_WEIGHTS, scale)
+                    check_activated(origin, model, folder)
+                rewrite_tensors(origin, folder, scale)
+                if format == "native":
+                    write_native_settings(origin, folder)
+                    check_native(origin, model, folder)
         write_embedding_files(
             folder,
             tokenizer,
@@ -170,15 +185,6 @@ def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
             f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. In the format "
             "native it would act on every token or on none. Expected format custom."
         )
-
-
-def _scale_adapter(path: Path, scale: float) -> None:
-    from safetensors.torch import load_file, save_file
-
-    if scale != 1:
-        tensors = load_file(path)
-        scaled = {name: scale * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
-        save_file(scaled, path, metadata={"format": "pt"})
 
 
 def _config(folder: Path) -> PreTrainedConfig:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.adapter_kinds import check_native
 from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.folder import (
+    CONFIG,
+    MODULES,
     ST_CONFIG,
     folder_digest,
     folder_format,
@@ -24,6 +27,7 @@ from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model
+from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info, readable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -114,7 +118,7 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
     definition = embedding_template(template)
     tokenizer = load_tokenizer(source.folder)
     install_template(tokenizer, definition)
-    decoder = load_causal_lm(source.folder, dtype).eval()
+    decoder = load_causal_lm(source.folder, dtype, whole=False).eval()
     return _assemble(PromptEOL(decoder, tokenizer, template=template), source, device)
 
 
@@ -135,14 +139,15 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         for folder in filter(is_activated, folders):
             raise SempaError(f"The adapter in {folder} acts from certain tokens on, which no --method has.")
         tokenizer = load_tokenizer(below.folder)
-        model = load_causal_lm(below.folder, dtype).eval()
+        model = load_causal_lm(below.folder, dtype).eval()  # adapters are merged into it
         merge_adapters(model, folders, below.name)
         return model, tokenizer
     tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype).eval(), tokenizer
+        return load_causal_lm(source.folder, dtype, whole=False).eval(), tokenizer
     found = adapter_base(source.folder, base)
-    return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
+    model = load_causal_lm(found.folder, dtype, whole=False)
+    return attach_adapter(model, source.folder, found.name), tokenizer
 
 
 def _load_method(
@@ -168,15 +173,14 @@ def _load_method(
 
 
 def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
-    try:
-        model = AutoModel.from_pretrained(source.folder, dtype=dtype, use_safetensors=True).eval()
+    model, info = loaded_with_info(AutoModel, source.folder, dtype=dtype)
+    with readable(source.folder):
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SempaError(f"The encoder in {source.folder} cannot be read: {error}") from error
-    return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer
+    check_whole(model, info, source.folder)
+    check_finite_weights(model, source.folder)
+    return model.get_encoder().eval() if model.config.is_encoder_decoder else model.eval(), tokenizer
 
 
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
@@ -196,7 +200,6 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
 
 
 def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
-    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     if folder_format(source.folder) == "custom":
@@ -209,12 +212,23 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
                 else ", or make a native copy with sempa copy FOLDER DIR --format native"
             )
         )
-    try:
+    if is_adapter_folder(source.folder):
+        check_native(adapter_base(source.folder), source.name, source.folder)
+    else:
+        _check_plain_weights(source.folder)
+    with readable(source.folder):
         model_kwargs = {"dtype": dtype, "use_safetensors": True}
         model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SempaError(f"{source.name} cannot be opened with sentence-transformers: {error}") from error
     return _named(model, source)
+
+
+def _check_plain_weights(folder: Path) -> None:
+    """Raise :class:`SempaError` if sentence-transformers would fill a checkpoint in ``folder`` with random weights."""
+    from transformers import AutoModel
+
+    for part in (folder / str(module.get("path", "")) for module in read_json(folder / MODULES)):
+        if (part / CONFIG).is_file() and "architectures" in read_json(part / CONFIG):
+            check_whole(*loaded_with_info(AutoModel, part, device_map="meta"), part)
 
 
 def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SOURCES = ("prompt_eol.py", "peft_models.py")
 """Files of code that a folder of format ``custom`` carries."""
+_START_AT_ZERO = ("lora_B", "lora_embedding_A")
+"""Factors of an update that are zero before training."""
 
 
 class PromptEOL(InputModule):
@@ -352,33 +354,56 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
         The PEFT model, adapter active, weights frozen.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected or of another shape, or if the adapter changes nothing.
+        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if none changes anything.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    if on_meta := model.device.type == "meta":
+        config.init_lora_weights = True  # some ways to start would look at the weights
     tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
     tuned = PeftModel(model, config)
-    _check_fit(get_peft_model_state_dict(tuned, save_embedding_layers=False), tensors)
-    if model.device.type == "meta":
+    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    tensors = full_names(tensors, expected, model.base_model_prefix)
+    own = tuned.state_dict()
+    # PEFT saves a base's embedding beside an update of it.
+    copies = {name: own[name] for name in tensors if name.endswith(".base_layer.weight") and name in own}
+    _check_fit(expected | copies, tensors)
+    if on_meta:
         return tuned
+    if any(not torch.allclose(there.float(), tensors[name].float(), rtol=0.01) for name, there in copies.items()):
+        raise ValueError(f"It carries another embedding than the base has, in the tensor {min(copies)}.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     set_peft_model_state_dict(tuned, tensors)
     live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
         raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
-    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(part in name for part in _START_AT_ZERO)]
+    if moved and not any(moved) and all("lora_" in name for name in tensors):
         raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
     return tuned.eval()
 
 
+def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names that a model with its LM head gives them.
+
+    ``SentenceTransformer.save_pretrained`` knows the layers alone, and leaves their own name (``layers``) out.
+    """
+    outer = "base_model.model."
+    renamed = {f"{outer}{layers}.{name.removeprefix(outer)}": tensor for name, tensor in tensors.items()}
+    return renamed if renamed.keys() == set(expected) else tensors
+
+
 def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    reshaped = {name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape}
     faults = {
         "missing": expected.keys() - found.keys(),
         "unexpected": found.keys() - expected.keys(),
-        "of another shape": reshaped,
+        "of another shape": {name for name in expected.keys() & found if expected[name].shape != found[name].shape},
+        "infinite or no number, as after a training that diverged": {
+            name for name, tensor in found.items() if not tensor.isfinite().all()
+        },
     }
     told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
     if told:

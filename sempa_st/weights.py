@@ -1,0 +1,162 @@
+"""Weights as they came from the disk: none missing, none left over, none that is no number, or an error says which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sempa_st.errors import SempaError
+from sempa_st.files import read_json
+
+_TOLD = 3
+"""Tensors that an error names."""
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_POOLER = re.compile(r"(^|\.)pooler\.")
+"""A head on an encoder that no reading of its states runs; a checkpoint of another head lacks it."""
+
+
+def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model and what :func:`check_whole` needs to know of it.
+
+    Args:
+        kind: Auto class of transformers.
+        folder: Local folder with safetensors.
+        **arguments: More arguments of ``from_pretrained``.
+
+    Raises:
+        SempaError: If its files cannot be read.
+    """
+    with readable(folder):
+        model, info = kind.from_pretrained(
+            str(folder), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **arguments
+        )
+    return model, info
+
+
+@contextmanager
+def readable(folder: str | Path) -> Iterator[None]:
+    """Turn what transformers raises on a folder that it cannot load into a :class:`SempaError`."""
+    try:
+        yield
+    except ImportError as error:
+        method = quantisation(folder)
+        needs = f"Its weights are quantised ({method}). " if method else ""
+        raise SempaError(
+            f"The model in {folder} needs a package that is not installed. {needs}{_first_line(error)} Install it, or "
+            "take a copy with full weights."
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SempaError(
+            f"The model in {folder} cannot be read ({error}). Restore or download the folder again."
+        ) from error
+
+
+def quantisation(folder: str | Path) -> str | None:
+    """Return the method by which the weights in a folder are quantised, if they are."""
+    path = Path(folder, "config.json")
+    settings = read_json(path).get("quantization_config") if path.is_file() else None
+    return str(settings.get("quant_method") or "unknown method") if isinstance(settings, dict) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class MissingHead(nn.Module):
+    """Stands where a checkpoint has no LM head: what needs one is told so, and nobody gets random logits.
+
+    Args:
+        folder: Folder of the checkpoint.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = str(folder)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Raise :class:`SempaError`."""
+        raise missing_head(self.folder)
+
+
+def missing_head(folder: str | Path) -> SempaError:
+    """Return the error for a model without an LM head that is to do more than embed."""
+    return SempaError(
+        f"The weights in {folder} hold the layers of a decoder and no LM head, as sentence-transformers saves them, so "
+        "this model embeds and does not generate. Take the folder that it was made from; sempa copy FOLDER DIR makes "
+        "whole copies."
+    )
+
+
+def check_whole(model: Any, info: Mapping[str, Any], folder: str | Path, *, head: bool = True) -> None:
+    """Refuse a checkpoint that does not hold just what the model has: transformers fills it up with random weights.
+
+    Args:
+        model: Model as loaded.
+        info: What ``from_pretrained(..., output_loading_info=True)`` returned beside it, with sizes ignored.
+        folder: Folder of the checkpoint.
+        head: Whether an LM head must be there; where it need not, a missing one becomes a :class:`MissingHead`.
+
+    Raises:
+        SempaError: If a tensor is missing, of another size, or left over; the message names the first few.
+    """
+    sizes = {_name(entry) for entry in info["mismatched_keys"]}
+    missing = {name for name in info["missing_keys"] if not _POOLER.search(name)} - sizes
+    if model.config.is_encoder_decoder:  # an encoder is read alone
+        missing = {name for name in missing if name.startswith(("encoder.", "shared."))}
+    without = _of_head(model) & missing
+    if without and not missing - without and not sizes:
+        if head:
+            raise missing_head(folder)
+        model.set_output_embeddings(MissingHead(folder))
+        missing = set()
+    left_over = _of_layers(model, info["unexpected_keys"])
+    faults = {"missing": missing, "of another size": sizes, "left over": left_over}
+    told = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise SempaError(
+            f"The weights in {folder} are not those of the model that its config.json describes "
+            f"({type(model).__name__}); tensors: {'; '.join(told)}. Restore or download the folder again."
+        )
+
+
+def _name(entry: Any) -> str:
+    return entry if isinstance(entry, str) else str(entry[0])
+
+
+def _first(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:_TOLD]) + (", ..." if len(ordered) > _TOLD else "")
+
+
+def _of_head(model: Any) -> set[str]:
+    head = model.get_output_embeddings()
+    found = [name for name, module in model.named_modules() if module is head and head is not None]
+    return {f"{name}.{own}" for name in found for own in ("weight", "bias")}
+
+
+def _of_layers(model: Any, unexpected: Iterable[str]) -> set[str]:
+    """Return those tensors that belong to the layers; other heads and towers may lie in a checkpoint beside them."""
+    layers: nn.Module = model.base_model
+    own = {name for name, _ in layers.named_children()} | {model.base_model_prefix}
+    return {name for name in unexpected if name.partition(".")[0] in own and not _POOLER.search(name)}
+
+
+def check_finite_weights(model: nn.Module, folder: str | Path) -> None:
+    """Raise :class:`SempaError` if a weight is infinite or no number; the message names its tensor."""
+    for name, tensor in model.named_parameters():
+        # The sum tells at the price of reading; only an odd one is looked at in full.
+        if tensor.dtype not in _FLOATS or tensor.sum(dtype=torch.float32).isfinite():
+            continue
+        if bad := int((~tensor.isfinite()).sum()):
+            raise SempaError(
+                f"The weights in {folder} hold {bad} value(s) that are infinite or no number, in the tensor {name} "
+                f"(read as {str(tensor.dtype).removeprefix('torch.')}). Restore or download the folder again; if it is "
+                "float16 that cannot hold them, choose --dtype float32 or bfloat16."
+            )

@@ -1,0 +1,162 @@
+"""Checkpoints that do not hold just what the model has: never filled up with random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import finish_adapter, make_llama, make_tokenizer, save_base
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertForMaskedLM
+
+import sempa_st
+from sempa_st.bases import load_causal_lm
+from sempa_st.copying import copy_model
+from sempa_st.errors import SempaError
+
+TEXTS = ["A cat sleeps.", "Why?"]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return sempa_st.load(folder, **{"dtype": "float32", "device": "cpu", **options})
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_base(tmp_path / "base", make_llama(), make_tokenizer())
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"9 missing \(model\.layers\.3\.input_layernorm\.weight, .*, \.\.\.\)\."),
+        ({"num_hidden_layers": 2}, r"9 left over \(model\.layers\.2\.input_layernorm\.weight, "),
+        ({"vocab_size": 700}, r"2 of another size \(lm_head\.weight, model\.embed_tokens\.weight\)\."),
+        ({"attention_bias": True}, r"12 missing \(model\.layers\.0\.self_attn\.k_proj\.bias, "),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused(base: Path, change: dict[str, Any], message: str) -> None:
+    native = copy_model(str(base), base.parent / "native")
+    for folder in (base, native):
+        change_config(folder, **change)
+        with pytest.raises(SempaError, match=f"^The weights in .*LlamaForCausalLM.*{message}"):
+            load(folder)
+    with pytest.raises(SempaError, match=r"^The weights in .*LlamaModel"):
+        load(native, reader="native")
+
+
+def test_what_lies_beside_the_layers_is_left_alone(base: Path) -> None:
+    expected = load(base).encode(TEXTS)
+    change_weights(base, lambda tensors: tensors.update({"v_head.weight": torch.ones(3)}))
+    np.testing.assert_array_equal(load(base).encode(TEXTS), expected)
+
+
+def test_an_encoder_with_missing_layers_is_refused(tmp_path: Path) -> None:
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    save_base(tmp_path / "bert", BertForMaskedLM(BertConfig(vocab_size=600, **small)), make_tokenizer())
+    assert load(tmp_path / "bert", method="bert-avg").encode(TEXTS).shape == (2, 16)
+    change_config(tmp_path / "bert", num_hidden_layers=2)
+    with pytest.raises(SempaError, match=r"16 missing \(encoder\.layer\.1\."):
+        load(tmp_path / "bert", method="bert-avg")
+
+
+def test_a_model_that_plain_readers_saved_without_its_head_embeds_and_does_not_generate(
+    adapter_folder: Path, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    merged = copy_model(str(adapter_folder), tmp_path / "merged", merge=True)
+    headless = tmp_path / "headless"
+    SentenceTransformer(str(merged), device="cpu").save_pretrained(str(headless))
+    model = load(headless)
+    np.testing.assert_allclose(model.encode(TEXTS), load(merged).encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(load(headless, method="mean").encode(TEXTS), load(merged, method="mean").encode(TEXTS))
+    for use in (
+        lambda: model[0].model.generate(torch.tensor([[1, 5]]), max_new_tokens=2),
+        lambda: load_causal_lm(headless, torch.float32),
+        lambda: copy_model(str(headless), tmp_path / "copy"),
+    ):
+        with pytest.raises(SempaError, match=r"^The weights in .*headless hold .* no LM head[^\n]*$"):
+            use()
+    assert not (tmp_path / "copy").exists()
+    model.save_pretrained(str(tmp_path / "again"))
+    np.testing.assert_allclose(load(tmp_path / "again").encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+
+
+def test_an_adapter_that_plain_readers_saved_is_read_and_mended(adapter_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    SentenceTransformer(str(adapter_folder), device="cpu").save_pretrained(str(saved))
+    names = load_file(saved / "adapter_model.safetensors")
+    assert not any(".model.model." in name for name in names)
+    expected = load(adapter_folder).encode(TEXTS)
+    np.testing.assert_array_equal(load(saved).encode(TEXTS), expected)
+    np.testing.assert_allclose(load(saved, reader="native").encode(TEXTS), expected, atol=1e-4)
+    for format in ("native", "custom"):
+        mended = copy_model(str(saved), tmp_path / format, format=format)
+        assert (
+            load_file(mended / "adapter_model.safetensors").keys()
+            == load_file(adapter_folder / "adapter_model.safetensors").keys()
+        )
+        np.testing.assert_array_equal(load(mended).encode(TEXTS), expected)
+        plain = SentenceTransformer(str(mended), device="cpu", trust_remote_code=format == "custom")
+        np.testing.assert_allclose(plain.encode(TEXTS), expected, atol=1e-4)
+        tuned, kept = (AutoPeftModelForCausalLM.from_pretrained(folder) for folder in (mended, adapter_folder))
+        ids = torch.tensor([[1, 9, 200, 31]])
+        assert torch.equal(tuned(ids).logits, kept(ids).logits)
+    activated = copy_model(str(saved), tmp_path / "activated", activate=True)
+    np.testing.assert_allclose(load(activated).encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(base: Path, value: float) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+    change_weights(base, spoil)
+    with pytest.raises(SempaError, match=r"1 value\(s\) .* in the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(base)
+
+
+def test_weights_that_float16_cannot_hold_are_named(base: Path) -> None:
+    change_weights(base, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
+    with pytest.raises(SempaError, match=r"model\.norm\.weight \(read as float16\).*choose --dtype float32"):
+        load(base, dtype="float16")
+    assert np.isfinite(load(base).encode(TEXTS)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["lora_A", "lora_B"])
+def test_an_adapter_that_holds_no_number_is_refused(tiny_base: Path, tmp_path: Path, place: str, value: float) -> None:
+    folder = finish_adapter(tmp_path / "model", tiny_base, make_llama())
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = f"base_model.model.model.layers.0.mlp.up_proj.{place}.weight"
+    tensors[name][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    for use in (lambda: load(folder), lambda: copy_model(str(folder), tmp_path / "copy")):
+        with pytest.raises(SempaError, match=f"infinite or no number.*{name}"):
+            use()
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "no-such-method"])
+def test_quantised_bases_say_what_they_need(base: Path, method: str) -> None:
+    change_config(base, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4})
+    with pytest.raises(SempaError, match=r"^The model in .* quantised[^\n]*$"):
+        load(base)
