@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import Base, load_causal_lm
+from sempa_st.bases import Base, load_causal_lm, load_config, unreadable
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json
+from sempa_st.inspection import read_settings
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 
 if TYPE_CHECKING:
@@ -105,9 +105,6 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: s
     from safetensors import safe_open
 
     for folder in reversed(folders):
-        kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-        if kind != "LORA":
-            raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
         with _clear_errors(folder, base_name):
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
                 inner = f"base_model.model.{model.base_model_prefix}."
@@ -125,14 +122,17 @@ def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
             f"{folder} has no {ADAPTER_WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded; expected "
             "safetensors."
         )
+    kind = read_settings(folder, ADAPTER_CONFIG)["peft_type"]
+    if kind != "LORA":
+        raise SempaError(f"The adapter in {folder} is of the peft_type {kind!r}. Expected LORA.")
     try:
         yield
     except SafetensorError as error:
         raise SempaError(
             f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore the file from where it came."
         ) from error
-    except (ValueError, RuntimeError) as error:
-        trained_on = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except Exception as error:  # PEFT raises many types for one cause: the adapter and the base do not go together
+        trained_on = read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
         raise SempaError(
             f"The adapter in {folder} cannot be used on the base {base_name!r}. {error} It names {trained_on!r} as its "
             "base; another one is given with --base."
@@ -146,10 +146,14 @@ def check_adapter(base: Base, folder: str | Path) -> None:
         SempaError: As :func:`attach_adapter` does.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder)))
+    config = load_config(base.folder)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of many types, as for a tokenizer
+        raise unreadable("model", base.folder, error) from error
     attach_adapter(skeleton, folder, base.name)
 
 

@@ -12,8 +12,9 @@ from sempa_st.adapters import check_adapter
 from sempa_st.card import published_name, read_record
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
-from sempa_st.files import check_apart, check_output_folder, read_json, write_json
+from sempa_st.files import check_apart, check_output_folder, write_json
 from sempa_st.folder import RUN_RECORD, folder_digest, template_name
+from sempa_st.inspection import read_settings
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.sources import Source, adapter_base, find_model
 
@@ -79,7 +80,7 @@ def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
         path = source.folder / ADAPTER_CONFIG
         if source.kind != "sempa" or not path.is_file():
             raise SempaError(f"{source.name} holds no adapter to average. Expected a SemPA folder with one.")
-        settings.append(read_json(path))
+        settings.append(read_settings(source.folder, ADAPTER_CONFIG))
         odd = [name for name in _SCALINGS if settings[-1].get(name)]
         if settings[-1].get("peft_type") != "LORA" or odd:
             raise SempaError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sempa_st.adapters import check_adapter, merged_model
-from sempa_st.bases import Base, load_tokenizer, resolve_base
+from sempa_st.bases import Base, embedding_rows, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.devices import pick_dtype
 from sempa_st.errors import SempaError
@@ -20,7 +20,6 @@ from sempa_st.folder import (
     check_format,
     copy_files,
     folder_format,
-    folder_max_seq_length,
     install_template,
     invocation_of,
     is_activated,
@@ -34,6 +33,7 @@ from sempa_st.folder import (
 )
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.settings import embedding_settings
 from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def copy_model(
     check_apart(output, [source.folder, origin.folder])
     if adapter:
         check_adapter(origin, source.folder)
-    tokenizer, template, length = _embedding_settings(source, template)
+    tokenizer, template, length = _embedding_settings(source, origin, template)
     with atomic_folder(output, overwrite=overwrite) as folder:
         if merge:
             save_model(merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), folder)
@@ -120,7 +120,7 @@ def copy_model(
             tokenizer,
             template=template,
             max_seq_length=length,
-            width=_width(origin.folder),
+            width=embedding_width(load_config(origin.folder)),
             format=format,
         )
         record = read_record(source.folder)
@@ -146,13 +146,13 @@ def _origin(source: Source, adapter: bool, base: str | None) -> Base:
     return replace(resolve_base(str(source.folder)), name=str(record.get("base") or source.name))
 
 
-def _embedding_settings(source: Source, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
-    tokenizer = load_tokenizer(source.folder)
+def _embedding_settings(source: Source, origin: Base, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
+    tokenizer = load_tokenizer(source.folder, embedding_rows(origin.folder))
     if source.kind == "base":
         chosen = embedding_template(template or DEFAULT_TEMPLATE)
         install_template(tokenizer, chosen)
         return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
-    return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
+    return tokenizer, *embedding_settings(source.folder, tokenizer)
 
 
 def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
@@ -179,9 +179,3 @@ def _scale_adapter(path: Path, scale: float) -> None:
         tensors = load_file(path)
         scaled = {name: scale * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
         save_file(scaled, path, metadata={"format": "pt"})
-
-
-def _width(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    return embedding_width(AutoConfig.from_pretrained(str(folder)))

@@ -5,24 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
+from sempa_st.bases import EMBEDDED_BASE, embedding_rows, load_causal_lm, load_tokenizer, unreadable
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json
 from sempa_st.folder import (
+    CONFIG,
     ST_CONFIG,
+    base_of_adapter,
     folder_digest,
     folder_format,
-    folder_max_seq_length,
     install_template,
     is_activated,
     is_adapter_folder,
-    template_name,
 )
+from sempa_st.hub import model_folder
+from sempa_st.inspection import read_settings
+from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.settings import embedding_settings
 from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model
 
 if TYPE_CHECKING:
@@ -96,7 +99,7 @@ def _check_readable(source: Source, reader: str) -> None:
     if source.kind == "adapter":
         raise bare_adapter(source.name)
     if source.kind == "encoder":
-        kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
+        kinds = ", ".join(read_settings(source.folder, CONFIG).get("architectures") or ["of unknown architecture"])
         raise SempaError(
             f"{source.name} ({kinds}) is an encoder and not a decoder. Give it a method: "
             f"{', '.join(methods_for(encoders=True))}."
@@ -116,10 +119,8 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
-    folder = source.folder
-    template = template_name(folder) or DEFAULT_TEMPLATE
-    length = folder_max_seq_length(folder)
     model, tokenizer = _load_decoder(source, base, dtype)
+    template, length = embedding_settings(source.folder, tokenizer)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
 
 
@@ -135,10 +136,10 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         model = load_causal_lm(below.folder, dtype).eval()
         merge_adapters(model, folders, below.name)
         return model, tokenizer
-    tokenizer = load_tokenizer(source.folder)
     if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype).eval(), tokenizer
+        return load_causal_lm(source.folder, dtype).eval(), load_tokenizer(source.folder)
     found = adapter_base(source.folder, base)
+    tokenizer = load_tokenizer(source.folder, embedding_rows(found.folder))
     return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
 
 
@@ -165,22 +166,21 @@ def _load_method(
 
 
 def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
+    options = {"trust_remote_code": False}
     try:
-        model = AutoModel.from_pretrained(source.folder, dtype=dtype, use_safetensors=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SempaError(f"The encoder in {source.folder} cannot be read: {error}") from error
+        model = AutoModel.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
+    except Exception as error:  # of many types, as for a decoder
+        raise unreadable("encoder", source.folder, error) from error
     return model.get_encoder() if model.config.is_encoder_decoder else model, tokenizer
 
 
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
     from sempa_st.embedder import SentenceTransformer
 
-    config_file = source.folder / ST_CONFIG
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = read_settings(source.folder, ST_CONFIG) if (source.folder / ST_CONFIG).is_file() else {}
     module.embed_rows = embed_packed
     model = SentenceTransformer(
         modules=[module],
@@ -193,7 +193,6 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
 
 
 def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
-    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     if folder_format(source.folder) == "custom":
@@ -206,11 +205,20 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
                 else ", or make a native copy with sempa copy FOLDER DIR --format native"
             )
         )
+    if is_adapter_folder(source.folder):
+        model_folder(base_of_adapter(source.folder))  # it is looked through before a library opens it
     try:
         model_kwargs = {"dtype": dtype, "use_safetensors": True}
-        model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SempaError(f"{source.name} cannot be opened with sentence-transformers: {error}") from error
+        model = SentenceTransformer(
+            str(source.folder), device=device, model_kwargs=model_kwargs, trust_remote_code=False
+        )
+    except Exception as error:  # of many types, as for a decoder
+        raise unreadable("model", source.folder, error) from error
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if source.kind == "sempa":
+        embedding_settings(source.folder, tokenizer)
+    else:
+        check_chat_templates(getattr(tokenizer, "chat_template", None), source.folder)
     return _named(model, source)
 
 

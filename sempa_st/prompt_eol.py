@@ -179,7 +179,8 @@ class PromptEOL(InputModule):
         template = config.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
         if template is None:
             raise ValueError(f"{model_name_or_path} names no embedding template in {cls.config_file_name}.")
-        files = {"subfolder": subfolder, "cache_dir": cache_folder, **hub}
+        trusted = bool(kwargs.get("trust_remote_code"))  # never None, with which transformers asks
+        files = {"subfolder": subfolder, "cache_dir": cache_folder, "trust_remote_code": trusted, **hub}
         of_tokenizer = files | (kwargs.get("processor_kwargs") or {})
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **of_tokenizer)
         adapter = cls.load_file_path(model_name_or_path, ADAPTER_WEIGHTS, **here)
@@ -191,10 +192,9 @@ class PromptEOL(InputModule):
             from peft import PeftConfig
 
             base_model = PeftConfig.from_pretrained(str(Path(config_path).parent)).base_model_name_or_path
-            files = {"cache_dir": cache_folder, **hub, "revision": None}  # it is the adapter's
-        arguments = {"use_safetensors": True, "trust_remote_code": kwargs.get("trust_remote_code", False), **files}
-        arguments |= (kwargs.get("config_kwargs") or {}) | (kwargs.get("model_kwargs") or {})
-        model = AutoModelForCausalLM.from_pretrained(base_model, **arguments)
+            files = {"cache_dir": cache_folder, **hub, "revision": None, "trust_remote_code": False}  # the adapter's
+        own = (kwargs.get("config_kwargs") or {}) | (kwargs.get("model_kwargs") or {})
+        model = AutoModelForCausalLM.from_pretrained(base_model, **{"use_safetensors": True, **files, **own})
         if adapter is not None:
             model = load_adapter(model, Path(adapter).parent)
         length = config.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH

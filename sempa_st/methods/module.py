@@ -119,7 +119,9 @@ class MethodModule(InputModule):
         assert folder is not None
         adapted = Path(folder, ADAPTER_CONFIG).is_file()
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
-        arguments = {**(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
+        # Whoever trusts this folder has said nothing of the base that it names.
+        trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code")) and not adapted}
+        arguments = {**trust, **(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
         settings = cls.load_config(model_name_or_path, **here)
         kind = AutoModel if parse_method(settings["method"]).for_encoders else AutoModelForCausalLM
         model: Any = kind.from_pretrained(base, use_safetensors=True, **arguments)
