@@ -124,7 +124,7 @@ def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
         )
     kind = read_settings(folder, ADAPTER_CONFIG)["peft_type"]
     if kind != "LORA":
-        raise SempaError(f"The adapter in {folder} is of the peft_type {kind!r}. Expected LORA.")
+        raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
     try:
         yield
     except SafetensorError as error:

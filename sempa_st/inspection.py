@@ -42,8 +42,8 @@ def check_folder(folder: Path) -> Path:
     for path in entries:
         if path.name.endswith(_INDEX):
             _check_index(folder, path.name)
-    if (folder / ADAPTER_WEIGHTS).exists():
-        _check_ranks(folder)
+        if path.suffix == ".safetensors":
+            _check_weights(folder, path)
     return folder
 
 
@@ -106,23 +106,23 @@ def _check_index(folder: Path, name: str) -> None:
             raise SempaError(f"{folder / name} names {file}, which is not there. Restore or download the folder again.")
 
 
-def _check_ranks(folder: Path) -> None:
-    """Check that the ranks that an adapter's settings name are its tensors', before memory is taken for them."""
+def _check_weights(folder: Path, path: Path) -> None:
+    """Check the header of a file of weights, and that an adapter's settings name no higher rank than its tensors have.
+
+    PEFT would take memory for the ranks of the settings before it looked at the tensors.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path, settings = folder / ADAPTER_WEIGHTS, folder / "adapter_config.json"
-    if not settings.is_file() or not path.is_file():
-        return
     try:
         with safe_open(path, "np") as file:
             downwards = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
             highest = max((file.get_slice(name).get_shape()[0] for name in downwards), default=None)
     except (SafetensorError, OSError, IndexError) as error:
         raise SempaError(f"{path} is corrupted ({error}). Restore the file from where it came.") from error
+    settings = folder / "adapter_config.json"
+    if highest is None or path.name != ADAPTER_WEIGHTS or not settings.is_file():
+        return
     found = read_settings(folder, settings.name)
-    ranks = {"r": found.get("r", 8), **(found.get("rank_pattern") or {})}
-    for name, rank in ranks.items():
-        if highest is not None and rank > highest:
-            raise SempaError(
-                f"{settings}: {name} is {rank}. Expected {highest} at most, the highest rank in {path.name}."
-            )
+    for name, rank in {"r": found.get("r", 8), **(found.get("rank_pattern") or {})}.items():
+        if rank > highest:
+            raise SempaError(f"{settings}: {name} is {rank}. Expected {highest} at most, the rank in {path.name}.")

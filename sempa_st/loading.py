@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import EMBEDDED_BASE, embedding_rows, load_causal_lm, load_tokenizer, unreadable
+from sempa_st.bases import EMBEDDED_BASE, Base, embedding_rows, load_causal_lm, load_tokenizer, unreadable
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.folder import (
@@ -30,6 +30,7 @@ from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adap
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
@@ -119,14 +120,17 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
-    model, tokenizer = _load_decoder(source, base, dtype)
+    # What is wrong with the settings is told before the weights are read.
+    below = _base_under(source, base)
+    tokenizer = _load_tokenizer(source, below)
     template, length = embedding_settings(source.folder, tokenizer)
+    model = _load_weights(source, below, dtype)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
     """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
-    from sempa_st.adapters import attach_adapter, merge_adapters
+    from sempa_st.adapters import merge_adapters
 
     if source.kind == "adapter":
         folders, below = adapters_over_base(source.folder, base)
@@ -136,11 +140,24 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         model = load_causal_lm(below.folder, dtype).eval()
         merge_adapters(model, folders, below.name)
         return model, tokenizer
-    if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype).eval(), load_tokenizer(source.folder)
-    found = adapter_base(source.folder, base)
-    tokenizer = load_tokenizer(source.folder, embedding_rows(found.folder))
-    return attach_adapter(load_causal_lm(found.folder, dtype), source.folder, found.name), tokenizer
+    found = _base_under(source, base)
+    return _load_weights(source, found, dtype), _load_tokenizer(source, found)
+
+
+def _base_under(source: Source, base: str | None) -> Base | None:
+    return adapter_base(source.folder, base) if is_adapter_folder(source.folder) else None
+
+
+def _load_tokenizer(source: Source, base: Base | None) -> PreTrainedTokenizerBase:
+    return load_tokenizer(source.folder, embedding_rows(base.folder) if base else None)
+
+
+def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
+    from sempa_st.adapters import attach_adapter
+
+    if base is None:
+        return load_causal_lm(source.folder, dtype).eval()
+    return attach_adapter(load_causal_lm(base.folder, dtype), source.folder, base.name)
 
 
 def _load_method(
