@@ -43,6 +43,7 @@ _EMBEDDED_ORIGIN = (
 )
 _TERMS_FILE = "GEMMA_TERMS.html"
 _CONFIG = "config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,21 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def unreadable(what: str, folder: str | Path, error: Exception) -> SempaError:
-    """Return the error for a part of a folder that a library could not read."""
-    if "trust_remote_code" in str(error):
-        reason = "the folder brings code of its own (auto_map), which is never run"
-        return SempaError(f"The {what} in {folder} cannot be read: {reason}. Expected one that transformers knows.")
+def unreadable(what: str, folder: str | Path, error: Exception, base: Path | None = None) -> SempaError:
+    """Return the error for a part of a folder, or of the base that lies under it, that a library could not read."""
+    if any(_asks_for_code(Path(path)) for path in (folder, base) if path):
+        # The library's own message asks for a flag that this package does not have.
+        return SempaError(
+            f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder brings code of its own "
+            "(auto_map), or its base does, which is never run. Expected a model that transformers itself knows, whole."
+        )
     reason = f"{type(error).__name__}: {error}"
     return SempaError(f"The {what} in {folder} cannot be read ({reason}). Restore or download the folder again.")
+
+
+def _asks_for_code(folder: Path) -> bool:
+    settings = [name for name in (_CONFIG, _TOKENIZER_CONFIG) if (folder / name).is_file()]
+    return any(read_settings(folder, name).get("auto_map") for name in settings)
 
 
 def embedding_rows(folder: Path) -> int | None:
@@ -170,8 +179,7 @@ def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, TokenizersBackend
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    path = folder / "tokenizer_config.json"
-    config = read_settings(folder, path.name) if path.is_file() else {}
+    config = read_settings(folder, _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     whole = config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file()
     named = (
         tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None

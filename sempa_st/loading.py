@@ -222,15 +222,15 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
                 else ", or make a native copy with sempa copy FOLDER DIR --format native"
             )
         )
-    if is_adapter_folder(source.folder):
-        model_folder(base_of_adapter(source.folder))  # it is looked through before a library opens it
+    # It is looked through before a library opens it.
+    base = model_folder(base_of_adapter(source.folder)) if is_adapter_folder(source.folder) else None
     try:
         model_kwargs = {"dtype": dtype, "use_safetensors": True}
         model = SentenceTransformer(
             str(source.folder), device=device, model_kwargs=model_kwargs, trust_remote_code=False
         )
     except Exception as error:  # of many types, as for a decoder
-        raise unreadable("model", source.folder, error) from error
+        raise unreadable("model", source.folder, error, base) from error
     tokenizer: Any = getattr(model, "tokenizer", None)
     if source.kind == "sempa":
         embedding_settings(source.folder, tokenizer)
