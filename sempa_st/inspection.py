@@ -13,6 +13,8 @@ from sempa_st.names import check_entry, inside
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SETTINGS = 64 << 20
 _TEMPLATES = "additional_chat_templates"
+_FILES = (".json", ".safetensors", ".jinja")
+"""Endings of what is looked for as a file, whatever it is."""
 _INDEX = ".safetensors.index.json"
 
 
@@ -24,27 +26,52 @@ def check_folder(folder: Path) -> Path:
     """
     from sempa_st.schemas import SETTINGS_FILES
 
-    try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise SempaError(
-            f"The folder {folder} cannot be read: {error.strerror}. Check the path and its owner."
-        ) from error
-    for path in entries:
-        # A folder that nothing reads may be a link to anywhere.
-        if not path.is_dir():
+    # Links first: nothing is read through one that leads elsewhere.
+    files = [path for path in _entries(folder, folder) if not path.is_dir() or path.suffix in _FILES]
+    for path in files:
+        check_entry(folder, path)
+    for place in _subfolders(folder):
+        check_entry(folder, place)
+        inner = _entries(folder, place)
+        for path in inner:
             check_entry(folder, path)
+        _check_unpickled(place, {path.name for path in inner})
+        files += inner
     for name in SETTINGS_FILES:
         if (folder / name).exists():
             read_settings(folder, name)
-    for name in {_TEMPLATES, *module_paths(folder)} - {""}:
-        _check_subfolder(folder, name)
-    for path in entries:
+    for path in files:
+        if path.is_dir() and path.suffix in _FILES:
+            raise SempaError(f"{path} is a folder. Expected a file; restore or download the folder again.")
         if path.name.endswith(_INDEX):
-            _check_index(folder, path.name)
+            _check_index(path)
         if path.suffix == ".safetensors":
-            _check_weights(folder, path)
+            _check_weights(path)
     return folder
+
+
+def files_read(folder: Path) -> list[str]:
+    """Return the names, inside a model folder, of the files that a reader may open."""
+    places = [folder, *_subfolders(folder)]
+    paths = [path for place in places for path in _entries(folder, place) if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the folders inside a model folder that are read too: those of its modules and of named templates."""
+    path = folder / "modules.json"
+    modules = read_settings(folder, path.name) if path.is_file() else []
+    names = sorted({_TEMPLATES, *(module["path"] for module in modules)} - {"", "."})
+    return [inside(folder, name) for name in names if (folder / name).exists()]
+
+
+def _entries(folder: Path, place: Path) -> list[Path]:
+    try:
+        return sorted(path for path in place.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise SempaError(
+            f"{place}, in the folder {folder}, cannot be read: {error.strerror}. Expected a folder that you may read."
+        ) from error
 
 
 def read_settings(folder: Path, name: str) -> Any:
@@ -78,35 +105,18 @@ def _read(path: Path, schema: str) -> Any:
     return content
 
 
-def module_paths(folder: Path) -> list[str]:
-    """Return the subfolders of a folder's modules, as its list of modules has them."""
-    path = folder / "modules.json"
-    return [module["path"] for module in read_settings(folder, path.name)] if path.is_file() else []
+def _check_unpickled(place: Path, names: set[str]) -> None:
+    if "pytorch_model.bin" in names and not any(name.endswith(".safetensors") for name in names):
+        raise SempaError(f"{place} has no .safetensors file. Pickled weights are never loaded; convert them first.")
 
 
-def _check_subfolder(folder: Path, name: str) -> None:
-    path = inside(folder, name)
-    if not path.exists():
-        return
-    check_entry(folder, path)
-    if not path.is_dir():
-        raise SempaError(f"{path} is a file. Expected a folder.")
-    files = sorted(path.iterdir())
-    for file in files:
-        check_entry(folder, file)
-    names = {file.name for file in files}
-    if "pytorch_model.bin" in names and not any(file.suffix == ".safetensors" for file in files):
-        raise SempaError(f"{path} has no .safetensors file. Pickled weights are never loaded; convert them first.")
+def _check_index(index: Path) -> None:
+    for name in sorted(set(_read(index, "model.safetensors.index.json")["weight_map"].values())):
+        if not inside(index.parent, name).is_file():
+            raise SempaError(f"{index} names {name}, which is not there. Restore or download the folder again.")
 
 
-def _check_index(folder: Path, name: str) -> None:
-    files = sorted(set(_read(folder / name, "model.safetensors.index.json")["weight_map"].values()))
-    for file in files:
-        if not inside(folder, file).is_file():
-            raise SempaError(f"{folder / name} names {file}, which is not there. Restore or download the folder again.")
-
-
-def _check_weights(folder: Path, path: Path) -> None:
+def _check_weights(path: Path) -> None:
     """Check the header of a file of weights, and that an adapter's settings name no higher rank than its tensors have.
 
     PEFT would take memory for the ranks of the settings before it looked at the tensors.
@@ -119,10 +129,10 @@ def _check_weights(folder: Path, path: Path) -> None:
             highest = max((file.get_slice(name).get_shape()[0] for name in downwards), default=None)
     except (SafetensorError, OSError, IndexError) as error:
         raise SempaError(f"{path} is corrupted ({error}). Restore the file from where it came.") from error
-    settings = folder / "adapter_config.json"
+    settings = path.with_name("adapter_config.json")
     if highest is None or path.name != ADAPTER_WEIGHTS or not settings.is_file():
         return
-    found = read_settings(folder, settings.name)
+    found = read_settings(path.parent, settings.name)
     for name, rank in {"r": found.get("r", 8), **(found.get("rank_pattern") or {})}.items():
         if rank > highest:
             raise SempaError(f"{settings}: {name} is {rank}. Expected {highest} at most, the rank in {path.name}.")

@@ -228,7 +228,7 @@ class _Data(_Settings):
 
 class _Score(_Settings):
     samples: NonNegativeInt
-    spearman: float
+    spearman: float | None
 
 
 class _Dev(_Settings):

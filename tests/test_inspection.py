@@ -312,6 +312,28 @@ def test_links_inside_a_folder_and_its_cache_are_followed(folders: Path, tmp_pat
         check_folder(snapshot)
 
 
+def test_an_index_in_the_folder_of_a_module_is_looked_at(folders: Path) -> None:
+    (folders / "sempa").rename(folders / "0_Transformer")
+    (folders / "sempa").mkdir()
+    (folders / "0_Transformer").rename(folders / "sempa" / "0_Transformer")
+    inner = folders / "sempa" / "0_Transformer"
+    modules = read_json(inner / "modules.json")[:1]
+    write_json(folders / "sempa" / "modules.json", [{**modules[0], "path": inner.name}])
+    check_folder(folders / "sempa")
+    write_json(inner / INDEX, {"weight_map": {"a": "x.bin"}})
+    with pytest.raises(SempaError, match=r"0_Transformer.*Expected a .safetensors file"):
+        sempa_st.load(folders / "sempa")
+
+
+def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None:
+    """A folder beside the model's files may link to anywhere."""
+    (folders / "sempa" / "notes").symlink_to("/")
+    sources = [str(folders / "sempa")] * 2
+    averaged = average_models(sources, tmp_path / "mean", rank=4)
+    assert not (averaged / "notes").exists()
+    assert (averaged / "additional_chat_templates" / "prompteol.jinja").is_file()
+
+
 def test_a_folder_of_pickled_modules_is_refused(folders: Path) -> None:
     dense = folders / "sempa" / "2_Dense"
     dense.mkdir()
