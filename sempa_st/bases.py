@@ -44,6 +44,8 @@ _EMBEDDED_ORIGIN = (
 _TERMS_FILE = "GEMMA_TERMS.html"
 _CONFIG = "config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_LONGEST_REASON = 1000
+"""Characters of a library's message that are shown: some quote whole files."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def unreadable(what: str, folder: str | Path, error: Exception, base: Path | Non
             f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder brings code of its own "
             "(auto_map), or its base does, which is never run. Expected a model that transformers itself knows, whole."
         )
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error!s:.{_LONGEST_REASON}}"
     return SempaError(f"The {what} in {folder} cannot be read ({reason}). Restore or download the folder again.")
 
 

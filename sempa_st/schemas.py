@@ -24,15 +24,12 @@ from pydantic import (
 )
 
 from sempa_st.names import is_plain_path
+from sempa_st.patterns import check_pattern
 
 _MOST_PARTS = 1024
 """Layers, or experts of a layer, that a decoder may have: several times those of the largest ones."""
 _COUNTS_PARTS = re.compile(r"(layers?|experts)$")
 _HIGHEST_RANK = 4096
-_LONGEST_PATTERN = 2000
-_MOST_REPEATS = 5
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_REPEAT = re.compile(r"[*+}][?+]?|(?<![(*+}])\?")
 
 
 class _Settings(BaseModel):
@@ -64,18 +61,7 @@ def _safetensors(name: str) -> str:
 
 
 def _pattern(text: str) -> str:
-    """Check a regular expression that PEFT matches against the names of all layers.
-
-    One repeat inside another takes time that doubles with each letter, and n repeats one after another the n-th power.
-    """
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"a name or a regular expression ({error})") from error
-    if len(text) > _LONGEST_PATTERN or _REPEATED_GROUP.search(text) or len(_REPEAT.findall(text)) > _MOST_REPEATS:
-        raise ValueError(
-            f"a name, or a regular expression without repeated groups and of {_MOST_REPEATS} repeats at most"
-        )
+    check_pattern(text)
     return text
 
 

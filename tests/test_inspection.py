@@ -156,7 +156,19 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     *(
         ("sempa", "adapter_config.json", key, value)
         for key in ("target_modules", "exclude_modules", "layers_pattern")
-        for value in ("(a+)+$", "(", ".*a.*b.*c.*d.*e.*f.*g", ["(a|a)*b"], [3], 3, {"a": 1}, "a" * 3000)
+        for value in (
+            "(a+)+$",
+            "(",
+            ".*a.*b.*c.*d.*e.*f.*g",
+            ["(a|a)*b"],
+            "(a|a)" * 40,
+            "(?:(a|ab)|c)" * 40,
+            "[ab]*",
+            [3],
+            3,
+            {"a": 1},
+            "a" * 3000,
+        )
     ),
     ("sempa", "adapter_config.json", "modules_to_save", ["(a+)+$"]),
     ("sempa", "adapter_config.json", "rank_pattern", {"(a+)+$": 8}),
@@ -221,7 +233,15 @@ def test_modules_lie_inside(run_cli: RunCli, folders: Path, tmp_path: Path, path
 
 
 @pytest.mark.parametrize(
-    "pattern", ["all-linear", "q_proj|v_proj", r".*\.self_attn\.(q_proj|v_proj)", r"layers\.\d+\..*"]
+    "pattern",
+    [
+        "all-linear",
+        "q_proj|v_proj",
+        r".*\.self_attn\.(q_proj|v_proj)",
+        r"model\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj))",
+        r"^(?!.*visual).*(?:q_proj|k_proj).*",
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:k_proj|out_proj|o_proj|fc1|fc2).*?)|(?:\bx\.y)",
+    ],
 )
 def test_patterns_that_end_soon_are_taken(folders: Path, pattern: str) -> None:
     change(folders / "sempa" / "adapter_config.json", target_modules=pattern)

@@ -24,6 +24,7 @@ LAYERS = [
         "options",
         "names",
         "tokens",
+        "patterns",
         "prompt_eol",
         "objectives",
         "words",
