@@ -236,6 +236,13 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
         embedding_settings(source.folder, tokenizer)
     else:
         check_chat_templates(getattr(tokenizer, "chat_template", None), source.folder)
+    try:
+        model.encode(["A cat.", "Two cats, and a dog."], show_progress_bar=False)
+    except Exception as error:  # what its modules say of each other shows here only
+        raise SempaError(
+            f"{source.name} opens with sentence-transformers and embeds no text ({type(error).__name__}: {error}). Its "
+            "settings do not go together; restore or download the folder again."
+        ) from error
     return _named(model, source)
 
 

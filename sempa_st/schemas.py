@@ -81,6 +81,13 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def _tokens(value: Any) -> Any:
+    lists = value.values() if isinstance(value, dict) else [value]
+    if value is not None and not all(_all_of(numbers, int) and numbers for numbers in lists):
+        raise ValueError("a list of numbers of tokens, or such lists by layer")
+    return value
+
+
 def _names(value: Any) -> Any:
     if value is not None and not isinstance(value, str) and not _all_of(value, str):
         raise ValueError("a name, or a list of names")
@@ -166,6 +173,7 @@ class _Adapter(_Settings):
     layers_pattern: _Patterns = None
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, FiniteFloat] | None = None
+    trainable_token_indices: Annotated[Any, AfterValidator(_tokens)] = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
     use_dora: bool | None = None
     use_rslora: bool | None = None

@@ -180,6 +180,7 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     ("sempa", "adapter_config.json", "layer_replication", [[0, 10**9]]),
     ("sempa", "adapter_config.json", "megatron_config", {"x": 1}),
     ("sempa", "adapter_config.json", "alora_invocation_tokens", "1,2"),
+    *(("sempa", "adapter_config.json", "trainable_token_indices", value) for value in (True, [], [[]], [1.5])),
     ("sempa", "adapter_config.json", "base_model_name_or_path", 3),
     ("sempa", "adapter_config.json", "task_type", "X"),
     ("sempa", "sentence_bert_config.json", "max_seq_length", 10),
@@ -223,6 +224,25 @@ def test_wrong_keys(run_cli: RunCli, folders: Path, tmp_path: Path, kind: str, n
         make_sharded(folders / "base")
     change(folders / kind / name, **{key: value})
     assert_refused(run_cli, folders / kind, tmp_path, str(folders))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("sentence_bert_config.json", "module_output_name", "another"),
+        ("sentence_bert_config.json", "modality_config", {}),
+        ("1_Pooling/config.json", "pooling_mode", []),
+        ("tokenizer_config.json", "pad_token", None),
+    ],
+)
+def test_what_sentence_transformers_cannot_embed_with(
+    run_cli: RunCli, folders: Path, tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    change(folders / "sempa" / name, **{key: value})
+    tail = (tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--reader", "native")
+    code, _, error = run_cli("encode", folders / "sempa", *tail)
+    assert (code, "embeds no text" in error) == (2, True), error
+    assert not (tmp_path / "out.npy").exists()
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc", 3, "a/../../x"])
