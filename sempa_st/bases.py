@@ -139,6 +139,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
     """
     try:
         tokenizer = _read_tokenizer(Path(folder))
+        tokenizer("A cat.")  # some settings are not looked at before
     except Exception as error:  # transformers raises many types for one cause: the files are not there or not whole
         raise unreadable("tokenizer", folder, error) from error
     give_back_memory()

@@ -198,6 +198,7 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     ("sempa", "tokenizer_config.json", "fast_tokenizer_files", ["../tokenizer.5.0.json"]),
     ("sempa", "tokenizer_config.json", "chat_template", [{"name": "../../x", "template": "y"}]),
     ("sempa", "tokenizer_config.json", "tokenizer_class", 3),
+    *(("sempa", "tokenizer_config.json", "model_max_length", value) for value in ([], "x", {})),
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
     ("sempa", "sempa_run.json", "objective", "another"),
     ("sempa", "sempa_run.json", "dev", {**RECORD["dev"], "scores": [{"samples": 1, "spearman": "x"}]}),
