@@ -28,7 +28,8 @@ from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
 from sempa_st.packing import embed_packed
-from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
+from sempa_st.peft_models import ADAPTER_CONFIG
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import run_info
 from sempa_st.sources import adapter_base, find_model
 from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import Base
+from sempa_st.bases import Base, load_config
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, full_names
+from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, full_names
+from sempa_st.readable import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,10 +134,10 @@ def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
 def skeleton(base: Base) -> PreTrainedModel:
     """Return a base without its weights (on the meta device)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder)))
+    with readable(base.folder), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(base.folder), trust_remote_code=False)
     return model
 
 

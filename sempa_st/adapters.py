@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.adapter_kinds import layers_pattern, skeleton
 from sempa_st.bases import Base, load_causal_lm
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from sempa_st.inspection import read_settings
+from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def lora_config(
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:
-    """Put the adapter in ``folder`` on ``model``; see :func:`sempa_st.prompt_eol.load_adapter`.
+    """Put the adapter in ``folder`` on ``model``; see :func:`sempa_st.peft_models.load_adapter`.
 
     Raises:
         SempaError: If a file is missing or corrupted, or if the adapter was made for another base.
@@ -111,9 +111,6 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: s
     from safetensors import safe_open
 
     for folder in reversed(folders):
-        kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-        if kind != "LORA":
-            raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
         with _clear_errors(folder, base_name):
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
                 inner = f"base_model.model.{model.base_model_prefix}."
@@ -131,14 +128,17 @@ def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
             f"{folder} has no {ADAPTER_WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded; expected "
             "safetensors."
         )
+    kind = read_settings(folder, ADAPTER_CONFIG)["peft_type"]
+    if kind != "LORA":
+        raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
     try:
         yield
     except SafetensorError as error:
         raise SempaError(
             f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore the file from where it came."
         ) from error
-    except (ValueError, RuntimeError) as error:
-        trained_on = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except Exception as error:  # PEFT raises many types for one cause: the adapter and the base do not go together
+        trained_on = read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
         raise SempaError(
             f"The adapter in {folder} cannot be used on the base {base_name!r}. {error} It names {trained_on!r} as its "
             "base; another one is given with --base."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from sempa_st.adapters import check_adapter
 from sempa_st.card import published_name, read_record
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
-from sempa_st.files import check_apart, check_output_folder, read_json, write_json
-from sempa_st.folder import RUN_RECORD, folder_digest, template_name
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sempa_st.files import check_apart, check_output_folder, write_json
+from sempa_st.folder import RUN_RECORD, copy_files, folder_digest, template_name
+from sempa_st.inspection import files_read, read_settings
+from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def average_models(
         check_adapter(base, source.folder)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "averaged")
-        shutil.copytree(sources[0].folder, folder)
+        copy_files(sources[0].folder, folder, files_read(sources[0].folder))
         scales = [each["lora_alpha"] / each["r"] for each in settings]
         _write_mean([source.folder for source in sources], scales, folder, rank)
         # The scale is part of the weights now.
@@ -81,7 +81,7 @@ def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
         path = source.folder / ADAPTER_CONFIG
         if source.kind != "sempa" or not path.is_file():
             raise SempaError(f"{source.name} holds no adapter to average. Expected a SemPA folder with one.")
-        settings.append(read_json(path))
+        settings.append(read_settings(source.folder, ADAPTER_CONFIG))
         odd = [name for name in _SCALINGS if settings[-1].get(name)]
         if settings[-1].get("peft_type") != "LORA" or odd:
             raise SempaError(

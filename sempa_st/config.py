@@ -18,6 +18,10 @@ TUNINGS = ("lora", "full")
 FORMATS = ("auto", "native", "custom")
 NEUTRAL = ("none", "negative", "second")
 WORD_WEIGHTS = ("uniform", "idf")
+_LARGEST = 2**31 - 1
+"""What every library takes as a number of steps, rows or tokens, and as a seed."""
+_HIGHEST_RANK = 4096
+_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 @dataclass
@@ -92,6 +96,7 @@ class TrainConfig:
         for name in ("data", "output"):
             if not getattr(self, name):
                 raise SempaError(f"--{name} is missing: give it as a flag or in the config file.")
+        self._check_sizes()
         self._check_numbers()
         for name, item in self.__dataclass_fields__.items():
             choices = item.metadata["choices"]
@@ -101,6 +106,16 @@ class TrainConfig:
         if self.kl_text and not self.kl:
             raise SempaError(f"kl_text is {self.kl_text!r}, and without --kl nothing reads it. Give --kl a weight.")
         self._check_objective()
+
+    def _check_sizes(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
+                raise SempaError(f"{name} is {value!r:.80}. Expected a finite number, of {_LARGEST} at most.")
+        if self.seed < 0:
+            raise SempaError(f"seed is {self.seed}. Expected 0 or more.")
+        if self.lora_r > _HIGHEST_RANK:
+            raise SempaError(f"lora_r is {self.lora_r}. Expected {_HIGHEST_RANK} at most.")
 
     def _check_numbers(self) -> None:
         positive = (
@@ -177,9 +192,12 @@ class TrainConfig:
             return None
         layers: set[int] = set()
         for part in self.lora_layers.split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            match = _LAYERS.fullmatch(part.strip())
             span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
             if not span:
-                raise SempaError(f"lora_layers is {self.lora_layers!r}. Expected numbers and ranges such as 0,4,6-17.")
+                raise SempaError(
+                    f"lora_layers is {self.lora_layers!r:.80}. Expected numbers and ranges such as 0,4,6-17, of layers "
+                    "below 10000."
+                )
             layers.update(span)
         return sorted(layers)

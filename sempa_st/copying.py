@@ -15,7 +15,7 @@ from sempa_st.adapter_kinds import (
     write_native_settings,
 )
 from sempa_st.adapters import check_adapter, merged_model
-from sempa_st.bases import Base, check_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import Base, check_causal_lm, embedding_rows, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.devices import pick_dtype
 from sempa_st.errors import SempaError
@@ -27,7 +27,6 @@ from sempa_st.folder import (
     check_format,
     copy_files,
     folder_format,
-    folder_max_seq_length,
     install_template,
     invocation_of,
     is_activated,
@@ -39,12 +38,14 @@ from sempa_st.folder import (
     weight_files,
     write_embedding_files,
 )
-from sempa_st.prompt_eol import ADAPTER_CONFIG, DEFAULT_MAX_SEQ_LENGTH, save_model
+from sempa_st.peft_models import ADAPTER_CONFIG
+from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.settings import embedding_settings
 from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
 
@@ -112,7 +113,7 @@ def copy_model(
     check_apart(output, [source.folder, origin.folder])
     if adapter:
         check_adapter(origin, source.folder)
-    tokenizer, template, length = _embedding_settings(source, template)
+    tokenizer, template, length = _embedding_settings(source, origin, template)
     with atomic_folder(output, overwrite=overwrite) as folder:
         if merge:
             save_model(merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), folder)
@@ -135,7 +136,7 @@ def copy_model(
             tokenizer,
             template=template,
             max_seq_length=length,
-            config=_config(origin.folder),
+            config=load_config(origin.folder),
             format=format,
         )
         record = read_record(source.folder)
@@ -161,13 +162,13 @@ def _origin(source: Source, adapter: bool, base: str | None) -> Base:
     return replace(resolve_base(str(source.folder)), name=str(record.get("base") or source.name))
 
 
-def _embedding_settings(source: Source, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
-    tokenizer = load_tokenizer(source.folder)
+def _embedding_settings(source: Source, origin: Base, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
+    tokenizer = load_tokenizer(source.folder, embedding_rows(origin.folder))
     if source.kind == "base":
         chosen = embedding_template(template or DEFAULT_TEMPLATE)
         install_template(tokenizer, chosen)
         return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
-    return tokenizer, template_name(source.folder) or DEFAULT_TEMPLATE, folder_max_seq_length(source.folder)
+    return tokenizer, *embedding_settings(source.folder, tokenizer)
 
 
 def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
@@ -185,10 +186,3 @@ def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
             f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. In the format "
             "native it would act on every token or on none. Expected format custom."
         )
-
-
-def _config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
-    return config

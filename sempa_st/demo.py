@@ -139,8 +139,8 @@ def generate(folder: Path) -> str:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generator = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    generator = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = generator.generate(**inputs, max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

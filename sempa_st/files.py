@@ -169,11 +169,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raises :class:`SempaError` that names the file and the place of the fault."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise SempaError(f"{path} is a folder, pipe or device. Expected a file.")  # reading a pipe would never end
     try:
         return json.loads(Path(path).read_text(encoding=UTF8))
     except FileNotFoundError as error:
         raise SempaError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SempaError(f"{path} cannot be read as JSON: {error}. Restore the file from where it came.") from error
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json, write_json
+from sempa_st.files import write_json
+from sempa_st.inspection import read_settings
+from sempa_st.names import check_entry, inside
+from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.prompt_eol import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     DEFAULT_MAX_SEQ_LENGTH,
     PromptEOL,
     copy_sources,
@@ -37,6 +38,7 @@ MODULES = "modules.json"
 SETTINGS = PromptEOL.config_file_name
 ST_CONFIG = "config_sentence_transformers.json"
 POOLING = "1_Pooling"
+_POOLING_CONFIG = f"{POOLING}/config.json"
 CONFIG = "config.json"
 ACTIVATED_MODEL_TYPE = (
     "activated adapter: embed with sempa_st.load or SentenceTransformer(..., trust_remote_code=True), generate with "
@@ -218,7 +220,7 @@ def _sentence_transformers_config() -> dict[str, Any]:
 
 def set_base_reference(folder: Path, base_reference: str) -> None:
     """Rewrite the base that the adapter in ``folder`` names."""
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = read_settings(folder, ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_reference})
 
 
@@ -232,32 +234,35 @@ def folder_format(folder: Path) -> str | None:
     """Return the format of a folder that this package wrote, or None for any other folder, more modules included."""
     if not (folder / MODULES).is_file() or not (folder / SETTINGS).is_file() or template_name(folder) is None:
         return None
-    types = [module["type"] for module in read_json(folder / MODULES)]
+    types = [module["type"] for module in read_settings(folder, MODULES)]
     if types == [_TRANSFORMER_TYPE, _POOLING_TYPE]:
-        return "native" if read_json(folder / POOLING / "config.json").get("pooling_mode") == "lasttoken" else None
+        return "native" if read_settings(folder, _POOLING_CONFIG).get("pooling_mode") == "lasttoken" else None
     return "custom" if len(types) == 1 and types[0] in CUSTOM_TYPES else None
 
 
 def template_name(folder: Path) -> str | None:
     """Return the name of the embedding template that the folder's settings point to, if any."""
-    settings = read_json(folder / SETTINGS)
-    name = settings.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
-    return name if isinstance(name, str) else None
+    processing = read_settings(folder, SETTINGS).get("processing_kwargs") or {}
+    name: str | None = (processing.get("chat_template") or {}).get("chat_template")
+    return name
 
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files that hold the model, and not other forms of it that may lie beside them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+        return [index.name, *sorted(set(read_settings(folder, index.name)["weight_map"].values()))]
     return ["model.safetensors", ADAPTER_WEIGHTS]
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those of some files that are there."""
+    """Copy those of some files that are there; raises :class:`SempaError` on one that leads out of its folder."""
     for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        path = inside(source, name)
+        if path.is_file():
+            check_entry(source, path)
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -267,12 +272,14 @@ def is_adapter_folder(folder: Path) -> bool:
 
 def invocation_of(folder: Path) -> list[int]:
     """Return the tokens from which on the adapter in ``folder`` acts, if it is an activated one."""
-    return read_json(folder / ADAPTER_CONFIG).get("alora_invocation_tokens") or [] if is_adapter_folder(folder) else []
+    if not is_adapter_folder(folder):
+        return []
+    return read_settings(folder, ADAPTER_CONFIG).get("alora_invocation_tokens") or []
 
 
 def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
     """Let the adapter in ``folder`` act from these tokens on, or always."""
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = read_settings(folder, ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**settings, "alora_invocation_tokens": list(tokens) if tokens else None})
 
 
@@ -283,16 +290,16 @@ def is_activated(folder: Path) -> bool:
 
 def base_of_adapter(folder: Path) -> str:
     """Return the base that the adapter names, or the run record's portable name where that is a folder now gone."""
-    reference = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    reference = str(read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path"))
     record = folder / RUN_RECORD
     if Path(reference).is_absolute() and not Path(reference).is_dir() and record.is_file():
-        return str(read_json(record).get("base") or reference)
+        return str(read_settings(folder, RUN_RECORD).get("base") or reference)
     return reference
 
 
 def folder_max_seq_length(folder: Path) -> int:
     """Return the longest input in tokens that the folder's settings allow."""
-    return int(read_json(folder / SETTINGS).get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
+    return int(read_settings(folder, SETTINGS).get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
 
 
 def folder_digest(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +25,7 @@ _NOT_IN_GRID = {
     "dev": "scores on different pairs cannot be compared",
 }
 _LONGEST_NAME = 100
+_MOST_POINTS = 10_000
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 
@@ -82,8 +84,8 @@ def read_grid(file: str | None, assignments: Sequence[str]) -> list[dict[str, An
             combinations.
 
     Raises:
-        SempaError: On an unknown key, a value of the wrong type, an empty list, a key that is given twice, or no grid
-            at all.
+        SempaError: On an unknown key, a value of the wrong type, an empty list, a key that is given twice, no grid at
+            all, or one of too many points.
     """
     axes: dict[str, list[Any]] = {}
     for text in assignments:
@@ -97,6 +99,9 @@ def read_grid(file: str | None, assignments: Sequence[str]) -> list[dict[str, An
             raise SempaError(f"{', '.join(sorted(both))} is both in {file} and in --set. Give it in one place.")
     if not file and not axes:
         raise SempaError("The sweep has no grid. Pass --grid FILE, or --set name=value,value for each option to vary.")
+    count = sum(math.prod(map(len, {**grid, **axes}.values())) for grid in grids)
+    if count > _MOST_POINTS:
+        raise SempaError(f"The grid has {count:,} points, each a training run. Expected {_MOST_POINTS:,} at most.")
     return [point for grid in grids for point in _product({**grid, **axes})]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
+from sempa_st.inspection import check_folder
 
 # Weights as safetensors only: pickled weights can run code when they are loaded.
 _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # other forms of the same weights
@@ -13,13 +14,16 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"
 
 
 def model_folder(name: str) -> Path:
-    """Return the local folder of a model: ``name`` itself if it is a folder, or a cached copy of the Hub repository.
+    """Return the local folder of a model, looked through: ``name`` itself, or a cached copy of the Hub repository.
 
     Raises:
-        SempaError: If it is neither a folder nor a repository that can be reached or is cached.
+        SempaError: If it is neither a folder nor a repository that can be reached or is cached, or as
+            :func:`sempa_st.inspection.check_folder` does.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    return check_folder(Path(name) if Path(name).is_dir() else _snapshot(name))
+
+
+def _snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 

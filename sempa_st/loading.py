@@ -6,31 +6,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.adapter_kinds import check_native
-from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
+from sempa_st.bases import EMBEDDED_BASE, Base, embedding_rows, load_causal_lm, load_tokenizer
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json
 from sempa_st.folder import (
     CONFIG,
     MODULES,
     ST_CONFIG,
     folder_digest,
     folder_format,
-    folder_max_seq_length,
     install_template,
     is_activated,
     is_adapter_folder,
-    template_name,
 )
+from sempa_st.inspection import read_settings
+from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.readable import readable
+from sempa_st.settings import embedding_settings
 from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model
-from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info, readable
+from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
@@ -103,7 +105,7 @@ def _check_readable(source: Source, reader: str) -> None:
     if source.kind == "adapter":
         raise bare_adapter(source.name)
     if source.kind == "encoder":
-        kinds = ", ".join(read_json(source.folder / "config.json").get("architectures") or ["of unknown architecture"])
+        kinds = ", ".join(read_settings(source.folder, CONFIG).get("architectures") or ["of unknown architecture"])
         raise SempaError(
             f"{source.name} ({kinds}) is an encoder and not a decoder. Give it a method: "
             f"{', '.join(methods_for(encoders=True))}."
@@ -123,16 +125,17 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
-    folder = source.folder
-    template = template_name(folder) or DEFAULT_TEMPLATE
-    length = folder_max_seq_length(folder)
-    model, tokenizer = _load_decoder(source, base, dtype)
+    # What is wrong with the settings is told before the weights are read.
+    below = _base_under(source, base)
+    tokenizer = _load_tokenizer(source, below)
+    template, length = embedding_settings(source.folder, tokenizer)
+    model = _load_weights(source, below, dtype)
     return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
     """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
-    from sempa_st.adapters import attach_adapter, merge_adapters
+    from sempa_st.adapters import merge_adapters
 
     if source.kind == "adapter":
         folders, below = adapters_over_base(source.folder, base)
@@ -142,12 +145,23 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         model = load_causal_lm(below.folder, dtype).eval()  # adapters are merged into it
         merge_adapters(model, folders, below.name)
         return model, tokenizer
-    tokenizer = load_tokenizer(source.folder)
-    if not is_adapter_folder(source.folder):
-        return load_causal_lm(source.folder, dtype, whole=False).eval(), tokenizer
-    found = adapter_base(source.folder, base)
-    model = load_causal_lm(found.folder, dtype, whole=False)
-    return attach_adapter(model, source.folder, found.name), tokenizer
+    found = _base_under(source, base)
+    return _load_weights(source, found, dtype), _load_tokenizer(source, found)
+
+
+def _base_under(source: Source, base: str | None) -> Base | None:
+    return adapter_base(source.folder, base) if is_adapter_folder(source.folder) else None
+
+
+def _load_tokenizer(source: Source, base: Base | None) -> PreTrainedTokenizerBase:
+    return load_tokenizer(source.folder, embedding_rows(base.folder) if base else None)
+
+
+def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
+    from sempa_st.adapters import attach_adapter
+
+    model = load_causal_lm((base or source).folder, dtype, whole=False)
+    return attach_adapter(model, source.folder, base.name) if base else model.eval()
 
 
 def _load_method(
@@ -176,8 +190,8 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     model, info = loaded_with_info(AutoModel, source.folder, dtype=dtype)
-    with readable(source.folder):
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    with readable(source.folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     check_whole(model, info, source.folder)
     check_finite_weights(model, source.folder)
     return model.get_encoder().eval() if model.config.is_encoder_decoder else model.eval(), tokenizer
@@ -186,8 +200,7 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
     from sempa_st.embedder import SentenceTransformer
 
-    config_file = source.folder / ST_CONFIG
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = read_settings(source.folder, ST_CONFIG) if (source.folder / ST_CONFIG).is_file() else {}
     module.embed_rows = embed_packed
     model = SentenceTransformer(
         modules=[module],
@@ -212,13 +225,29 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
                 else ", or make a native copy with sempa copy FOLDER DIR --format native"
             )
         )
-    if is_adapter_folder(source.folder):
-        check_native(adapter_base(source.folder), source.name, source.folder)
+    # It is looked through before a library opens it.
+    base = adapter_base(source.folder) if is_adapter_folder(source.folder) else None
+    if base:
+        check_native(base, source.name, source.folder)
     else:
         _check_plain_weights(source.folder)
-    with readable(source.folder):
+    with readable(source.folder, base=base.folder if base else None):
         model_kwargs = {"dtype": dtype, "use_safetensors": True}
-        model = SentenceTransformer(str(source.folder), device=device, model_kwargs=model_kwargs)
+        model = SentenceTransformer(
+            str(source.folder), device=device, model_kwargs=model_kwargs, trust_remote_code=False
+        )
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if source.kind == "sempa":
+        embedding_settings(source.folder, tokenizer)
+    else:
+        check_chat_templates(getattr(tokenizer, "chat_template", None), source.folder)
+    try:
+        model.encode(["A cat.", "Two cats, and a dog."], show_progress_bar=False)
+    except Exception as error:  # what its modules say of each other shows here only
+        raise SempaError(
+            f"{source.name} opens with sentence-transformers and embeds no text ({type(error).__name__}: {error}). Its "
+            "settings do not go together; restore or download the folder again."
+        ) from error
     return _named(model, source)
 
 
@@ -226,8 +255,8 @@ def _check_plain_weights(folder: Path) -> None:
     """Raise :class:`SempaError` if sentence-transformers would fill a checkpoint in ``folder`` with random weights."""
     from transformers import AutoModel
 
-    for part in (folder / str(module.get("path", "")) for module in read_json(folder / MODULES)):
-        if (part / CONFIG).is_file() and "architectures" in read_json(part / CONFIG):
+    for part in (folder / str(module.get("path", "")) for module in read_settings(folder, MODULES)):
+        if (part / CONFIG).is_file() and "architectures" in read_settings(part, CONFIG):
             check_whole(*loaded_with_info(AutoModel, part, device_map="meta"), part)
 
 

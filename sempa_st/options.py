@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
+import reprlib
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
@@ -14,6 +17,8 @@ from sempa_st.errors import SempaError
 from sempa_st.files import UTF8
 
 Options = TypeVar("Options")
+_LARGEST_YAML = 1 << 20
+_MOST_VALUES = 100_000
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -87,16 +92,43 @@ def load_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        SempaError: If it cannot be read, or is not YAML.
+        SempaError: If it cannot be read, is not YAML, or is larger than options are, its references followed.
     """
     import yaml
 
     try:
-        return yaml.safe_load(Path(path).read_text(encoding=UTF8))
+        text = _text(Path(path))
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        values = _values_under(node, {})
+        content = loader.construct_document(node) if node is not None and values <= _MOST_VALUES else None
     except OSError as error:
         raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise SempaError(f"The file {path} is not YAML: {error}") from error
+    if values > _MOST_VALUES:
+        raise SempaError(f"The file {path} holds {values:,} values. Expected options, of {_MOST_VALUES:,} at most.")
+    return content
+
+
+def _text(path: Path) -> str:
+    # A pipe or device may never end.
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    if path.stat().st_size > _LARGEST_YAML:
+        raise OSError(errno.EFBIG, f"it is larger than {_LARGEST_YAML} bytes")
+    return path.read_text(encoding=UTF8)
+
+
+def _values_under(node: Any, known: dict[int, int]) -> int:
+    """Count the values in a YAML document, those behind a reference each time that it is used."""
+    if node is None or isinstance(node.value, str):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # what it counts as where it holds itself
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values_under(part, known) for part in parts)
+    return known[id(node)]
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -130,11 +162,12 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
                 raise ValueError
             return value
         converted = kind(value)
-        if kind is int and float(value) != converted:
+        if (kind is int and float(value) != converted) or (kind is float and not math.isfinite(converted)):
             raise ValueError
         return converted
-    except (TypeError, ValueError) as error:
-        raise SempaError(f"{where} is {value!r}. Expected a value of type {kind.__name__}.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        expected = f"a value of type {kind.__name__}" + (", and finite" if kind is float else "")
+        raise SempaError(f"{where} is {reprlib.repr(value)}. Expected {expected}.") from error
 
 
 def _plain_type(annotation: Any) -> type:

@@ -1,18 +1,25 @@
-"""PEFT's models: an activated adapter acts on the end of rows, and in each thread on that thread's own.
+"""PEFT's models: adapters that are put on a base whole, and activated ones that act on each thread's own rows.
 
 This file needs nothing else of sempa_st; see ``prompt_eol.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_START_AT_ZERO = ("lora_B", "lora_embedding_A")
+"""Factors of an update that are zero before training."""
 _EVERY_TOKEN = -1
 _ACTS_ON: ContextVar[list[int] | int | None] = ContextVar("sempa_st_activated", default=None)
 """How many tokens at each row's end an activated adapter acts on in this thread's pass, or all (_EVERY_TOKEN)."""
@@ -111,3 +118,71 @@ def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     context = nullcontext() if own else _acting_on(offsets or [])
     with type(lora)._enable_peft_forward_hooks(lora, *args, **kwargs), context:
         yield
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+    """Put the LoRA adapter in ``folder`` on a causal language model and prove that all of it took effect.
+
+    Args:
+        model: The base, with its LM head; its linear layers are replaced in place. On the meta device the names and
+            shapes are compared and nothing is loaded.
+        folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The PEFT model, adapter active, weights frozen.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if none changes anything.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    if on_meta := model.device.type == "meta":
+        config.init_lora_weights = True  # some ways to start would look at the weights
+    tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
+    tuned = PeftModel(model, config)
+    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    tensors = full_names(tensors, expected, model.base_model_prefix)
+    own = tuned.state_dict()
+    # PEFT saves a base's embedding beside an update of it.
+    copies = {name: own[name] for name in tensors if name.endswith(".base_layer.weight") and name in own}
+    _check_fit(expected | copies, tensors)
+    if on_meta:
+        return tuned
+    if any(not torch.allclose(there.float(), tensors[name].float(), rtol=0.01) for name, there in copies.items()):
+        raise ValueError(f"It carries another embedding than the base has, in the tensor {min(copies)}.")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    set_peft_model_state_dict(tuned, tensors)
+    live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
+        raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
+    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(part in name for part in _START_AT_ZERO)]
+    if moved and not any(moved) and all("lora_" in name for name in tensors):
+        raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
+    return tuned.eval()
+
+
+def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names that a model with its LM head gives them.
+
+    ``SentenceTransformer.save_pretrained`` knows the layers alone, and leaves their own name (``layers``) out.
+    """
+    outer = "base_model.model."
+    renamed = {f"{outer}{layers}.{name.removeprefix(outer)}": tensor for name, tensor in tensors.items()}
+    return renamed if renamed.keys() == set(expected) else tensors
+
+
+def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    faults = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & found if expected[name].shape != found[name].shape},
+        "infinite or no number, as after a training that diverged": {
+            name for name, tensor in found.items() if not tensor.isfinite().all()
+        },
+    }
+    told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")

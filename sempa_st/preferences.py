@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.errors import SempaError
 from sempa_st.nli import Triplet
 from sempa_st.prompts import SYSTEM_PROMPT, paraphrase_prompt
 
@@ -64,11 +65,15 @@ def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _system_messages(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    from jinja2 import TemplateError
-
-    system = [{"role": "system", "content": SYSTEM_PROMPT}]
-    try:
-        tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
-    except TemplateError:
-        return []
-    return system
+    """Return the system message, or none where the chat template refuses one."""
+    refused: Exception | None = None
+    for system in ([{"role": "system", "content": SYSTEM_PROMPT}], []):
+        try:
+            tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
+            return system
+        except Exception as error:  # a template is a program, and may raise anything
+            refused = error
+    raise SempaError(
+        f"The base's own chat template cannot be rendered ({type(refused).__name__}: {refused}). Mend it, or remove it "
+        "from the base's tokenizer."
+    ) from refused

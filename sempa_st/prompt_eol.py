@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,19 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .peft_models import activated, invocation_tokens, is_peft_model, keep_activation_apart
+from .peft_models import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    activated,
+    invocation_tokens,
+    is_peft_model,
+    keep_activation_apart,
+    load_adapter,
+)
 
 DEFAULT_MAX_SEQ_LENGTH = 512
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SOURCES = ("prompt_eol.py", "peft_models.py")
 """Files of code that a folder of format ``custom`` carries."""
-_START_AT_ZERO = ("lora_B", "lora_embedding_A")
-"""Factors of an update that are zero before training."""
 
 
 class PromptEOL(InputModule):
@@ -193,7 +197,8 @@ class PromptEOL(InputModule):
         template = config.get("processing_kwargs", {}).get("chat_template", {}).get("chat_template")
         if template is None:
             raise ValueError(f"{model_name_or_path} names no embedding template in {cls.config_file_name}.")
-        files = {"subfolder": subfolder, "cache_dir": cache_folder, **hub}
+        trusted = bool(kwargs.get("trust_remote_code"))  # never None, with which transformers asks
+        files = {"subfolder": subfolder, "cache_dir": cache_folder, "trust_remote_code": trusted, **hub}
         of_tokenizer = files | (kwargs.get("processor_kwargs") or {})
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **of_tokenizer)
         adapter = cls.load_file_path(model_name_or_path, ADAPTER_WEIGHTS, **here)
@@ -205,10 +210,9 @@ class PromptEOL(InputModule):
             from peft import PeftConfig
 
             base_model = PeftConfig.from_pretrained(str(Path(config_path).parent)).base_model_name_or_path
-            files = {"cache_dir": cache_folder, **hub, "revision": None}  # it is the adapter's
-        arguments = {"use_safetensors": True, "trust_remote_code": kwargs.get("trust_remote_code", False), **files}
-        arguments |= (kwargs.get("config_kwargs") or {}) | (kwargs.get("model_kwargs") or {})
-        model = AutoModelForCausalLM.from_pretrained(base_model, **arguments)
+            files = {"cache_dir": cache_folder, **hub, "revision": None, "trust_remote_code": False}  # the adapter's
+        own = (kwargs.get("config_kwargs") or {}) | (kwargs.get("model_kwargs") or {})
+        model = AutoModelForCausalLM.from_pretrained(base_model, **{"use_safetensors": True, **files, **own})
         if adapter is not None:
             model = load_adapter(model, Path(adapter).parent)
         length = config.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH
@@ -340,71 +344,3 @@ def save_model(model: Any, folder: str | Path) -> None:
     # A frozen embedding belongs to the base; "auto" would ask the Hub whether it was resized.
     only_adapter = {"save_embedding_layers": False} if is_peft_model(model) else {}
     model.save_pretrained(folder, **only_adapter)
-
-
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
-    """Put the LoRA adapter in ``folder`` on a causal language model and prove that all of it took effect.
-
-    Args:
-        model: The base, with its LM head; its linear layers are replaced in place. On the meta device the names and
-            shapes are compared and nothing is loaded.
-        folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns:
-        The PEFT model, adapter active, weights frozen.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if none changes anything.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    if on_meta := model.device.type == "meta":
-        config.init_lora_weights = True  # some ways to start would look at the weights
-    tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
-    tuned = PeftModel(model, config)
-    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    tensors = full_names(tensors, expected, model.base_model_prefix)
-    own = tuned.state_dict()
-    # PEFT saves a base's embedding beside an update of it.
-    copies = {name: own[name] for name in tensors if name.endswith(".base_layer.weight") and name in own}
-    _check_fit(expected | copies, tensors)
-    if on_meta:
-        return tuned
-    if any(not torch.allclose(there.float(), tensors[name].float(), rtol=0.01) for name, there in copies.items()):
-        raise ValueError(f"It carries another embedding than the base has, in the tensor {min(copies)}.")
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    set_peft_model_state_dict(tuned, tensors)
-    live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
-        raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
-    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(part in name for part in _START_AT_ZERO)]
-    if moved and not any(moved) and all("lora_" in name for name in tensors):
-        raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
-    return tuned.eval()
-
-
-def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the names that a model with its LM head gives them.
-
-    ``SentenceTransformer.save_pretrained`` knows the layers alone, and leaves their own name (``layers``) out.
-    """
-    outer = "base_model.model."
-    renamed = {f"{outer}{layers}.{name.removeprefix(outer)}": tensor for name, tensor in tensors.items()}
-    return renamed if renamed.keys() == set(expected) else tensors
-
-
-def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    faults = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {name for name in expected.keys() & found if expected[name].shape != found[name].shape},
-        "infinite or no number, as after a training that diverged": {
-            name for name, tensor in found.items() if not tensor.isfinite().all()
-        },
-    }
-    told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
-    if told:
-        raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.adapters import attach_adapter
-from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.errors import SempaError
 from sempa_st.files import ROW_SUFFIXES, atomic_folder, check_apart, made_once, write_json
@@ -29,7 +29,7 @@ from sempa_st.folder import (
     template_name,
     write_embedding_files,
 )
-from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.prompts import embedding_template
 
 _PACKAGE = Path(str(resources.files("sempa_st")))
@@ -78,8 +78,6 @@ def _digest(packed: Path, base: Base) -> str:
 
 def _complete(packed: Path, base: Base, folder: Path) -> None:
     """Write into ``folder`` the model folder that ``packed`` and the base's tokenizer make."""
-    from transformers import AutoConfig
-
     for path in packed.iterdir():
         shutil.copyfile(path, folder / path.name)
     set_base_reference(folder, base.reference)
@@ -91,7 +89,7 @@ def _complete(packed: Path, base: Base, folder: Path) -> None:
         tokenizer,
         template=config["template"],
         max_seq_length=config["max_seq_length"],
-        config=AutoConfig.from_pretrained(str(base.folder)),
+        config=load_config(base.folder),
         format="custom" if is_activated(folder) else "native",
     )
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json
+from sempa_st.readable import readable
 
 _TOLD = 3
 """Tensors that an error names."""
@@ -35,38 +33,14 @@ def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[A
     """
     with readable(folder):
         model, info = kind.from_pretrained(
-            str(folder), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **arguments
+            str(folder),
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **arguments,
         )
     return model, info
-
-
-@contextmanager
-def readable(folder: str | Path) -> Iterator[None]:
-    """Turn what transformers raises on a folder that it cannot load into a :class:`SempaError`."""
-    try:
-        yield
-    except ImportError as error:
-        method = quantisation(folder)
-        needs = f"Its weights are quantised ({method}). " if method else ""
-        raise SempaError(
-            f"The model in {folder} needs a package that is not installed. {needs}{_first_line(error)} Install it, or "
-            "take a copy with full weights."
-        ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SempaError(
-            f"The model in {folder} cannot be read ({error}). Restore or download the folder again."
-        ) from error
-
-
-def quantisation(folder: str | Path) -> str | None:
-    """Return the method by which the weights in a folder are quantised, if they are."""
-    path = Path(folder, "config.json")
-    settings = read_json(path).get("quantization_config") if path.is_file() else None
-    return str(settings.get("quant_method") or "unknown method") if isinstance(settings, dict) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class MissingHead(nn.Module):

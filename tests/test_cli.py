@@ -169,7 +169,8 @@ def test_models_that_cannot_be_used(
 
     broken = shutil.copytree(adapter_folder, tmp_path / "broken")
     weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:64])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:64])
     assert_refused(run_cli("encode", broken, *tail), "adapter_model.safetensors is corrupted")
     weights.unlink()
     torch.save({}, broken / "adapter_model.bin")
@@ -232,8 +233,10 @@ def test_options_that_would_be_ignored_or_cannot_be_met(
     assert "above 0" in err
     broken = shutil.copytree(adapter_folder, tmp_path / "broken")
     weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:64])
-    assert_refused(run_cli("encode", broken, *tail, "--reader", "native"), "cannot be opened with sentence-transf")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:64])
+    assert_refused(run_cli("encode", broken, *tail, "--reader", "native"), "adapter_model.safetensors is corrupted")
+    weights.write_bytes(whole)
     (broken / "tokenizer.json").unlink()
     assert_refused(run_cli("encode", broken, *tail), "The tokenizer in")
 

@@ -18,12 +18,10 @@ from sempa_st.methods.encoders import PromptBERT
 from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
 from sempa_st.packing import can_pack
-from sempa_st.peft_models import is_peft_model
+from sempa_st.peft_models import ADAPTER_CONFIG, is_peft_model, load_adapter
 from sempa_st.prompt_eol import (
-    ADAPTER_CONFIG,
     DEFAULT_MAX_SEQ_LENGTH,
     embedding_width,
-    load_adapter,
     position_limit,
     save_model,
     sentence_in,
@@ -131,7 +129,9 @@ class MethodModule(InputModule):
         assert folder is not None
         adapted = Path(folder, ADAPTER_CONFIG).is_file()
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
-        arguments = {**(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
+        # Whoever trusts this folder has said nothing of the base that it names.
+        trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code")) and not adapted}
+        arguments = {**trust, **(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
         settings = cls.load_config(model_name_or_path, **here)
         kind = AutoModel if parse_method(settings["method"]).for_encoders else AutoModelForCausalLM
         model: Any = kind.from_pretrained(base, use_safetensors=True, **arguments)

@@ -65,7 +65,7 @@ def parse_method(text: str) -> Method:
         # As in a YAML file, where false is no text.
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SempaError(
                 f"The method {text!r} has a value that cannot be read: {value}. Put text into double quotes."
             ) from error

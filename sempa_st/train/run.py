@@ -36,7 +36,8 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.nli import NliData, load_nli
-from sempa_st.prompt_eol import ADAPTER_CONFIG, PromptEOL
+from sempa_st.peft_models import ADAPTER_CONFIG
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import embedding_template
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
 from sempa_st.train.build import Ingredients, build_trainer

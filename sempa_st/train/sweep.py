@@ -24,7 +24,7 @@ from sempa_st.files import atomic_folder, check_apart, check_output_folder, read
 from sempa_st.folder import RUN_RECORD
 from sempa_st.grid import SWEEP_OWNED, Point, settings_digest
 from sempa_st.nli import load_nli
-from sempa_st.prompt_eol import ADAPTER_WEIGHTS
+from sempa_st.peft_models import ADAPTER_WEIGHTS
 from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
 from sempa_st.train.ranking import Outcome, results_markdown, results_table, sweep_results
