@@ -19,6 +19,7 @@ from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
+from sempa_st.portable import portable_name
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class Base:
         """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
         if not self.is_gemma:
             return
-        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else self.name
+        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
         (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
         if (self.folder / _TERMS_FILE).is_file() and folder != self.folder:
             shutil.copy(self.folder / _TERMS_FILE, folder)
@@ -240,7 +241,7 @@ def _materialise(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
 
-    print(f"Preparing {EMBEDDED_BASE} once in {target.parent} (about a minute) ...", flush=True)
+    print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))
         digest = _sha256(gguf)

@@ -32,6 +32,7 @@ from sempa_st.folder import (
     weight_files,
     write_embedding_files,
 )
+from sempa_st.portable import portable_record
 from sempa_st.prompt_eol import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFAULT_MAX_SEQ_LENGTH, embedding_width, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.sources import Source, adapter_base, find_model
@@ -125,7 +126,7 @@ def copy_model(
         )
         record = read_record(source.folder)
         if record is not None:
-            record = {**record, "base": origin.name}
+            record = portable_record({**record, "base": origin.name})
             if scale != 1:
                 record["scale"] = scale * record.get("scale", 1)
             write_json(folder / RUN_RECORD, record)

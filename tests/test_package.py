@@ -14,7 +14,7 @@ from sempa_st.stsdata import read_pairs
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console", "cached", "train.losses"},
+    {"errors", "console", "leftovers", "portable", "cached", "train.losses"},
     {
         "cached",
         "prompts",

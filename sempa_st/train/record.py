@@ -8,7 +8,9 @@ from typing import Any
 from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.console import table
+from sempa_st.grid import settings_digest
 from sempa_st.nli import NliData
+from sempa_st.portable import portable_record
 from sempa_st.runinfo import run_info
 from sempa_st.train.callbacks import DEV_METRIC
 
@@ -27,6 +29,9 @@ def run_record(
     kl_text_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
+
+    The names in it are portable: of files and folders their last part. ``settings_digest`` tells the settings apart as
+    they were given.
 
     Args:
         config: Settings of the run.
@@ -49,17 +54,20 @@ def run_record(
     source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
     if kl_text_sha256:
         source["kl_text_sha256"] = kl_text_sha256
-    return {
+    settings = asdict(config)
+    record = {
         **run_info(),
         "objective": config.objective,
         "base": base.name,
         "data": source,
-        "config": {name: value for name, value in asdict(config).items() if name not in _NOT_RECORDED},
+        "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
+        "settings_digest": settings_digest(settings),
         "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
         "best_step": state.best_global_step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
+    return portable_record(record)
 
 
 def _step(line: dict[str, float]) -> dict[str, float]:

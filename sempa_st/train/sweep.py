@@ -109,7 +109,8 @@ def _standing(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.glob("*" + _FAILED)):
         yield path.name.removesuffix(_FAILED), settings_digest(read_json(path)["config"])
     for path in sorted(folder.glob(f"*/{RUN_RECORD}")):
-        yield path.parent.name, settings_digest(read_json(path)["config"])
+        record = read_json(path)
+        yield path.parent.name, record.get("settings_digest") or settings_digest(record["config"])
 
 
 def run_sweep(
