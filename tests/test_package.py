@@ -51,6 +51,7 @@ LAYERS = [
         "train.passages",
     },
     {"train.objectives", "train.batches", "train.forwards", "averaging"},
+    {"train.checkpoints"},
     {"train.trainer", "train.workdir", "train.record", "train.ranking", "evaluate.sts", "evaluate.generation"},
     {"train.alignment", "train.contrastive"},
     {"train.parts"},
