@@ -76,7 +76,7 @@ def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with held(target.with_name(target.name + ".lock"), wait=True):
-            clear_leftovers(target.parent, target.name)
+            clear_leftovers(target.parent)
             if not (target / mark).is_file():
                 with atomic_folder(target, overwrite=True) as partial:
                     make(partial)

@@ -80,5 +80,5 @@ def portable_record(record: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(part.get("source"), str):
             found[key] = {**part, "source": portable_name(part["source"])}
     if isinstance(averaged := found.get("averaged"), list):
-        found["averaged"] = [{**each, "model": portable_name(str(each.get("model")))} for each in averaged]
+        found["averaged"] = [{**each, "model": portable_name(str(each["model"]))} for each in averaged]
     return found

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,7 @@ def overflow(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     monkeypatch.setattr(DevScored, "log", spoiled)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "contrastive", "one-word"])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(("objective", "value"), [("dpo", math.inf), ("contrastive", math.inf), ("one-word", math.nan)])
 def test_a_step_that_overflowed_spoils_no_run(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, value: float
 ) -> None:
@@ -115,11 +114,20 @@ def base(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("order", [("dpo", "dpo:1,one-word:1"), ("dpo:1,one-word:1", "listwise", "dpo")], ids=str)
+@pytest.mark.parametrize(
+    ("bases", "order"),
+    [("tiny_base", ("dpo", "dpo:1,one-word:1")), ("tiny_gemma", ("dpo:1,one-word:1", "listwise", "dpo"))],
+)
 def test_rows_that_are_too_long_are_left_out_by_every_trainer(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_long_rows: str, order: tuple[str, ...]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    with_long_rows: str,
+    bases: str,
+    order: tuple[str, ...],
 ) -> None:
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
+    base = request.getfixturevalue(bases)  # one with a chat template, one on plain text
     settings: dict[str, Any] = {"data": with_long_rows, "max_length": 300, "max_triplets": None}
     first_losses = []
     for number, objective in enumerate(order):
@@ -239,34 +247,33 @@ def is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cache", "objective"),
-    [(cannot_be_made, "dpo"), (cannot_be_made, "dpo:1,one-word:1"), (is_full, "dpo"), (is_read_only, "dpo")],
-    ids=lambda value: getattr(value, "__name__", value),
+    ("cache", "objectives"),
+    [(cannot_be_made, ("dpo", "dpo:1,one-word:1")), (is_full, ("dpo",)), (is_read_only, ("dpo",))],
+    ids=["cannot-be-made", "full", "read-only"],
 )
 def test_training_goes_on_without_a_cache(
     tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    objective: str,
     cache: Callable[[Path, pytest.MonkeyPatch], str],
+    objectives: tuple[str, ...],
 ) -> None:
+    """With one line of warning a run."""
     reason = cache(tmp_path, monkeypatch)
-    for name in ("first", "second"):
-        train(make_config(tiny_base, tmp_path / name, objective=objective, max_triplets=8))
+    for number, objective in enumerate(objectives):
+        train(make_config(tiny_base, tmp_path / str(number), objective=objective, max_triplets=8))
         lines = [line for line in capsys.readouterr().err.splitlines() if "cache folder" in line]
         assert len(lines) == 1
         assert re.search(reason, lines[0])
-        assert (tmp_path / name / "adapter_model.safetensors").is_file()
-
-
-@pytest.fixture
-def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield cannot_be_made(tmp_path, monkeypatch)
+        assert (tmp_path / str(number) / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("model", ["gemma3-270m", "sempa-gemma3-270m"])
-def test_what_needs_the_cache_says_so(run_cli: Cli, tmp_path: Path, no_cache: str, model: str) -> None:
+def test_what_needs_the_cache_says_so(
+    run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    cannot_be_made(tmp_path, monkeypatch)
     (tmp_path / "a.txt").write_text("A cat sleeps\n")
     code, _, err = run_cli("encode", model, tmp_path / "a.txt", "--output", tmp_path / "a.npy")
     assert code == 2

@@ -76,17 +76,17 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
             # The adapter starts at zero: this is the base's score.
             base_score = _base_score(parts, trainer.generator())
             trainer.train(resume_from_checkpoint=work.last_checkpoint() if config.resume else None)
-        record = run_record(
-            config,
-            parts.base,
-            parts.data,
-            trainer.state,
-            base_score=base_score,
-            dev_pairs=parts.scorer.pairs,
-            seconds=time.monotonic() - started,
-            kl_text_sha256=parts.passages.sha256 if parts.passages else None,
-        )
-        _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
+            record = run_record(
+                config,
+                parts.base,
+                parts.data,
+                trainer.state,
+                base_score=base_score,
+                dev_pairs=parts.scorer.pairs,
+                seconds=time.monotonic() - started,
+                kl_text_sha256=parts.passages.sha256 if parts.passages else None,
+            )
+            _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
     finally:
         work.close()
     return record, state.is_main_process
@@ -207,7 +207,7 @@ def _broken_off(work: WorkDir) -> Iterator[None]:
 def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[str, Any]) -> None:
     """Write the model folder from the best checkpoint, and only then remove the run's own folder."""
     if best is None:
-        raise SempaError(f"The run has no checkpoint with a dev score; its state is left in {work.path}.")
+        raise SempaError(f"The run has no whole checkpoint with a dev score in {work.path}. Train anew.")
     config = parts.config
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
         copy_files(Path(best), folder, [*_MODEL_SETTINGS, *weight_files(Path(best))])

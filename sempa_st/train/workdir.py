@@ -101,10 +101,11 @@ class WorkDir:
         """Raise :class:`SempaError` if the folder holds what no run has put there."""
         if not self.path.exists():
             return
-        if self.path.is_dir():
-            clear_leftovers(self.path)
-        own = {_IDENTITY, _CHECKPOINTS, _PROCESS}
-        others = sorted({path.name for path in self.path.iterdir()} - own) if self.path.is_dir() else ["itself a file"]
+        if not self.path.is_dir():
+            raise SempaError(f"{self.path}, where the run is to be kept until it is done, is a file. Move it away.")
+        clear_leftovers(self.path)
+        names = {path.name for path in self.path.iterdir()} - {_IDENTITY, _CHECKPOINTS, _PROCESS}
+        others = sorted(name for name in names if not name.startswith("."))  # a desktop puts its own files anywhere
         if others:
             raise SempaError(
                 f"{self.path}, where the run is to be kept until it is done, holds other things than a run: "
@@ -165,5 +166,6 @@ class WorkDir:
         return next((str(path) for path in reversed(checkpoints_in(self.checkpoints)) if not fault_in(path)), None)
 
     def remove(self) -> None:
-        """Delete the folder; the finished model has taken its place."""
-        shutil.rmtree(self.path)
+        """Delete the folder; the finished model has taken its place, or there is nothing in it to go on from."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
