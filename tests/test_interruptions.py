@@ -140,7 +140,7 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_so(
     DAMAGES[damage](newest / file)
     record, _ = train(replace(config, resume=True))
     err = capsys.readouterr().err
-    assert f"checkpoint-6 is damaged ({file}" in err or "checkpoint-6 is damaged (the weights" in err
+    assert f"checkpoint-6 is damaged ({file}" in err
     assert f"Going on from {older.name}." in err
     assert record["dev"] == unbroken[1]["dev"]
     assert record["best_step"] == unbroken[1]["best_step"]

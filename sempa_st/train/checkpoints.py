@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from sempa_st.train.callbacks import DEV_METRIC
 
 _SEAL = "complete.json"
 _STATE = "trainer_state.json"
+_WANTED = (_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""What a run cannot be gone on with exactly without; beside the weights."""
 _KEPT = 2
 
 
@@ -31,36 +35,42 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Write a checkpoint through to the disk, and then the file that says so: size and SHA-256 of each file.
+    """Write a checkpoint through to the disk, and then the file that says so, with the SHA-256 of each file.
 
     Args:
         checkpoint: Folder that all processes have written their part of.
         run: What the run was started with, kept in the seal too.
     """
     write_through(checkpoint)
-    files = {path.name: _fingerprint(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    files.pop(_SEAL, None)
+    files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != _SEAL}
     write_json(checkpoint / _SEAL, {"run": run, "files": files})
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
+    found = path.stat()
+    return _sha256(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """Read a file once, as long as its size in bytes and its time in ns stay: optimizer states are large."""
     with path.open("rb") as handle:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def run_of(checkpoint: Path) -> dict[str, Any] | None:
     """Return what the run of a checkpoint was started with, if the checkpoint tells."""
-    seal = _read_seal(checkpoint)
-    return seal["run"] if seal else None
+    found = _read_seal(checkpoint)
+    return found["run"] if found else None
 
 
-def _read_seal(checkpoint: Path) -> dict[str, Any] | None:
+def _read_seal(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     try:
         found = read_json(checkpoint / _SEAL)
     except SempaError:  # of an older version, or lost
         return None
-    parts = found.values() if isinstance(found, dict) and found.keys() == {"run", "files"} else [None]
-    return found if all(isinstance(part, dict) for part in parts) else None
+    named = isinstance(found, dict) and found.keys() == {"run", "files"}
+    return found if named and all(part and isinstance(part, dict) for part in found.values()) else None
 
 
 def fault_in(checkpoint: Path) -> str | None:
@@ -69,54 +79,47 @@ def fault_in(checkpoint: Path) -> str | None:
     Without a seal, as an older version left it, the files are read for what they are.
     """
     found = _read_seal(checkpoint)
-    try:
-        return _fault_by_content(checkpoint) if found is None else _fault_by_seal(checkpoint, found["files"])
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
-
-
-def _fault_by_seal(checkpoint: Path, files: dict[str, Any]) -> str | None:
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-        if _fingerprint(path) != expected:
-            return f"{name} is not what was written"
+    if found is None:
+        return _fault_by_content(checkpoint)
+    for name, digest in found["files"].items():
+        try:
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def _fault_by_content(checkpoint: Path) -> str | None:
-    try:
-        state = read_json(checkpoint / _STATE)
-    except SempaError:
-        return f"{_STATE} cannot be read"
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        return f"{_STATE} holds no state of a trainer"
-    seeds = [path.name for path in checkpoint.glob("rng_state*.pth")]
-    for name in ("optimizer.pt", "scheduler.pt", *(seeds or ["rng_state.pth"])):
-        if not zipfile.is_zipfile(checkpoint / name):
-            return f"{name} is missing or cut short"
-        with zipfile.ZipFile(checkpoint / name) as archive:
-            if (broken := archive.testzip()) is not None:
-                return f"{name} is corrupted at {broken}"
-    return _fault_in_weights(checkpoint)
+    names = {path.name for path in checkpoint.glob("*")}
+    for wanted in _WANTED:
+        if not any(fnmatch(name, wanted) for name in names):
+            return f"{wanted.replace('*', '')} is missing"
+    for name in sorted(names):
+        try:
+            whole = _is_whole(checkpoint / name)
+        except (SempaError, SafetensorError, zipfile.BadZipFile, OSError):
+            whole = False
+        if not whole:
+            return f"{name} cannot be read"
+    weights = weight_files(checkpoint)
+    there = [name for name in weights if name in names]
+    in_parts = weights[0].endswith(".index.json")
+    return None if there == weights or (there and not in_parts) else "weights are missing"
 
 
-def _fault_in_weights(checkpoint: Path) -> str | None:
-    try:
-        names = weight_files(checkpoint)
-        there = [name for name in names if (checkpoint / name).is_file()]
-        in_parts = names[0].endswith(".index.json")
-        if not there or (in_parts and there != names):
-            return "weights are missing"
-        for name in there[in_parts:]:
-            with safe_open(checkpoint / name, "pt"):  # checks the header against the length of the file
-                pass
-    except (SempaError, SafetensorError) as error:
-        return f"the weights cannot be read ({error})"
-    return None
+def _is_whole(path: Path) -> bool:
+    """Read a file of a checkpoint as what its name says; most faults are errors of its reader."""
+    if path.suffix == ".json":
+        found = read_json(path)
+        return path.name != _STATE or (isinstance(found, dict) and isinstance(found.get("global_step"), int))
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # compares the header with the length of the file
+            return True
+    if path.suffix in (".pt", ".pth"):
+        with zipfile.ZipFile(path) as archive:  # with a check sum of each part
+            return archive.testzip() is None
+    return True
 
 
 def remove_damaged(folder: Path) -> list[str]:
