@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from sempa_st.averaging import average_models
+from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_file, atomic_folder, check_output_folder, made_once, write_json
 from sempa_st.leftovers import InUseError, clear_leftovers, disk_fault, held
@@ -197,6 +199,16 @@ def test_the_umask_decides_on_modes(tmp_path: Path, umask: int) -> None:
     made_once(tmp_path / "cache" / "c", "mark", lambda path: save_file({"a": torch.zeros(2)}, path / "mark"))
     for path in (tmp_path / "a.safetensors", tmp_path / "a.json", tmp_path / "cache" / "c" / "mark"):
         assert modes(path) == {(False, 0o666 & ~umask)}, path
+
+
+def test_the_umask_decides_on_models_too(adapter_folder: Path, tmp_path: Path, umask: int) -> None:
+    made = [
+        copy_model(str(adapter_folder), tmp_path / "merged", merge=True),
+        copy_model(str(adapter_folder), tmp_path / "half", scale=0.5, format="custom"),
+        average_models([str(adapter_folder)] * 2, tmp_path / "mean"),
+    ]
+    for folder in made:
+        assert modes(folder) == {(True, 0o777 & ~umask), (False, 0o666 & ~umask)}
 
 
 def test_a_file_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

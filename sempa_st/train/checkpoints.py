@@ -102,7 +102,10 @@ def _fault_by_content(checkpoint: Path) -> str | None:
             whole = False
         if not whole:
             return f"{name} cannot be read"
-    weights = weight_files(checkpoint)
+    try:
+        weights = weight_files(checkpoint)
+    except SempaError as error:  # an index that is no index
+        return str(error)
     there = [name for name in weights if name in names]
     in_parts = weights[0].endswith(".index.json")
     return None if there == weights or (there and not in_parts) else "weights are missing"
