@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.adapter_kinds import check_mean
 from sempa_st.adapters import check_adapter
-from sempa_st.card import published_name, read_record
+from sempa_st.card import read_record
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.files import check_apart, check_output_folder, write_json
 from sempa_st.folder import RUN_RECORD, copy_files, folder_digest, template_name
 from sempa_st.inspection import files_read, read_settings
 from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sempa_st.portable import portable_name
 from sempa_st.sources import Source, adapter_base, find_model
 
 if TYPE_CHECKING:
@@ -141,4 +142,4 @@ def _nearest(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _origin(source: Source) -> dict[str, Any]:
     config = (read_record(source.folder) or {}).get("config") or {}
-    return {"model": published_name(source.name), "seed": config.get("seed"), "digest": folder_digest(source.folder)}
+    return {"model": portable_name(source.name), "seed": config.get("seed"), "digest": folder_digest(source.folder)}

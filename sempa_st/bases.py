@@ -21,6 +21,7 @@ from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
 from sempa_st.inspection import read_settings
 from sempa_st.jinja_bounds import check_chat_templates
+from sempa_st.portable import portable_name
 from sempa_st.readable import quantisation, readable
 from sempa_st.tokens import fit_tokens
 
@@ -74,7 +75,7 @@ class Base:
         """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
         if not self.is_gemma:
             return
-        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else self.name
+        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
         (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
         if (self.folder / _TERMS_FILE).is_file() and folder != self.folder:
             shutil.copy(self.folder / _TERMS_FILE, folder)
@@ -268,7 +269,7 @@ def _materialise(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
 
-    print(f"Preparing {EMBEDDED_BASE} once in {target.parent} (about a minute) ...", flush=True)
+    print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))
         digest = _sha256(gguf)

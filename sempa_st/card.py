@@ -11,6 +11,7 @@ from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_activated, i
 from sempa_st.inspection import read_settings
 from sempa_st.nli import sample_path
 from sempa_st.objectives import parse_objective
+from sempa_st.portable import portable_name
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 
@@ -31,8 +32,8 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         _metadata(base, record),
         template_path=str(sample_path("model_card.md")),
         name=name,
-        base=published_name(base.name),
-        data=published_name(record["data"]["source"]) if record else "",
+        base=portable_name(base.name),
+        data=portable_name(record["data"]["source"]) if record else "",
         template=template.prefix + "{sentence}" + template.suffix if template else "",
         format=folder_format(folder),
         adapter=adapter,
@@ -49,11 +50,6 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the run record of a folder, if it has one."""
     return read_settings(folder, RUN_RECORD) if (folder / RUN_RECORD).is_file() else None
-
-
-def published_name(name: str) -> str:
-    """Return a name to publish: of a file or folder its last part, the rest being the author's own machine."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _metadata(base: Base, record: dict[str, Any] | None) -> Any:

@@ -39,6 +39,7 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.peft_models import ADAPTER_CONFIG
+from sempa_st.portable import portable_record
 from sempa_st.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.settings import embedding_settings
@@ -141,7 +142,7 @@ def copy_model(
         )
         record = read_record(source.folder)
         if record is not None:
-            record = {**record, "base": origin.name}
+            record = portable_record({**record, "base": origin.name})
             if scale != 1:
                 record["scale"] = scale * record.get("scale", 1)
             write_json(folder / RUN_RECORD, record)

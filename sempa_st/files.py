@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from sempa_st.errors import SempaError
+from sempa_st.leftovers import clear_leftovers, disk_fault, held, publish, scratch_folder
 
 _MAX_LISTED = 10
 _PARQUET_ROWS = 8192
@@ -23,28 +23,25 @@ ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` and rename it over ``path`` when the block ends without an error.
+    """Yield a temporary path of the same name and rename it over ``path`` when the block ends without an error.
 
     Raises:
         SempaError: If the folder cannot be created or written to.
     """
     target = Path(path)
-    # The suffix stays last: writers may choose the format by it.
-    partial = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
-    with _explained(f"{target} cannot be written"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    try:
+    with ExitStack() as stack:
+        with _explained(f"{target} cannot be written"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(scratch_folder(target)) / target.name
+            partial.touch()
         yield partial
         with _explained(f"{target} cannot be written"):
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+            publish(partial, target)
 
 
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path`` and rename it to ``path`` when the block ends without an error.
+    """Yield an empty temporary folder and rename it to ``path`` when the block ends without an error.
 
     An old folder is only removed after the new one stands in its place.
 
@@ -53,29 +50,14 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """
     target = Path(path).resolve()  # through a link, the folder that it points to is replaced, and the link stays
     check_output_folder(target, overwrite=overwrite)
-    partial = sibling(target, "partial-" + uuid.uuid4().hex[:8])
-    with _explained(f"{target} cannot be written"):
-        partial.mkdir(parents=True)
-    try:
+    with ExitStack() as stack:
+        with _explained(f"{target} cannot be written"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(scratch_folder(target)) / target.name
+            partial.mkdir()
         yield partial
         with _explained(f"{target} cannot be written"):
-            _swap_in(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap_in(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = sibling(target, "old-" + uuid.uuid4().hex[:8])
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+            publish(partial, target)
 
 
 def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
@@ -84,21 +66,30 @@ def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
     Args:
         target: Folder to return.
         mark: File that a finished folder holds; a folder without it is replaced.
-        make: Fills the empty folder that it is given.
+        make: Fills the empty folder that it is given. The folder around that one is its own too, for scratch files.
 
     Raises:
         SempaError: If the folder is not there yet and cannot be written.
     """
     if (target / mark).is_file():
         return target
-    from filelock import FileLock
+    from safetensors import SafetensorError
 
-    with _explained(f"The cache folder {target.parent} cannot be written"):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if not (target / mark).is_file():
-            with atomic_folder(target, overwrite=True) as partial:
-                make(partial)
+        with held(target.with_name(target.name + ".lock"), wait=True):
+            clear_leftovers(target.parent)
+            if not (target / mark).is_file():
+                with atomic_folder(target, overwrite=True) as partial:
+                    make(partial)
+    except (SempaError, OSError, SafetensorError) as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        raise SempaError(
+            f"The cache folder {target.parent} cannot be written, and {target.name} is made there: {fault}. Make room "
+            "or give yourself the right to write there, or set SEMPA_CACHE_DIR to a folder that can be written."
+        ) from error
     return target
 
 
@@ -135,9 +126,15 @@ def sibling(path: Path, word: str) -> Path:
 
 
 def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raise :class:`SempaError` unless ``path`` can become an output folder: absent, empty, or ``overwrite`` is set."""
+    """Raise :class:`SempaError` unless ``path`` can become an output folder: absent, empty, or ``overwrite`` is set.
+
+    What a killed run left of it is cleared first, so that a folder that it had moved away counts as there.
+    """
     target = Path(path)
-    if target.is_file():
+    with _explained(f"{target} cannot be looked into"):
+        clear_leftovers(target.resolve().parent, target.resolve().name)
+        is_file = target.is_file()
+    if is_file:
         raise SempaError(f"The output {target} is a file; expected a folder that does not exist yet. Choose another.")
     with _explained(f"{target} cannot be looked into"):
         holds_something = target.is_dir() and any(target.iterdir())
@@ -163,8 +160,21 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented UTF-8 JSON to ``path``, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as indented UTF-8 JSON to ``path``, whole or not at all; see :func:`finite`."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with None in place of each number in it that is not finite: JSON has no word for them.
+
+    >>> finite({"norms": [1.5, float("inf"), float("nan")]})
+    {'norms': [1.5, None, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

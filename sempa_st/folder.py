@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.bases import load_tokenizer, save_tokenizer
+from sempa_st.bases import EMBEDDED_BASE, load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
 from sempa_st.files import write_json
 from sempa_st.inspection import read_settings
@@ -289,12 +289,20 @@ def is_activated(folder: Path) -> bool:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """Return the base that the adapter names, or the run record's portable name where that is a folder now gone."""
+    """Return the base that the adapter names; where that is a folder now gone, what the run record calls it.
+
+    The record's name is that of the embedded base, a Hub id, or the last part of a folder, which is looked for beside
+    ``folder``: the two may have moved together.
+    """
     reference = str(read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path"))
     record = folder / RUN_RECORD
-    if Path(reference).is_absolute() and not Path(reference).is_dir() and record.is_file():
-        return str(read_settings(folder, RUN_RECORD).get("base") or reference)
-    return reference
+    if not Path(reference).is_absolute() or Path(reference).is_dir() or not record.is_file():
+        return reference
+    name = str(read_settings(folder, RUN_RECORD).get("base") or reference)
+    beside = folder.resolve().parent / name
+    if "/" not in name and (beside / CONFIG).is_file():
+        return str(beside)
+    return name if "/" in name or name == EMBEDDED_BASE else reference
 
 
 def folder_max_seq_length(folder: Path) -> int:

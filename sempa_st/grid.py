@@ -64,12 +64,13 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
     Args:
         settings: Settings of a run, as in a config or a record. What is missing, as in the record of a version that
-            had no such option, stands at its default; what is no setting is not looked at.
+            had no such option, stands at its default; what is no setting is not looked at. Nor is what stands at its
+            default, so that an option of a later version changes no digest.
     """
     identity = {
-        item.name: settings.get(item.name, item.default)
+        item.name: settings[item.name]
         for item in fields(TrainConfig)
-        if item.name not in _NOT_IDENTITY
+        if item.name not in _NOT_IDENTITY and settings.get(item.name, item.default) != item.default
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -44,11 +44,13 @@ class NliData:
         triplets: The records, in the order of the source.
         source: The file, Hub id or ``sample`` that was read.
         skipped: Number of bad rows (or premises without a full triplet) left out.
+        too_long: Number of triplets left out because their paraphrase request fills the longest training sequence.
     """
 
     triplets: Sequence[Triplet]
     source: str
     skipped: int = 0
+    too_long: int = 0
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the triplets in order."""

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from sempa_st.portable import portable_command
 
 _PACKAGES = (
     "sempa-st",
@@ -63,12 +64,14 @@ def hardware() -> dict[str, Any]:
 
 
 def run_info() -> dict[str, Any]:
-    """Return the common head of every run record: time (UTC), command, versions and hardware."""
-    # Only the program's name: its folder says nothing about the run and may name the user.
+    """Return the common head of every run record: time (UTC), command, versions and hardware.
+
+    Of files and folders in the command only the last part is kept: the rest is the author's own machine.
+    """
     program = Path(sys.argv[0]).name.replace("__main__.py", "sempa") or "python"
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": portable_command([program, *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(),
     }

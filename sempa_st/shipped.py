@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import tempfile
 from importlib import resources
@@ -14,7 +13,7 @@ from sempa_st.adapters import attach_adapter
 from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.errors import SempaError
-from sempa_st.files import ROW_SUFFIXES, atomic_folder, check_apart, made_once, write_json
+from sempa_st.files import atomic_folder, check_apart, made_once, write_json
 from sempa_st.folder import (
     MODULES,
     RUN_RECORD,
@@ -30,6 +29,7 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from sempa_st.portable import portable_record
 from sempa_st.prompts import embedding_template
 
 _PACKAGE = Path(str(resources.files("sempa_st")))
@@ -38,7 +38,6 @@ SHIPPED_MODELS = _PACKAGE / "data" / "models"
 _CARD = "README.md"
 _MAKERS = ("bases.py", "folder.py", "peft_models.py", "prompt_eol.py", "prompts.py", "shipped.py")
 """Our files that decide what a completed folder holds."""
-_LEADING_FOLDERS = re.compile(r"(?<![^\s='\"])(?:~|\.{1,2})?/(?:[^\s/'\"]+/)*(?=[^\s/'\"]+)")
 
 
 def shipped_names() -> list[str]:
@@ -117,7 +116,9 @@ def pack_model(
     folder, target = Path(folder), Path(target)
     if not is_adapter_folder(folder) or not folder_format(folder):
         raise SempaError(f"{folder} is no adapter folder of this package. Expected one that `sempa train` wrote.")
-    record = _public(_record(folder)) | ({"results": results} if results else {})
+    record = _record(folder)
+    record = portable_record({**record, "base": EMBEDDED_BASE, "config": {**record["config"], "base": EMBEDDED_BASE}})
+    record |= {"results": results} if results else {}
     base = resolve_base(base_of_adapter(folder))
     if base.name != EMBEDDED_BASE:
         raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")
@@ -128,7 +129,6 @@ def pack_model(
         set_base_reference(packed, EMBEDDED_BASE)
         write_json(packed / RUN_RECORD, record)
         save_file(rounded, packed / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (packed / ADAPTER_WEIGHTS).chmod(0o644)
         base.write_notices(packed)
         complete = Path(scratch)
         _complete(packed, base, complete)
@@ -159,24 +159,3 @@ def _record(folder: Path) -> dict[str, Any]:
             f"{folder} has no {RUN_RECORD}, so what it was trained on is unknown. Expected a trained model."
         )
     return record
-
-
-def _public(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record to publish: the base's portable name, and of files on the author's machine the last part."""
-    config = {**record["config"], "base": EMBEDDED_BASE}
-    config |= {name: _file_name(config[name]) for name in ("data", "dev")}
-    if config.get("kl_text"):
-        config["kl_text"] = Path(config["kl_text"]).name
-    return {
-        **record,
-        "base": EMBEDDED_BASE,
-        "command": _LEADING_FOLDERS.sub("", record["command"]),
-        "config": config,
-        "data": {**record["data"], "source": _file_name(record["data"]["source"])},
-        "dev": {**record["dev"], "source": _file_name(record["dev"]["source"])},
-    }
-
-
-def _file_name(source: str) -> str:
-    is_file = Path(source).suffix.lower() in ROW_SUFFIXES and ":" not in source
-    return Path(source).name if is_file else source

@@ -14,7 +14,7 @@ from sempa_st.stsdata import read_pairs
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console", "patching", "peft_models", "train.losses"},
+    {"errors", "console", "patching", "peft_models", "leftovers", "portable", "train.losses"},
     {"files"},
     {
         "cached",
@@ -56,6 +56,7 @@ LAYERS = [
         "train.passages",
     },
     {"train.objectives", "train.batches", "train.forwards", "averaging"},
+    {"train.checkpoints"},
     {"train.trainer", "train.workdir", "train.record", "train.ranking", "evaluate.sts", "evaluate.generation"},
     {"train.alignment", "train.contrastive"},
     {"train.parts"},

@@ -127,6 +127,7 @@ class FakeTrain:
         self.calls.append(config)
         record = json.loads((self.folder / "sempa_run.json").read_text())
         record["config"] = {name: value for name, value in vars(config).items() if name not in SWEEP_OWNED}
+        record["settings_digest"] = settings_digest(vars(config))
         record["dev"]["scores"] = [
             {"step": 0, "samples": 0, "spearman": 50.0},
             {"step": 2, "samples": 8, "spearman": self.score(config)},

@@ -28,6 +28,7 @@ from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
+from sempa_st.train.checkpoints import Checkpoints
 from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.passages import Passages
@@ -78,6 +79,7 @@ def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
         else:
             trainer = _alignment_trainer(parts, arguments)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Checkpoints(parts.identity))
     trainer.add_callback(PairProgress(rows_per_step, len(parts.data.triplets)))
     if config.patience:
         trainer.add_callback(Patience(config.patience))
@@ -223,7 +225,6 @@ def _arguments(parts: Ingredients, work: WorkDir, rows_per_step: int) -> dict[st
         "eval_steps": checkpoint_steps,
         "save_strategy": "steps",
         "save_steps": checkpoint_steps,
-        "save_total_limit": 2,
         "metric_for_best_model": DEV_METRIC,
         "greater_is_better": True,
         "logging_steps": config.log_steps,

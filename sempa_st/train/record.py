@@ -8,7 +8,10 @@ from typing import Any
 from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.console import table
+from sempa_st.files import finite
+from sempa_st.grid import settings_digest
 from sempa_st.nli import NliData
+from sempa_st.portable import portable_record
 from sempa_st.runinfo import run_info
 from sempa_st.train.callbacks import DEV_METRIC
 
@@ -28,6 +31,10 @@ def run_record(
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
+    The names in it are portable: of files and folders their last part. ``settings_digest`` tells the settings apart as
+    they were given. In ``training``, null stands for a figure that was no finite number, such as the gradient norm of
+    a step that overflowed.
+
     Args:
         config: Settings of the run.
         base: Base that was trained.
@@ -46,23 +53,32 @@ def run_record(
         for line in state.log_history
         if DEV_METRIC in line
     ]
-    source = {"source": config.data, "triplets": triplets, "skipped": data.skipped, "sha256": data.fingerprint()}
+    source = {
+        "source": config.data,
+        "triplets": triplets,
+        "skipped": data.skipped,
+        "too_long": data.too_long,
+        "sha256": data.fingerprint(),
+    }
     if kl_text_sha256:
         source["kl_text_sha256"] = kl_text_sha256
-    return {
+    settings = asdict(config)
+    record = {
         **run_info(),
         "objective": config.objective,
         "base": base.name,
         "data": source,
-        "config": {name: value for name, value in asdict(config).items() if name not in _NOT_RECORDED},
+        "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
+        "settings_digest": settings_digest(settings),
         "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
         "best_step": state.best_global_step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
+    return portable_record(record)
 
 
-def _step(line: dict[str, float]) -> dict[str, float]:
+def _step(line: dict[str, float]) -> dict[str, float | None]:
     names = {
         "step": "step",
         "loss": "loss",
@@ -72,7 +88,7 @@ def _step(line: dict[str, float]) -> dict[str, float]:
         "gradient_norm": "grad_norm",
         "learning_rate": "learning_rate",
     }
-    return {name: line[key] for name, key in names.items() if key in line}
+    return {name: finite(line[key]) for name, key in names.items() if key in line}
 
 
 def run_table(record: dict[str, Any]) -> str:
@@ -89,6 +105,9 @@ def run_table(record: dict[str, Any]) -> str:
     text = table(["triplets", "loss", "reward accuracy", f"dev ({record['dev']['source']})", ""], rows)
     if skipped := record["data"]["skipped"]:
         text += f"\nLeft out as bad: {skipped} row(s) or premise(s) of {record['data']['source']}."
+    if too_long := record["data"].get("too_long"):
+        text += f"\nLeft out as too long: {too_long} triplet(s), whose request alone fills --max-length"
+        text += f" {record['config']['max_length']}."
     best = max(score["spearman"] for score in scores[1:])
     if best <= scores[0]["spearman"]:
         text += (
@@ -97,6 +116,6 @@ def run_table(record: dict[str, Any]) -> str:
     return text
 
 
-def _mean(lines: list[dict[str, float]], key: str) -> float | str:
-    values = [line[key] for line in lines if key in line]
+def _mean(lines: list[dict[str, float | None]], key: str) -> float | str:
+    values = [value for line in lines if (value := line.get(key)) is not None]
     return sum(values) / len(values) if values else ""

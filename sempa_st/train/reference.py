@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sempa_st.bases import cache_folder
+from sempa_st.errors import SempaError
 from sempa_st.files import atomic_file
+from sempa_st.leftovers import clear_leftovers, disk_fault
 
 REFERENCE = "reference_log_probabilities"
 """Name of the log-probabilities of whole answers, best first, of shape (triplets, answers)."""
@@ -23,7 +28,7 @@ REFERENCE = "reference_log_probabilities"
 def cached_tensors(
     identity: dict[str, Any], compute: Callable[[], dict[str, Tensor]], *, write: bool
 ) -> dict[str, Tensor]:
-    """Return ``compute()``, or what it returned earlier for the same ``identity``.
+    """Return ``compute()``, or what it returned earlier for the same ``identity``; a cache is a help and no need.
 
     Args:
         identity: All that decides the result: base, data, template, type. JSON values only.
@@ -32,17 +37,28 @@ def cached_tensors(
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{digest[:32]}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)
-        except SafetensorError:
-            path.unlink(missing_ok=True)  # cut short or corrupted: computed anew
-    tensors = compute()
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):  # not there, cut short, or out of reach
+        tensors = compute()
     if write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as scratch:
-            save_file(tensors, scratch, metadata={"identity": json.dumps(identity)})
+        try:
+            clear_leftovers(path.parent)
+            with atomic_file(path) as scratch:
+                save_file(tensors, scratch, metadata={"identity": json.dumps(identity)})
+        except (SafetensorError, SempaError, OSError) as error:
+            warn_uncached(path.parent, disk_fault(error) or str(error))
     return tensors
+
+
+@functools.cache
+def warn_uncached(folder: Path, reason: str) -> None:
+    """Say once that nothing can be kept in the cache, which a run can do without."""
+    print(
+        f"The cache folder {folder} cannot be written ({reason}); the run goes on without it, and what the base says "
+        "of the data is computed again the next time. SEMPA_CACHE_DIR names another folder.",
+        file=sys.stderr,
+    )
 
 
 def in_batches(lengths: Sequence[int], tokens: int, desc: str) -> Iterator[list[int]]:

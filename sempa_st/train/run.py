@@ -36,14 +36,16 @@ from sempa_st.folder import (
     write_embedding_files,
 )
 from sempa_st.nli import NliData, load_nli
+from sempa_st.objectives import SEQUENCE_OBJECTIVES
 from sempa_st.peft_models import ADAPTER_CONFIG
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import embedding_template
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
+from sempa_st.train.answers import without_too_long
 from sempa_st.train.build import Ingredients, build_trainer
 from sempa_st.train.passages import read_passages
 from sempa_st.train.record import run_record
-from sempa_st.train.reference import cached_tensors
+from sempa_st.train.reference import cached_tensors, warn_uncached
 from sempa_st.train.trainer import DevScorer
 from sempa_st.train.workdir import WorkDir
 
@@ -64,25 +66,30 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
-    parts = gather(config, device)
+    warn_uncached.cache_clear()
     work = WorkDir(config.output)
+    _on_main_process(work.check_free)
+    parts = gather(config, device)
     _on_main_process(lambda: work.open(parts.identity, resume=config.resume, overwrite=config.overwrite))
-    with _broken_off(work):
-        trainer = build_trainer(parts, work)
-        # The adapter starts at zero: this is the base's score.
-        base_score = _base_score(parts, trainer.generator())
-        trainer.train(resume_from_checkpoint=work.last_checkpoint() if config.resume else None)
-    record = run_record(
-        config,
-        parts.base,
-        parts.data,
-        trainer.state,
-        base_score=base_score,
-        dev_pairs=parts.scorer.pairs,
-        seconds=time.monotonic() - started,
-        kl_text_sha256=parts.passages.sha256 if parts.passages else None,
-    )
-    _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
+    try:
+        with _broken_off(work):
+            trainer = build_trainer(parts, work)
+            # The adapter starts at zero: this is the base's score.
+            base_score = _base_score(parts, trainer.generator())
+            trainer.train(resume_from_checkpoint=work.last_checkpoint() if config.resume else None)
+            record = run_record(
+                config,
+                parts.base,
+                parts.data,
+                trainer.state,
+                base_score=base_score,
+                dev_pairs=parts.scorer.pairs,
+                seconds=time.monotonic() - started,
+                kl_text_sha256=parts.passages.sha256 if parts.passages else None,
+            )
+            _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
+    finally:
+        work.close()
     return record, state.is_main_process
 
 
@@ -137,6 +144,10 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
     embedder = load_tokenizer(base.folder)
     install_template(embedder, embedding_template(config.template))
     check_saved_tokenizer(embedder, config.template)
+    # A tokenizer of its own for the training text, which the embedding template has no place in.
+    tokenizer = load_tokenizer(base.folder)
+    if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
+        data = without_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
     # Weights that are trained themselves are kept in float32, whatever the arithmetic.
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
     model = load_causal_lm(base.folder, dtype)
@@ -152,8 +163,6 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
         max_seq_length=config.max_seq_length,
         batch_size=config.dev_batch_size,
     )
-    # A tokenizer of its own for the training text, which the embedding template has no place in.
-    tokenizer = load_tokenizer(base.folder)
     passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
     return Ingredients(config, device, base, data, tokenizer, model, scorer, passages)
 
@@ -199,7 +208,7 @@ def _broken_off(work: WorkDir) -> Iterator[None]:
 def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[str, Any]) -> None:
     """Write the model folder from the best checkpoint, and only then remove the run's own folder."""
     if best is None:
-        raise SempaError(f"The run has no checkpoint with a dev score; its state is left in {work.path}.")
+        raise SempaError(f"The run has no whole checkpoint with a dev score in {work.path}. Train anew.")
     config = parts.config
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
         copy_files(Path(best), folder, [*_MODEL_SETTINGS, *weight_files(Path(best))])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from sempa_st.bases import resolve_base
 from sempa_st.card import read_record, write_card
@@ -23,6 +22,7 @@ from sempa_st.errors import SempaError
 from sempa_st.files import atomic_folder, check_apart, check_output_folder, read_json, write_json, write_text
 from sempa_st.folder import RUN_RECORD
 from sempa_st.grid import SWEEP_OWNED, Point, settings_digest
+from sempa_st.leftovers import InUseError, held
 from sempa_st.nli import load_nli
 from sempa_st.peft_models import ADAPTER_WEIGHTS
 from sempa_st.runinfo import fingerprint
@@ -75,7 +75,8 @@ class Run:
     def settings(self) -> TrainConfig:
         """Return the settings to start the run with, or to go on with it where it was interrupted."""
         config = replace(self.point.config, output=str(self.folder), overwrite=True)
-        started = WorkDir(self.folder).started_with()
+        work = WorkDir(self.folder)
+        started = work.started_with() if work.last_checkpoint() else None
         # The run itself refuses to go on with pairs from another folder.
         return replace(config, resume=started is not None and started.get("data_dir") == config.data_dir)
 
@@ -109,7 +110,8 @@ def _standing(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.glob("*" + _FAILED)):
         yield path.name.removesuffix(_FAILED), settings_digest(read_json(path)["config"])
     for path in sorted(folder.glob(f"*/{RUN_RECORD}")):
-        yield path.parent.name, settings_digest(read_json(path)["config"])
+        record = read_json(path)
+        yield path.parent.name, record.get("settings_digest") or settings_digest(record["config"])
 
 
 def run_sweep(
@@ -273,9 +275,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of the folder, which would take the first one's run for an interrupted one."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with held(folder / ".lock"):
             yield
-    except Timeout as error:
+    except InUseError as error:
         raise SempaError(f"Another sweep is running in {folder}. Wait for it, or choose another --output.") from error
 
 

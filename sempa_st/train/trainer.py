@@ -93,8 +93,10 @@ class DevScorer:
             self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
         )
         score = self._pairs.spearman(vectors.float())
-        if math.isnan(score):
-            raise SempaError("The dev score is not a number: the embeddings have diverged. Lower the learning rate.")
+        if not math.isfinite(score):
+            raise SempaError(
+                f"The dev score is not a number ({score}): the embeddings have diverged. Lower the learning rate."
+            )
         return score
 
 

@@ -1,18 +1,22 @@
-"""The folder of a run in progress: what it was started with, and its checkpoints."""
+"""The folder of a run in progress: what it was started with, its checkpoints, and the lock that keeps others out."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import sort_checkpoints
-
 from sempa_st.errors import SempaError
-from sempa_st.files import check_output_folder, read_json, write_json
+from sempa_st.files import check_output_folder, read_json, write_json, write_text
+from sempa_st.leftovers import InUseError, clear_leftovers, held
+from sempa_st.train.checkpoints import checkpoints_in, fault_in, remove_damaged, run_of
 
 _IDENTITY = "identity.json"
-_COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_CHECKPOINTS = "checkpoints"
+_PROCESS = "process.txt"
 
 
 class WorkDir:
@@ -25,59 +29,143 @@ class WorkDir:
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output).resolve()
         self.path = self.output.with_name(self.output.name + ".training")
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / _CHECKPOINTS
+        self._lock = self.path.with_name(f".{self.path.name}.lock")
+        self._held = ExitStack()
+
+    def check_free(self) -> None:
+        """Raise :class:`SempaError` if another process is training into the output folder at this moment."""
+        if self._lock.exists():
+            self._take_lock()
+            self.close()
 
     def open(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Start the folder, or check that the one there belongs to the same run.
+        """Take the folder: start it, or check that the one there belongs to the same run. :meth:`close` lets it go.
+
+        What an interrupted run left without a checkpoint is no obstacle: a new run starts in its place.
 
         Args:
             identity: Everything that decides the result: settings, data fingerprint.
-            resume: Go on with the folder that is there.
+            resume: Go on with the folder that is there, from its newest whole checkpoint.
             overwrite: Throw away what is there.
 
         Raises:
-            SempaError: If there is nothing to resume, the run there is another one, or it is in the way.
+            SempaError: If there is nothing to resume, the run there is another one, it is in the way, or another
+                process is at it.
         """
         check_output_folder(self.output, overwrite=overwrite)
-        if resume:
-            self._check_same(identity)
+        if resume and not checkpoints_in(self.checkpoints):
+            raise SempaError(
+                f"There is no unfinished run with a checkpoint in {self.path} to resume. Start it anew, without "
+                "--resume."
+            )
+        self._take_lock()
+        try:
+            self._check_own()
+            if resume:
+                self._check_resumable(identity)
+            else:
+                self._make_room(overwrite=overwrite)
+                check_output_folder(self.path)
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / _IDENTITY, identity)
+            write_text(self.path / _PROCESS, f"{os.getpid()}\n")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._held.close()
+
+    def _take_lock(self) -> None:
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(held(self._lock))
+        except InUseError as error:
+            raise SempaError(
+                f"{self.output} is being trained by process {self._process()} at this moment. Wait for it, stop it, or "
+                "choose another --output."
+            ) from error
+        except OSError as error:
+            raise SempaError(
+                f"{self._lock} cannot be written, which keeps two runs apart: {error.strerror}. Check the path, its "
+                "owner and the free space."
+            ) from error
+
+    def _process(self) -> str:
+        path = self.path / _PROCESS
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
+
+    def _check_own(self) -> None:
+        """Raise :class:`SempaError` if the folder holds what no run has put there."""
+        if not self.path.exists():
             return
+        if not self.path.is_dir():
+            raise SempaError(f"{self.path}, where the run is to be kept until it is done, is a file. Move it away.")
+        clear_leftovers(self.path)
+        names = {path.name for path in self.path.iterdir()} - {_IDENTITY, _CHECKPOINTS, _PROCESS}
+        others = sorted(name for name in names if not name.startswith("."))  # a desktop puts its own files anywhere
+        if others:
+            raise SempaError(
+                f"{self.path}, where the run is to be kept until it is done, holds other things than a run: "
+                f"{others[0]}. Move it away, or choose another --output."
+            )
+
+    def _make_room(self, *, overwrite: bool) -> None:
+        """Remove what an earlier run has left, or raise :class:`SempaError` if that may be worth something."""
+        if checkpoints_in(self.checkpoints) and not overwrite:
+            goes_on = self.last_checkpoint() and self.started_with() is not None
+            advice = (
+                "Pass --resume to go on with it, or --overwrite to start anew."
+                if goes_on
+                else f"It cannot be gone on with: {self._fault()}. Pass --overwrite to start anew."
+            )
+            raise SempaError(f"An unfinished run stands in {self.path}. {advice}")
         if self.path.exists():
-            if not overwrite:
-                raise SempaError(
-                    f"An unfinished run stands in {self.path}. Pass --resume to go on with it, or --overwrite to start "
-                    "anew."
-                )
             shutil.rmtree(self.path)
-        check_output_folder(self.path)
-        self.checkpoints.mkdir(parents=True)
-        write_json(self.path / _IDENTITY, identity)
 
-    def started_with(self) -> dict[str, Any] | None:
-        """Return the identity that the run in progress was started with, or None where there is no such run."""
-        path = self.path / _IDENTITY
-        return read_json(path) if path.is_file() else None
+    def _fault(self) -> str:
+        """Return why the run in the folder cannot be gone on with."""
+        found = checkpoints_in(self.checkpoints)
+        if not found:
+            return "it has no checkpoint yet"
+        if self.last_checkpoint() is None:
+            return f"none of its checkpoints is whole ({found[-1].name}: {fault_in(found[-1])})"
+        return f"{_IDENTITY} is lost, and with it what the run was started with"
 
-    def _check_same(self, identity: dict[str, Any]) -> None:
+    def _check_resumable(self, identity: dict[str, Any]) -> None:
         started = self.started_with()
-        if started is None:
-            raise SempaError(f"There is no unfinished run in {self.path} to resume. Start one without --resume.")
+        if started is None or self.last_checkpoint() is None:
+            raise SempaError(
+                f"The run in {self.path} cannot be resumed: {self._fault()}. Pass --overwrite in place of --resume to "
+                "start it anew."
+            )
         for name in identity.keys() | started.keys():
             if identity.get(name) != started.get(name):
                 raise SempaError(
                     f"The run in {self.path} was started with {name} = {started.get(name)!r}, now it is "
                     f"{identity.get(name)!r}. Resume with the same settings, or start anew with --overwrite."
                 )
+        for line in remove_damaged(self.checkpoints):
+            print(f"{line} Going on from {Path(str(self.last_checkpoint())).name}.", file=sys.stderr)
+
+    def started_with(self) -> dict[str, Any] | None:
+        """Return the identity that the run in progress was started with, or None where there is none or it is lost."""
+        try:
+            found = read_json(self.path / _IDENTITY)
+        except SempaError:  # its checkpoints know it too
+            found = None
+        if isinstance(found, dict):
+            return found
+        last = self.last_checkpoint()
+        return run_of(Path(last)) if last else None
 
     def last_checkpoint(self) -> str | None:
-        """Return the newest checkpoint that was written to its end, if any."""
-        complete = [
-            path
-            for path in sort_checkpoints(str(self.checkpoints))
-            if all((Path(path) / name).is_file() for name in _COMPLETE) and any(Path(path).glob("*.safetensors"))
-        ]
-        return complete[-1] if complete else None
+        """Return the newest checkpoint that is whole, if any."""
+        return next((str(path) for path in reversed(checkpoints_in(self.checkpoints)) if not fault_in(path)), None)
 
     def remove(self) -> None:
-        """Delete the folder; the finished model has taken its place."""
-        shutil.rmtree(self.path)
+        """Delete the folder; the finished model has taken its place, or there is nothing in it to go on from."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
