@@ -155,8 +155,8 @@ def unreadable(what: str, folder: str | Path, error: Exception, base: Path | Non
     if any(_asks_for_code(Path(path)) for path in (folder, base) if path):
         # The library's own message asks for a flag that this package does not have.
         return SempaError(
-            f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder, or its base, brings code of its "
-            "own (auto_map), which is never run. Expected a model that transformers itself knows."
+            f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder, or its base, brings code of "
+            "its own (auto_map), which is never run. Expected a model that transformers itself knows."
         )
     reason = f"{type(error).__name__}: {error!s:.{_LONGEST_REASON}}"
     return SempaError(f"The {what} in {folder} cannot be read ({reason}). Restore or download the folder again.")
