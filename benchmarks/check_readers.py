@@ -42,8 +42,8 @@ def mixed_lengths(texts: list[str], count: int) -> list[str]:
 def manual_vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
     """The paper's procedure: plain tokenisation, all hidden states, the last layer's last token."""
     auto_class = AutoPeftModelForCausalLM if is_adapter_folder(folder) else AutoModelForCausalLM
-    model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     template = EMBEDDING_TEMPLATES[template_name(folder)]
     vectors = []
     for sentence in tqdm(sentences, desc="manual"):

@@ -38,7 +38,9 @@ def in_other_environment(
     """
     plain = scratch / "decoder"
     if not plain.is_dir():
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).base_model.save_pretrained(plain)
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).base_model.save_pretrained(plain)
         save_tokenizer(load_tokenizer(folder), plain)
     threads = str(torch.get_num_threads())
     process = subprocess.Popen(
@@ -74,7 +76,11 @@ def in_other_environment(
 
 def flash_rows(folder: Path, device: str, batch_size: int, render: Render) -> Callable[[Sequence[str]], Any]:
     """Embed in bfloat16 and in sorted batches of rows, which FlashAttention takes without padding; as above."""
-    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).base_model.eval().to(device)
+    decoder = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+        .base_model.eval()
+        .to(device)
+    )
     tokenizer = load_tokenizer(folder)
     if not can_flash(decoder):
         raise SempaError(f"FlashAttention does not run on {device}")

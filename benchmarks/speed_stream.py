@@ -58,11 +58,11 @@ def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
 def save_tiny(folder: Path) -> Path:
     """Write a random decoder with the embedded base's tokenizer, so narrow that reading and writing take the time."""
     base = resolve_base(EMBEDDED_BASE).folder
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config.update({"hidden_size": 16, "intermediate_size": 32, "head_dim": 8, "num_attention_heads": 2})
     config.update({"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
     save_tokenizer(load_tokenizer(base), folder)
     return folder
 

@@ -47,7 +47,11 @@ Make = Callable[[Setting], Embed]
 
 def paper(setting: Setting) -> Embed:
     """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
-    model = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval().to(setting.device)
+    model = (
+        AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32, trust_remote_code=False)
+        .eval()
+        .to(setting.device)
+    )
     keep_attention_right(model, setting.device)
     tokenizer = load_tokenizer(setting.folder)
 

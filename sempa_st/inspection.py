@@ -12,6 +12,8 @@ from sempa_st.names import check_entry, inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LARGEST_SETTINGS = 64 << 20
+_LARGEST = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
+"""Bytes of a file that a library reads whole, by its ending: a vocabulary's are many times those of the largest."""
 _TEMPLATES = "additional_chat_templates"
 _FILES = (".json", ".safetensors", ".jinja")
 """Endings of what is looked for as a file, whatever it is."""
@@ -43,6 +45,7 @@ def check_folder(folder: Path) -> Path:
     for path in files:
         if path.is_dir() and path.suffix in _FILES:
             raise SempaError(f"{path} is a folder. Expected a file; restore or download the folder again.")
+        _check_size(path, _LARGEST.get(path.suffix))
         if path.name.endswith(_INDEX):
             _check_index(path)
         if path.suffix == ".safetensors":
@@ -91,10 +94,7 @@ def read_settings(folder: Path, name: str) -> Any:
 def _read(path: Path, schema: str) -> Any:
     from sempa_st.schemas import first_fault
 
-    if path.is_file() and path.stat().st_size > _LARGEST_SETTINGS:
-        raise SempaError(
-            f"{path} has {path.stat().st_size} bytes. Expected a settings file, of {_LARGEST_SETTINGS} at most."
-        )
+    _check_size(path, _LARGEST_SETTINGS)
     content = read_json(path)
     if fault := first_fault(schema, content):
         where, found, expected = fault
@@ -103,6 +103,11 @@ def _read(path: Path, schema: str) -> Any:
             "restore it from where it came."
         )
     return content
+
+
+def _check_size(path: Path, largest: int | None) -> None:
+    if largest is not None and path.is_file() and path.stat().st_size > largest:
+        raise SempaError(f"{path} has {path.stat().st_size:,} bytes. Expected {largest:,} at most.")
 
 
 def _check_unpickled(place: Path, names: set[str]) -> None:

@@ -31,9 +31,8 @@ def readable(folder: str | Path, what: str = "model", base: Path | None = None) 
         if any(_brings_code(Path(path)) for path in (folder, base) if path):
             # The library's own message asks for a flag that this package does not have.
             raise SempaError(
-                f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder brings code of its own "
-                "(auto_map), or its base does, which is never run. Expected a model that transformers itself knows, "
-                "whole."
+                f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder, or its base, brings code "
+                "of its own (auto_map), which is never run. Expected a model that transformers itself knows."
             ) from error
         if isinstance(error, ImportError):
             method = quantisation(folder)

@@ -132,8 +132,6 @@ def test_malformed_files(run_cli: RunCli, folders: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize("put", ["folder", "pipe", "huge", "link out", "link to nothing"])
 @pytest.mark.parametrize(("kind", "name"), FILES, ids=["-".join(file) for file in FILES])
 def test_what_is_no_file(run_cli: RunCli, folders: Path, tmp_path: Path, kind: str, name: str, put: str) -> None:
-    if put == "huge" and (not name.endswith(".json") or name == "tokenizer.json"):
-        return  # these may be large
     if name == INDEX:
         make_sharded(folders / "base")
     path = folders / kind / name
