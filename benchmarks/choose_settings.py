@@ -22,9 +22,9 @@ from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
 from sempa_st.cached import layers_of
 from sempa_st.console import table
 from sempa_st.devices import keep_attention_right, pick_device
+from sempa_st.digests import folder_digest
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
-from sempa_st.folder import folder_digest
 from sempa_st.methods.layers import states_in
 from sempa_st.methods.method import Method, mean_of
 from sempa_st.methods.module import MethodModule, rows_in

@@ -177,4 +177,6 @@ def rewrite_tensors(base: Base, folder: Path, scale: float) -> None:
     if scale == 1 and tensors.keys() == held.keys():
         return
     scaled = {key: scale * tensor if any(up in key for up in _UP) else tensor for key, tensor in tensors.items()}
+    if bad := [key for key, tensor in scaled.items() if not tensor.isfinite().all()]:
+        raise SempaError(f"--scale {scale} takes the tensor {min(bad)} beyond what its type can hold. Choose less.")
     save_file(scaled, path, metadata={"format": "pt"})

@@ -167,6 +167,8 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
     """
     import torch
 
+    from sempa_st.weights import check_finite_weights
+
     tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), folder, base.name)
     before = _outputs(tuned)
     try:
@@ -181,7 +183,9 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
             f"The adapter in {folder} cannot be merged: the merged model gives other outputs, as where an embedding "
             "changes that the LM head shares. Leave out --merge."
         )
-    return merged.to(dtype=dtype)  # type: ignore[call-arg]
+    converted: PreTrainedModel = merged.to(dtype=dtype)  # type: ignore[call-arg]
+    check_finite_weights(converted, folder)
+    return converted
 
 
 def _outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,10 @@ from sempa_st.adapter_kinds import check_mean
 from sempa_st.adapters import check_adapter
 from sempa_st.card import read_record
 from sempa_st.copying import copy_model
+from sempa_st.digests import folder_digest
 from sempa_st.errors import SempaError
 from sempa_st.files import check_apart, check_output_folder, write_json
-from sempa_st.folder import RUN_RECORD, copy_files, folder_digest, template_name
+from sempa_st.folder import RUN_RECORD, copy_files, template_name
 from sempa_st.inspection import files_read, read_settings
 from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.portable import portable_name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 from sempa_st.files import ROW_SUFFIXES, UTF8, atomic_file, check_output_file, is_text, iter_rows, list_rows
+from sempa_st.finite import check_finite
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -108,7 +109,8 @@ def encode_to_file(
         The shape of the array of vectors.
 
     Raises:
-        SempaError: If the output cannot be written, or the sentences are no longer as many as were found.
+        SempaError: If the output cannot be written, a vector is not finite, or the sentences are no longer as many as
+            were found.
     """
     from tqdm.auto import tqdm
 
@@ -121,7 +123,9 @@ def encode_to_file(
         tqdm(total=sentences.count, desc="encode", unit="sentence", dynamic_ncols=True) as bar,
     ):
         while window := list(islice(rest, _WINDOW)):
-            vectors = _encode_once(model, [text for _, text in window], batch_size, bar.update)
+            rows, texts = [row for row, _ in window], [text for _, text in window]
+            vectors = _encode_once(model, texts, batch_size, bar.update)
+            check_finite(vectors, texts, rows=rows)
             write(window, vectors)
             written, width = written + len(window), vectors.shape[1]
         if written != sentences.count:

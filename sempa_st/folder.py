@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import string
 import tempfile
@@ -49,7 +48,6 @@ CUSTOM_TYPES = (f"prompt_eol.{PromptEOL.__name__}", f"{PromptEOL.__module__}.{Pr
 """How modules.json names our module: in a ``custom`` folder, and as ``SentenceTransformer.save_pretrained`` has it."""
 _TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 _POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
-_SAMPLED_BYTES = 1 << 20
 _ENDINGS = ("It ends.", "Really?", "Stop!", "And so on ...", "and so on...", "(he said)", "70%", "it's me'", "a.b.")
 _BEGINNINGS = ("...", "....", "''", "--", "((", "?!", " A", "\n", '""', "«", "“Yes", "2", "ö")
 _PROBES = ("", "A cat sleeps", 'She said "no"?', "Ünïcode — 12 °C 😀", "it's")
@@ -308,16 +306,3 @@ def base_of_adapter(folder: Path) -> str:
 def folder_max_seq_length(folder: Path) -> int:
     """Return the longest input in tokens that the folder's settings allow."""
     return int(read_settings(folder, SETTINGS).get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
-
-
-def folder_digest(folder: Path) -> str:
-    """Return a SHA-256 (hex) that tells model folders apart: settings in full, weights by size, head and tail."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as handle:
-            digest.update(handle.read(_SAMPLED_BYTES))
-            handle.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(handle.read())
-    return digest.hexdigest()

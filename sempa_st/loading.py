@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.adapter_kinds import check_native
 from sempa_st.bases import EMBEDDED_BASE, Base, embedding_rows, load_causal_lm, load_tokenizer
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
+from sempa_st.digests import combined_digest
 from sempa_st.errors import SempaError
 from sempa_st.folder import (
     CONFIG,
     MODULES,
     ST_CONFIG,
-    folder_digest,
     folder_format,
     install_template,
     is_activated,
@@ -27,7 +28,7 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.readable import readable
 from sempa_st.settings import embedding_settings
-from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model
+from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model, source_digest
 from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def load(
         from sempa_st.int8 import quantize
 
         quantize(opened)
-        opened.model_card_data.model_name = f"{opened.model_card_data.model_name}-int8"
+    asked = {"method": method, "reader": reader, "dtype": str(torch_dtype), "int8": int8}
+    opened.model_card_data.model_name = _own_name(opened, source, base, asked)
     return opened
 
 
@@ -181,9 +183,7 @@ def _load_method(
     if source.kind == "sempa" and is_activated(source.folder):
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
     model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
-    embedder = SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
-    embedder.model_card_data.model_name = f"{_own_name(source)}-{method}"
-    return embedder
+    return SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
 
 
 def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
@@ -202,14 +202,14 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
 
     config = read_settings(source.folder, ST_CONFIG) if (source.folder / ST_CONFIG).is_file() else {}
     module.embed_rows = embed_packed
-    model = SentenceTransformer(
+    return SentenceTransformer(
         modules=[module],
         device=device,
         prompts=config.get("prompts"),
         default_prompt_name=config.get("default_prompt_name"),
         similarity_fn_name=config.get("similarity_fn_name", "cosine"),
+        truncate_dim=config.get("truncate_dim"),
     )
-    return _named(model, source)
 
 
 def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
@@ -248,7 +248,7 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
             f"{source.name} opens with sentence-transformers and embeds no text ({type(error).__name__}: {error}). Its "
             "settings do not go together; restore or download the folder again."
         ) from error
-    return _named(model, source)
+    return model
 
 
 def _check_plain_weights(folder: Path) -> None:
@@ -260,12 +260,21 @@ def _check_plain_weights(folder: Path) -> None:
             check_whole(*loaded_with_info(AutoModel, part, device_map="meta"), part)
 
 
-def _named(model: SentenceTransformer, source: Source) -> SentenceTransformer:
-    """Name the model after its content: MTEB serves a model without a name of its own another one's cached scores."""
-    if model.model_card_data.model_name is None:
-        model.model_card_data.model_name = _own_name(source)
-    return model
+def _own_name(model: SentenceTransformer, source: Source, base: str | None, asked: dict[str, Any]) -> str:
+    """Return a name with a digest of all that decides a vector: MTEB serves two models of one name the same scores.
 
-
-def _own_name(source: Source) -> str:
-    return f"local/{Path(source.name).name}-{folder_digest(source.folder)[:12]}"
+    It is the same on every machine and device; the type of the weights, which the device may choose, is part of it.
+    """
+    digest = combined_digest(
+        asked
+        | {
+            "model": source_digest(source, base),
+            "template": getattr(model[0], "template", None),
+            "max_seq_length": model.max_seq_length,
+            "truncate_dim": model.truncate_dim,
+            "prompts": model.prompts,
+            "default_prompt_name": model.default_prompt_name,
+        }
+    )
+    name = Path(os.path.abspath(source.name)).name if Path(source.name).is_dir() else Path(source.name).name  # noqa: PTH100
+    return f"local/{name}-{digest[:12]}"

@@ -12,13 +12,13 @@ from typing import Any
 from sempa_st.adapters import attach_adapter
 from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
+from sempa_st.digests import folder_digest
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_folder, check_apart, made_once, write_json
 from sempa_st.folder import (
     MODULES,
     RUN_RECORD,
     base_of_adapter,
-    folder_digest,
     folder_format,
     folder_max_seq_length,
     install_template,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sempa_st.bases import EMBEDDED_BASE, Base, is_encoder, resolve_base
+from sempa_st.digests import combined_digest, folder_digest
 from sempa_st.errors import SempaError
 from sempa_st.folder import (
     MODULES,
@@ -133,3 +134,19 @@ def adapters_over_base(folder: Path, base: str | None = None) -> tuple[list[Path
         if below in folders:
             raise SempaError(f"The adapter in {below} names itself as its base. Name the right one with --base.")
         folders.append(below)
+
+
+def source_digest(source: Source, base: str | None = None) -> str:
+    """Return a SHA-256 (hex) of all that a model is made of: its folder, and what its adapter lies on.
+
+    Args:
+        source: The model.
+        base: What its adapter lies on, where that is not what it names.
+
+    Raises:
+        SempaError: If its base is not at hand.
+    """
+    if source.kind not in ("sempa", "adapter") or not is_adapter_folder(source.folder):
+        return folder_digest(source.folder)
+    folders, below = adapters_over_base(source.folder, base)
+    return combined_digest({"folders": [folder_digest(folder) for folder in (*folders, below.folder)]})

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sempa_st.finite import check_finite
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -35,6 +37,9 @@ def encoded_once(model: SentenceTransformer) -> Iterator[Tally]:
 
     Args:
         model: Any SentenceTransformer; calls for anything but arrays of vectors are passed on.
+
+    Raises:
+        SempaError: From ``encode``, if a vector is not finite.
     """
     original = model.encode
     known: dict[tuple[str, str], Any] = {}
@@ -49,6 +54,7 @@ def encoded_once(model: SentenceTransformer) -> Iterator[Tally]:
             started = time.perf_counter()
             vectors = original(new, **kwargs)
             tally.seconds += time.perf_counter() - started
+            check_finite(vectors, new)
             known.update(zip(((sentence, prompt) for sentence in new), vectors, strict=True))
         tally.asked += len(sentences)
         tally.encoded += len(new)

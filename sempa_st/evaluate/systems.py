@@ -17,10 +17,9 @@ from sempa_st.errors import SempaError
 from sempa_st.evaluate.once import Tally
 from sempa_st.evaluate.sts import Cell, Score, load_tasks, score_tasks
 from sempa_st.files import read_json, write_json, write_text
-from sempa_st.folder import folder_digest
 from sempa_st.loading import load
 from sempa_st.runinfo import run_info
-from sempa_st.sources import find_model
+from sempa_st.sources import find_model, source_digest
 from sempa_st.stsdata import PROTOCOLS, STS_TASKS
 
 _SHORT = {"STSBenchmark": "STS-B"}
@@ -98,7 +97,7 @@ def _score(
 ) -> dict[str, Any]:
     source = find_model(system.model, for_method=True)
     identity = {
-        "digest": folder_digest(source.folder),
+        "digest": source_digest(source),
         "method": system.method,
         "dtype": dtype,
         "device": pick_device(device),

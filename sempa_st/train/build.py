@@ -21,8 +21,9 @@ from sempa_st.adapters import lora_config
 from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.devices import pick_dtype
+from sempa_st.digests import folder_digest
 from sempa_st.errors import SempaError
-from sempa_st.folder import closing_tokens, folder_digest, opening_tokens
+from sempa_st.folder import closing_tokens, opening_tokens
 from sempa_st.nli import NliData
 from sempa_st.preferences import preference_rows
 from sempa_st.prompt_eol import PromptEOL

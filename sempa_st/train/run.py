@@ -19,6 +19,7 @@ from sempa_st.bases import load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.card import write_card
 from sempa_st.config import TrainConfig
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
+from sempa_st.digests import folder_digest
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_folder, check_apart, check_output_folder, write_json
 from sempa_st.folder import (
@@ -26,7 +27,6 @@ from sempa_st.folder import (
     RUN_RECORD,
     check_saved_tokenizer,
     copy_files,
-    folder_digest,
     install_template,
     is_adapter_folder,
     opening_tokens,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
 from sempa_st.errors import SempaError
+from sempa_st.finite import check_finite
 from sempa_st.packing import embed_packed
 from sempa_st.peft_models import is_peft_model
 from sempa_st.prompt_eol import PromptEOL
@@ -92,6 +93,12 @@ class DevScorer:
         vectors = embedder.encode(
             self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
         )
+        try:
+            check_finite(vectors, self._pairs.sentences)
+        except SempaError as error:
+            raise SempaError(
+                f"The embeddings of the dev pairs have diverged: lower the learning rate. {error}"
+            ) from error
         score = self._pairs.spearman(vectors.float())
         if not math.isfinite(score):
             raise SempaError(
