@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_FUSED_IN_MAMBA = {"out_proj", "dt_proj", "x_proj"}
+"""Layers whose weights Mamba's kernels take without calling the layer, so that an adapter on them does nothing."""
 _PROBED = 32
 """Tokens on which a merged model is compared with what it was made of."""
 
@@ -31,16 +33,20 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
         SempaError: If the model has no such layer.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        # GPT-2's linear layers are Conv1D: the same with the weight transposed.
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
+    if any(part in model.config.model_type for part in ("mamba", "falcon_h1", "nemotron_h")):
+        names -= _FUSED_IN_MAMBA
     if not names:
         raise SempaError(
-            f"{type(model).__name__} has no torch.nn.Linear layer besides its LM head, so LoRA has nothing to adapt."
+            f"{type(model).__name__} has no linear layer besides its LM head, so LoRA has nothing to adapt."
         )
     return sorted(names)
 
@@ -68,6 +74,7 @@ def lora_config(
         SempaError: If the model has no linear layer to adapt, or no decoder layer of such a number.
     """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     count = model.config.get_text_config().num_hidden_layers
     if layers and max(layers) >= count:
@@ -78,6 +85,7 @@ def lora_config(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=linear_suffixes(model),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         layers_to_transform=None if layers is None else list(layers),
         # Without it PEFT finds no layer in a decoder without the LM head.
         layers_pattern=None if layers is None else layers_pattern(model),
@@ -152,6 +160,37 @@ def check_adapter(base: Base, folder: str | Path) -> None:
         SempaError: As :func:`attach_adapter` does.
     """
     attach_adapter(skeleton(base), folder, base.name)
+
+
+def check_runs_activated(base: Base, name: str, folder: Path, tokens: Sequence[int]) -> None:
+    """Run an activated adapter once, since some architectures hide from PEFT which token is which.
+
+    Args:
+        base: Its base.
+        name: Name of the model that it was made of.
+        folder: Folder of the adapter.
+        tokens: Token ids from which on it acts.
+
+    Raises:
+        SempaError: If it does not run.
+    """
+    import torch
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    config = PeftConfig.from_pretrained(str(folder))
+    # Only this class of PEFT's looks for the tokens, as AutoPeftModelForCausalLM does for whoever opens the folder.
+    tuned = PeftModelForCausalLM(load_causal_lm(base.folder, torch.bfloat16), config).eval()
+    other = int(tokens[0] == 0)
+    try:
+        with torch.no_grad():
+            for rows in ([[*tokens, other]], [[other] * 4], [[other, *tokens], [*tokens, other]]):
+                tuned(input_ids=torch.tensor(rows), use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        kind = type(tuned.get_base_model()).__name__
+        raise SempaError(
+            f"The adapter of {name} cannot be activated: the layers of {kind} hide from PEFT which token is which "
+            f"({error}). Leave out --activate."
+        ) from error
 
 
 def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:

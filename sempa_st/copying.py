@@ -14,7 +14,7 @@ from sempa_st.adapter_kinds import (
     rewrite_tensors,
     write_native_settings,
 )
-from sempa_st.adapters import check_adapter, merged_model
+from sempa_st.adapters import check_adapter, check_runs_activated, merged_model
 from sempa_st.bases import Base, check_causal_lm, embedding_rows, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.devices import pick_dtype
@@ -126,9 +126,12 @@ def copy_model(
                     set_invocation(folder, None)
                     (folder / CONFIG).unlink()  # it refused the readers that can open the copy
                 if activate:
-                    set_invocation(folder, opening_tokens(tokenizer, template))
+                    opening = opening_tokens(tokenizer, template)
+                    set_invocation(folder, opening)
                     check_activated(origin, model, folder)
                 rewrite_tensors(origin, folder, scale)
+                if activate:
+                    check_runs_activated(origin, model, folder, opening)
                 if format == "native":
                     write_native_settings(origin, folder)
                     check_native(origin, model, folder)
