@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types tests unit integration clean
+.PHONY: demo test lint types tests unit unit-bfloat16 unit-float32 integration clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
@@ -18,12 +18,16 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-# Unit and integration tests side by side, a file a process, each on a thread of its own.
-tests: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+# Unit tests with bfloat16 as what "auto" means, then all tests with float32, whatever the processor would choose: side by
+# side, a file a process, each on a thread of its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+tests: unit-bfloat16
+	$(PYTEST) --auto-dtype float32
 
-unit: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration"
+unit-bfloat16 unit-float32: unit-%: $(VENV)/.ready
+	$(PYTEST) -m "not integration" --auto-dtype $*
+
+unit: unit-bfloat16 unit-float32
 
 integration: $(VENV)/.ready
 	$(BIN)/python -m pytest -m integration

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from sempa_st.finite import check_finite, check_texts
 from sempa_st.methods.module import MethodModule
 from sempa_st.packing import can_pack, embed_packed
 from sempa_st.prompt_eol import PromptEOL
@@ -30,10 +31,22 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed texts: arguments and return value of sentence-transformers' own ``encode``, the vectors too."""
-        if kwargs.get("output_value", "sentence_embedding") != "sentence_embedding":
-            kwargs["token_embeddings"] = True
+        """Embed texts: arguments and return value of sentence-transformers' own ``encode``, the vectors too.
+
+        Raises:
+            SempaError: If a text holds half a character, or a vector is infinite or no number.
+        """
         texts: Any = args[0] if args else kwargs.get("inputs")
+        listed = [texts] if isinstance(texts, str) else texts
+        if isinstance(listed, list):
+            check_texts(listed)
+        plain = kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
+        found = self._encode(texts, args, kwargs if plain else {**kwargs, "token_embeddings": True})
+        if plain and isinstance(listed, list) and len(listed):
+            check_finite(found[None] if isinstance(texts, str) else found, listed)
+        return found
+
+    def _encode(self, texts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         size = kwargs.get("batch_size", 32)
         if len(args) > 1 or not self._may_reorder(texts, kwargs) or not 0 < size < len(texts):
             return super().encode(*args, **kwargs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 from sempa_st.files import ROW_SUFFIXES, UTF8, atomic_file, check_output_file, is_text, iter_rows, list_rows
-from sempa_st.finite import check_finite
+from sempa_st.finite import NotFiniteError, check_finite
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -123,9 +123,7 @@ def encode_to_file(
         tqdm(total=sentences.count, desc="encode", unit="sentence", dynamic_ncols=True) as bar,
     ):
         while window := list(islice(rest, _WINDOW)):
-            rows, texts = [row for row, _ in window], [text for _, text in window]
-            vectors = _encode_once(model, texts, batch_size, bar.update)
-            check_finite(vectors, texts, rows=rows)
+            vectors = _finite_vectors(model, window, batch_size, bar.update)
             write(window, vectors)
             written, width = written + len(window), vectors.shape[1]
         if written != sentences.count:
@@ -134,6 +132,19 @@ def encode_to_file(
                 "the command again."
             )
     return written, width
+
+
+def _finite_vectors(
+    model: SentenceTransformer, window: list[tuple[int, str]], batch_size: int, advance: Callable[[int], object]
+) -> Any:
+    texts = [text for _, text in window]
+    try:
+        vectors = _encode_once(model, texts, batch_size, advance)
+        check_finite(vectors, texts)
+    except NotFiniteError as error:  # a person looks for a row, not for a place in a batch
+        bad = set(error.texts)
+        raise NotFiniteError([(row, text) for row, text in window if text in bad], error.total, "row") from error
+    return vectors
 
 
 def _encode_once(

@@ -13,21 +13,39 @@ _TOLD = 3
 
 def check_texts(texts: Sequence[Any]) -> None:
     """Raise :class:`SempaError` if a text holds half a character; names the first ones by their place, from 0."""
-    bad = [place for place, text in enumerate(texts) if isinstance(text, str) and half_characters(text)]
+    bad = [(place, text) for place, text in enumerate(texts) if isinstance(text, str) and half_characters(text)]
     if bad:
         raise SempaError(
             f"{len(bad)} of {len(texts)} text(s) hold half a character (a lone surrogate), which no tokenizer reads: "
-            f"{_named(bad, texts)}. Mend them, or leave them out."
+            f"{_named(bad, 'text')}. Mend them, or leave them out."
         )
 
 
-def check_finite(vectors: Any, texts: Sequence[Any], *, rows: Sequence[int] | None = None) -> None:
-    """Raise :class:`SempaError` if a vector holds infinite values or no numbers; names the first ones.
+class NotFiniteError(SempaError):
+    """Vectors that hold infinite values or no numbers.
+
+    Args:
+        bad: Number and content of each text that has such a vector.
+        total: Number of vectors that were looked at.
+        word: What the numbers count.
+    """
+
+    def __init__(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> None:
+        super().__init__(
+            f"{len(bad)} of {total} vector(s) hold infinite values or no numbers: of {_named(bad, word)}. In float16 "
+            "the arithmetic of many models overflows: choose dtype float32 or bfloat16. In these, the model has "
+            "diverged or its files are damaged."
+        )
+        self.texts = [text for _, text in bad]
+        self.total = total
+
+
+def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
+    """Raise :class:`NotFiniteError` if a vector holds infinite values or no numbers; it names the first ones.
 
     Args:
         vectors: Array or tensor of shape (texts, width), or a list of as many vectors.
         texts: What they stand for.
-        rows: Numbers of the texts where they come from; their places, from 0, when None.
     """
     import torch
 
@@ -41,14 +59,9 @@ def check_finite(vectors: Any, texts: Sequence[Any], *, rows: Sequence[int] | No
         return
     bad = (~held.isfinite()).any(dim=-1).nonzero().flatten().tolist()
     if bad:
-        raise SempaError(
-            f"{len(bad)} of {len(held)} vector(s) hold infinite values or no numbers: of {_named(bad, texts, rows)}. "
-            "In float16 the arithmetic of many models overflows: choose dtype float32 or bfloat16. In these, the model "
-            "has diverged or its files are damaged."
-        )
+        raise NotFiniteError([(place, texts[place]) for place in bad], len(held))
 
 
-def _named(places: Sequence[int], texts: Sequence[Any], rows: Sequence[int] | None = None) -> str:
-    word = "text" if rows is None else "row"
-    told = [f"{word} {place if rows is None else rows[place]} ({texts[place]!a:.60})" for place in places[:_TOLD]]
-    return ", ".join(told) + (", ..." if len(places) > _TOLD else "")
+def _named(found: Sequence[tuple[int, Any]], word: str) -> str:
+    told = [f"{word} {number} ({text!a:.60})" for number, text in found[:_TOLD]]
+    return ", ".join(told) + (", ..." if len(found) > _TOLD else "")

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,10 @@ def test_every_command_has_help(name: str) -> None:
     result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert result.stdout.startswith(f"usage: sempa {name}")
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = [entry for name, group in project["optional-dependencies"].items() if name != "dev" for entry in group]
+    for entry in project["dependencies"] + extras:
+        assert re.search(r">=[\d.]+,<[\d.]+$|==[\d.]+$", entry), entry
