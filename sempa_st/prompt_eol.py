@@ -1,20 +1,17 @@
 """The PromptEOL module for sentence-transformers: a decoder, a template and the last token's state.
 
-This file and ``peft_models.py`` need nothing else of sempa_st: a model folder of format ``custom`` carries copies of
-them, which ``SentenceTransformer(folder, trust_remote_code=True)`` runs where sempa_st is not installed. The template
-itself is data: a named chat template of the folder's tokenizer.
+This file, ``peft_models.py`` and ``token_rows.py`` need nothing else of sempa_st: a model folder of format ``custom``
+carries copies of them, which ``SentenceTransformer(folder, trust_remote_code=True)`` runs where sempa_st is not
+installed. The template itself is data: a named chat template of the folder's tokenizer.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import shutil
 from collections.abc import Callable, Sequence
-from itertools import chain, compress
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -30,9 +27,10 @@ from .peft_models import (
     keep_activation_apart,
     load_adapter,
 )
+from .token_rows import fitting, pad_rows, sentence_in, tokenize
 
 DEFAULT_MAX_SEQ_LENGTH = 512
-SOURCES = ("prompt_eol.py", "peft_models.py")
+SOURCES = ("prompt_eol.py", "peft_models.py", "token_rows.py")
 """Files of code that a folder of format ``custom`` carries."""
 
 
@@ -156,7 +154,8 @@ class PromptEOL(InputModule):
         system = [{"role": "system", "content": prompt}] if prompt else []
         conversations = [[*system, {"role": "user", "content": sentence}] for sentence in sentences]
         texts: Any = self.tokenizer.apply_chat_template(conversations, chat_template=self.template, tokenize=False)
-        return [ids for ids, _ in tokenize(self.tokenizer, texts, add_special_tokens=False)]
+        rows = [ids for ids, _ in tokenize(self.tokenizer, texts, add_special_tokens=False)]
+        return fitting(self.tokenizer, rows, self.decoder)
 
     def _cut(self, row: list[int]) -> list[int]:
         # At exactly the limit sentence-transformers cannot tell a cut row from a whole one, and rewrites its end too.
@@ -219,72 +218,12 @@ class PromptEOL(InputModule):
         return cls(model.eval(), tokenizer, template=template, max_seq_length=length)
 
 
-_WITHOUT_TRUNCATION: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-def tokenize(
-    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Return the token ids of texts, and the first character and the one behind the last of each token.
-
-    Padding and truncation are settings of a fast tokenizer and not arguments of a call. Another thread may set them
-    meanwhile, so they are neither relied on nor touched here.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        texts: The texts.
-        add_special_tokens: Whether to add those that the tokenizer puts around a text.
-    """
-    shared = tokenizer.backend_tokenizer
-    encodings = [] if shared.truncation else shared.encode_batch(texts, add_special_tokens=add_special_tokens)
-    if shared.truncation or any(encoding.overflowing for encoding in encodings):
-        own = _WITHOUT_TRUNCATION.get(tokenizer)
-        if own is None:
-            own = _WITHOUT_TRUNCATION[tokenizer] = copy.deepcopy(shared)
-            own.no_truncation()
-        encodings = own.encode_batch(texts, add_special_tokens=add_special_tokens)
-    return [_without_padding(encoding) for encoding in encodings]
-
-
-def _without_padding(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    ids, offsets, mask = encoding.ids, encoding.offsets, encoding.attention_mask
-    return (ids, offsets) if all(mask) else (list(compress(ids, mask)), list(compress(offsets, mask)))
-
-
 def copy_sources(folder: str | Path) -> None:
     """Copy this file, and the one that it needs, into a model folder."""
     for name in SOURCES:
         source, target = Path(__file__).with_name(name), Path(folder, name)
         if source.resolve() != target.resolve():
             shutil.copyfile(source, target)
-
-
-def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of shape (rows, tokens): what ``tokenizer.pad`` does, much sooner.
-
-    ``rows`` are the rows' token ids, ``side`` the padding's (``left`` or ``right``, or None for the tokenizer's own).
-    """
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    places = torch.arange(int(lengths.max()))
-    kept = places.flip(0) < lengths if (side or tokenizer.padding_side) == "left" else places < lengths
-    input_ids = torch.full(kept.shape, tokenizer.pad_token_id or 0)
-    input_ids[kept] = torch.tensor(list(chain.from_iterable(rows)))
-    return {"input_ids": input_ids, "attention_mask": kept.long()}
-
-
-def sentence_in(value: Any) -> str:
-    """Return the sentence that an input of sentence-transformers holds.
-
-    Raises:
-        ValueError: If it is neither a string nor ``{"text": string}``.
-    """
-    text = value["text"] if isinstance(value, dict) and value.keys() == {"text"} else value
-    if not isinstance(text, str):
-        # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
-        raise ValueError(
-            f"PromptEOL embeds sentences, each a string or {{'text': string}}, got {type(text).__name__}: {text!r:.80}."
-        )
-    return text
 
 
 def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

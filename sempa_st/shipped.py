@@ -36,7 +36,7 @@ _PACKAGE = Path(str(resources.files("sempa_st")))
 SHIPPED_MODELS = _PACKAGE / "data" / "models"
 """Folder of the package with one small folder a model: adapter, run record, model card and notices."""
 _CARD = "README.md"
-_MAKERS = ("bases.py", "folder.py", "peft_models.py", "prompt_eol.py", "prompts.py", "shipped.py")
+_MAKERS = ("bases.py", "folder.py", "peft_models.py", "prompt_eol.py", "prompts.py", "shipped.py", "token_rows.py")
 """Our files that decide what a completed folder holds."""
 
 

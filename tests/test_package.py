@@ -16,7 +16,7 @@ from sempa_st.stsdata import read_pairs
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console", "patching", "peft_models", "leftovers", "portable", "train.losses"},
+    {"errors", "console", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},
     {"files"},
     {
         "cached",
@@ -98,8 +98,8 @@ def test_imports_point_downwards_only() -> None:
 
 
 def test_the_module_file_needs_nothing_of_the_package() -> None:
-    assert imported(PACKAGE / "prompt_eol.py") == {"peft_models"}
-    assert imported(PACKAGE / "peft_models.py") == set()
+    assert imported(PACKAGE / "prompt_eol.py") == {"peft_models", "token_rows"}
+    assert imported(PACKAGE / "peft_models.py") == imported(PACKAGE / "token_rows.py") == set()
 
 
 def test_importing_the_package_is_light() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM,
 import sempa_st
 from sempa_st.copying import copy_model
 from sempa_st.folder import install_template
-from sempa_st.prompt_eol import PromptEOL, pad_rows, tokenize
+from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
+from sempa_st.token_rows import pad_rows, tokenize
 
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
 
@@ -286,3 +288,19 @@ def test_an_adapter_that_sentence_transformers_adds_works_and_is_kept(tiny_base:
     model.save_pretrained(str(tmp_path / "saved"))
     again = sempa_st.load(tmp_path / "saved", device="cpu", dtype="float32")
     np.testing.assert_allclose(again.encode(["A cat"]), after, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "mean"])
+def test_a_text_may_spell_out_a_token_that_the_model_has_no_embedding_of(
+    method: str | None, tiny_base: Path, tmp_path: Path
+) -> None:
+    """As Gemma 3's for an image, which the small models' matrix does not hold."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(base)
+    assert tokenizer.convert_tokens_to_ids("<image>") == 600
+    model = sempa_st.load(base, method=method, device="cpu", dtype="float32")
+    plain = sempa_st.load(tiny_base, method=method, device="cpu", dtype="float32")
+    found, expected = model.encode(["A <image> cat", "A dog"]), plain.encode(["A <pad> cat", "A dog"])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

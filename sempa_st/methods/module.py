@@ -24,9 +24,8 @@ from sempa_st.prompt_eol import (
     embedding_width,
     position_limit,
     save_model,
-    sentence_in,
-    tokenize,
 )
+from sempa_st.token_rows import fitting, sentence_in, tokenize
 
 
 class MethodModule(InputModule):
@@ -168,6 +167,7 @@ class MethodModule(InputModule):
     def _row(self, text: Rendered) -> dict[str, list[int]]:
         whole = text.text.replace(MASK, self.tokenizer.mask_token or MASK)
         ((ids, spans),) = tokenize(self.tokenizer, [whole], add_special_tokens=True)
+        (ids,) = fitting(self.tokenizer, [ids], self.layers)
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
         last = [int(place == len(ids) - 1) for place in range(len(ids))]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sempa_st.nli import Triplet
-from sempa_st.prompt_eol import PromptEOL, pad_rows
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.token_rows import pad_rows
 from sempa_st.train.answers import answer_ids
 from sempa_st.words import bag_matrix, without_shared
 

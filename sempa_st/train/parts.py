@@ -16,7 +16,8 @@ from sempa_st.config import TrainConfig
 from sempa_st.nli import NliData, Triplet
 from sempa_st.objectives import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES
 from sempa_st.preferences import ranked_answers
-from sempa_st.prompt_eol import PromptEOL, pad_rows
+from sempa_st.prompt_eol import PromptEOL
+from sempa_st.token_rows import pad_rows
 from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
