@@ -22,8 +22,8 @@ from sempa_st.prompt_eol import (
     PromptEOL,
     copy_sources,
     embedding_width,
-    position_limit,
     transformer_config,
+    within_positions,
 )
 from sempa_st.prompts import EmbeddingTemplate
 
@@ -182,8 +182,7 @@ def write_embedding_files(
         # With this file beside the adapter, transformers refuses to open the folder, and quotes the reason.
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
     save_tokenizer(tokenizer, folder)
-    length = min(max_seq_length, position_limit(config) or max_seq_length)
-    write_json(folder / SETTINGS, transformer_config(template, length))
+    write_json(folder / SETTINGS, transformer_config(template, within_positions(max_seq_length, config)))
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}
     ]

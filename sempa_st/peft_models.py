@@ -20,6 +20,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _START_AT_ZERO = ("lora_B", "lora_embedding_A")
 """Factors of an update that are zero before training."""
+_APART = "_sempa_st_apart"
+"""Attribute of PEFT's model with the names of the adapters that are kept apart."""
 _EVERY_TOKEN = -1
 _ACTS_ON: ContextVar[list[int] | int | None] = ContextVar("sempa_st_activated", default=None)
 """How many tokens at each row's end an activated adapter acts on in this thread's pass, or all (_EVERY_TOKEN)."""
@@ -53,6 +55,7 @@ def activated(model: Any, tokens: list[int] | None) -> Iterator[None]:
     if not invocation_tokens(model):
         yield
         return
+    keep_activation_apart(model)  # it may have come after the module
     with _acting_on(_EVERY_TOKEN if tokens is None else tokens):
         yield
 
@@ -67,23 +70,25 @@ def _acting_on(tokens: list[int] | int) -> Iterator[None]:
 
 
 def keep_activation_apart(model: Any) -> None:
-    """Make a model's activated adapter read from the thread's context which tokens it acts on.
+    """Make a model's activated adapters read from the thread's context which tokens they act on.
 
     PEFT tells the layers by hooks, which the passes of all threads run while they are there, and which an exception
-    leaves behind. Nothing is done to a model without such an adapter.
+    leaves behind. Nothing is done to a model without such an adapter, nor a second time.
     """
-    if not invocation_tokens(model):
+    if not is_peft_model(model):
         return
-    for name, config in model.peft_config.items():
-        if not getattr(config, "alora_invocation_tokens", None):
-            continue
-        for layer in model.modules():
-            variant = getattr(layer, "lora_variant", {}).get(name)
-            if variant is not None:
-                variant.forward = partial(_forward_in_context, type(variant).forward)
+    configs = model.peft_config.items()
+    names = {name for name, config in configs if getattr(config, "alora_invocation_tokens", None)}
     lora = model.base_model
+    if names <= getattr(lora, _APART, set()):
+        return
+    for layer in model.modules():
+        for name in names & getattr(layer, "lora_variant", {}).keys():
+            variant = layer.lora_variant[name]
+            variant.forward = partial(_forward_in_context, type(variant).forward)
     # PEFT has no public way to say where an activated adapter acts. Seen in PEFT 0.21.
     lora._enable_peft_forward_hooks = partial(_offsets_in_context, lora)
+    setattr(lora, _APART, names)
 
 
 def _forward_in_context(

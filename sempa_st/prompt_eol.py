@@ -99,7 +99,7 @@ class PromptEOL(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        value = min(value, position_limit(self.decoder.config) or value)
+        value = within_positions(value, self.decoder.config)
         shortest = len(self._token_ids([""], None)[0]) + 1
         if value < shortest:
             raise ValueError(
@@ -257,6 +257,11 @@ def position_limit(config: Any) -> int | None:
     text_config = config.get_text_config()
     rotates = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_theta", None)
     return None if rotates else getattr(text_config, "max_position_embeddings", None)
+
+
+def within_positions(tokens: int, config: Any) -> int:
+    """Return the length of an input in tokens, cut to :func:`position_limit`."""
+    return min(tokens, position_limit(config) or tokens)
 
 
 def embedding_width(config: Any) -> int:

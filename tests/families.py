@@ -21,6 +21,7 @@ OTHERS = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
     "gpt2": {"n_inner": 64},
+    "qwen2": {"vocab_size": 640},  # its tokenizer class adds tokens of its own
     "deepseek_v3": {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 8,
         "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,

@@ -98,7 +98,7 @@ def save_adapter(folder: Path, base: Path, model: Any, settings: dict[str, Any],
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
     own = load_tokenizer(base)
     install_template(own, EMBEDDING_TEMPLATES["prompteol"])
-    write_embedding_files(folder, own, template="prompteol", max_seq_length=160, width=32, format="custom")
+    write_embedding_files(folder, own, template="prompteol", max_seq_length=160, config=model.config, format="custom")
     return tuned.eval()
 
 
@@ -215,7 +215,8 @@ def test_plain_readers_find_adapters_on_some_layers(bases: dict[str, Path], tmp_
     chosen = {name: settings[name] for name in ("layers_to_transform", "layers_pattern")}
     live = save_adapter(tmp_path / "source", bases["plain"], model, chosen)
     write_embedding_files(
-        tmp_path / "source", load_tokenizer(tmp_path / "source"), template="prompteol", max_seq_length=160, width=32,
+        tmp_path / "source", load_tokenizer(tmp_path / "source"), template="prompteol", max_seq_length=160,
+        config=model.config,
         format="native",
     )  # fmt: skip
     for vectors in by_plain_readers(tmp_path / "source", NATIVE):
@@ -223,9 +224,11 @@ def test_plain_readers_find_adapters_on_some_layers(bases: dict[str, Path], tmp_
 
 
 def test_the_native_reader_refuses_what_it_would_misread(bases: dict[str, Path], tmp_path: Path) -> None:
-    save_adapter(tmp_path / "source", bases["plain"], make_base_model("plain"), {"use_dora": True})
+    model = make_base_model("plain")
+    save_adapter(tmp_path / "source", bases["plain"], model, {"use_dora": True})
     write_embedding_files(
-        tmp_path / "source", load_tokenizer(tmp_path / "source"), template="prompteol", max_seq_length=160, width=32,
+        tmp_path / "source", load_tokenizer(tmp_path / "source"), template="prompteol", max_seq_length=160,
+        config=model.config,
         format="native",
     )  # fmt: skip
     with pytest.raises(SempaError, match=r"\(use_dora\) cannot have the format native"):

@@ -184,6 +184,7 @@ def test_padding_never_uses_eos(tmp_path: Path, added: list[str], expected: str)
 
 
 def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEMPA_AUTO_DTYPE", raising=False)
     monkeypatch.setattr("sempa_st.devices.cpu_has_bfloat16", lambda: False)
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("auto", "cuda:0") == torch.bfloat16
@@ -193,6 +194,13 @@ def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == "cpu"
     with pytest.raises(SempaError, match="Unknown dtype 'int4'"):
         pick_dtype("int4", "cpu")
+    for chosen in ("float32", "bfloat16"):
+        monkeypatch.setenv("SEMPA_AUTO_DTYPE", chosen)
+        assert pick_dtype("auto", "cpu") == getattr(torch, chosen)
+    assert pick_dtype("float16", "cpu") == torch.float16
+    monkeypatch.setenv("SEMPA_AUTO_DTYPE", "int4")
+    with pytest.raises(SempaError, match="Unknown dtype 'int4'"):
+        pick_dtype("auto", "cpu")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps no account of this kind")

@@ -126,9 +126,7 @@ assert before == after, (before, after)
 
 def test_files_stay_short() -> None:
     for path in modules().values():
-        # A model folder carries this one alone.
-        most = 360 if path.name == "prompt_eol.py" else 320
-        assert len(path.read_text().splitlines()) <= most, path
+        assert len(path.read_text().splitlines()) <= 320, path
 
 
 def test_the_shipped_triplets() -> None:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trl.trainer.utils
-from conftest import make_config, make_llama, randomise
+from conftest import make_config, make_llama, make_tokenizer, randomise, save_base
+from families import make_causal_lm
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -311,3 +313,17 @@ def test_the_dev_score_is_scipys_on_the_embeddings(tiny_base: Path) -> None:
     vectors = [model.encode(list(side), convert_to_tensor=True) for side in (pairs.first, pairs.second)]
     expected = spearmanr(torch.nn.functional.cosine_similarity(*vectors), pairs.scores).statistic
     assert scorer(make_llama()) == pytest.approx(100 * expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "listwise", "contrastive"])
+def test_lengths_are_cut_to_the_positions_of_the_base(objective: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_causal_lm("opt", max_position_embeddings=96), make_tokenizer(chat=None))
+    config = make_config(base, tmp_path / "out", objective=objective, kl=0.1 if objective == "listwise" else 0.0)
+    record, _ = train(replace(config, max_seq_length=512, max_length=1024))
+    assert record["config"]["max_length"] == 1024
+    settings = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    assert settings["max_seq_length"] == 96
+    long = ["A cat sleeps in the snow. " * 60]
+    plain = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(long)
+    ours = sempa_st.load(tmp_path / "out", device="cpu", dtype="float32").encode(long)
+    np.testing.assert_allclose(plain, ours, rtol=0, atol=1e-3)

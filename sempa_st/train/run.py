@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sempa_st.bases import load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import load_causal_lm, load_config, load_tokenizer, resolve_base
 from sempa_st.card import write_card
 from sempa_st.config import TrainConfig
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
@@ -38,7 +38,7 @@ from sempa_st.folder import (
 from sempa_st.nli import NliData, load_nli
 from sempa_st.objectives import SEQUENCE_OBJECTIVES
 from sempa_st.peft_models import ADAPTER_CONFIG
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import PromptEOL, within_positions
 from sempa_st.prompts import embedding_template
 from sempa_st.stsdata import data_dir_or_default, dev_pairs
 from sempa_st.train.answers import without_too_long
@@ -129,7 +129,7 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
     """Load what a run needs, and refuse what it could not use.
 
     Args:
-        config: Settings of the run.
+        config: Settings of the run; lengths are cut to the positions that the base has.
         device: Where it will run, such as ``cpu``.
 
     Raises:
@@ -141,6 +141,12 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
     base = resolve_base(config.base)
     files = [name for name in (config.data, config.dev, config.kl_text) if name]
     check_apart(config.output, [base.folder, *(Path(name) for name in files)])
+    architecture = load_config(base.folder)
+    config = replace(
+        config,
+        max_length=within_positions(config.max_length, architecture),
+        max_seq_length=within_positions(config.max_seq_length, architecture),
+    )
     embedder = load_tokenizer(base.folder)
     install_template(embedder, embedding_template(config.template))
     check_saved_tokenizer(embedder, config.template)
