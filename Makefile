@@ -18,10 +18,11 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-# Unit tests with bfloat16 as what "auto" means, then all tests with float32, whatever the processor would choose: side by
-# side, a file a process, each on a thread of its own.
+# Unit tests with bfloat16 as what "auto" means (but for those in which "auto" is an error), then all tests with float32,
+# whatever the processor would choose: side by side, a file a process, each on a thread of its own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
-tests: unit-bfloat16
+tests: $(VENV)/.ready
+	$(PYTEST) -m "not integration and not names_dtype" --auto-dtype bfloat16
 	$(PYTEST) --auto-dtype float32
 
 unit-bfloat16 unit-float32: unit-%: $(VENV)/.ready

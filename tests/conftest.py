@@ -178,10 +178,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the tests out of the user's cache, but for those that need the real base in it."""
+    """Keep the tests out of the user's cache, but for those that need the real base in it, and check their marks."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("integration") is None:
             patch.setenv("SEMPA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        if request.node.get_closest_marker("names_dtype"):
+            patch.setenv("SEMPA_AUTO_DTYPE", "none, since these tests name their types")
         yield
 
 

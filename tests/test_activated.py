@@ -35,6 +35,8 @@ from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.train.forwards import embed_with_gradients, last_states
 from sempa_st.train.run import train
 
+pytestmark = pytest.mark.names_dtype
+
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
 SENTENCES = ["A cat", "Dogs bark.", sample_sentences()[3], "", 'Who said "no"?', "word " * 90]
 TEXTS = ["The best thing about a rainy Sunday", "A cat means in one word", "Once upon a time there was"]

@@ -26,6 +26,8 @@ from sempa_st.errors import SempaError
 from sempa_st.folder import install_template, write_embedding_files
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 TEXTS = ["A cat sleeps.", "Why?"]
 OTHER_TEXT = "The best thing about rain is that"
 BASES: dict[str, dict[str, Any]] = {

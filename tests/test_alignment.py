@@ -31,6 +31,8 @@ from sempa_st.train.contrastive import ContrastiveTrainer
 from sempa_st.train.run import gather, train
 from sempa_st.train.workdir import WorkDir
 
+pytestmark = pytest.mark.names_dtype
+
 MIXED = {"objective": "dpo:0.3,one-word-listwise:1.0", "kl": 0.1, "lora_dropout": 0.05}
 RUNS: dict[str, dict[str, Any]] = {
     "one-word": {"objective": "one-word"},

@@ -15,6 +15,8 @@ from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.train.run import train
 
+pytestmark = pytest.mark.names_dtype
+
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_the_table_says_what_is_found(family: str, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from sempa_st.files import read_json, write_json
 from sempa_st.folder import closing_tokens, invocation_of
 from sempa_st.train.run import train
 
+pytestmark = pytest.mark.names_dtype
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[str]:

@@ -23,6 +23,8 @@ from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL, embed_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 LENGTHS = [5, 1, 90, 17, 70]
 
 

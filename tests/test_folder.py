@@ -23,6 +23,8 @@ from sempa_st.errors import SempaError
 from sempa_st.folder import folder_format
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 SENTENCES = [*sample_sentences()[:60], "", 'Who said "no"?', "Ünï 😀", "word " * 300]
 
 WITHOUT_SEMPA_ST = """

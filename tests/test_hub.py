@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import finish_adapter, make_llama, make_tokenizer, save_base
 
+pytestmark = pytest.mark.names_dtype
+
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 READ = """
 import json, sys

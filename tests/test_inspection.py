@@ -23,6 +23,8 @@ from sempa_st.files import read_json, write_json
 from sempa_st.inspection import check_folder
 from sempa_st.schemas import SETTINGS_FILES
 
+pytestmark = pytest.mark.names_dtype
+
 RunCli = Callable[..., tuple[int, str, str]]
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "additional_chat_templates/prompteol.jinja"

@@ -16,6 +16,8 @@ from sempa_st.jinja_bounds import check_chat_templates, check_embedding_template
 from sempa_st.preferences import preference_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 LAST = "{% set s = messages[-1].content %}"
 PLAUSIBLE = {
     "a text": 'This sentence: "{{ messages[-1].content }}" means in one word: "',

@@ -20,6 +20,8 @@ from sempa_st.errors import SempaError
 from sempa_st.files import atomic_file, atomic_folder, check_output_folder, made_once, write_json
 from sempa_st.leftovers import InUseError, clear_leftovers, disk_fault, held
 
+pytestmark = pytest.mark.names_dtype
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sempa_st.methods.module import MethodModule
 
+pytestmark = pytest.mark.names_dtype
+
 SENTENCES = ["A cat sleeps", 'Is it "red"?', "Two dogs run over the wet grass after a ball.", "Snow"]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

@@ -40,6 +40,8 @@ from sempa_st.nli import sample_path
 from sempa_st.packing import begin_packs, last_places
 from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
 
+pytestmark = pytest.mark.names_dtype
+
 Cli = Callable[..., tuple[int, str, str]]
 SENTENCES = ["A cat sleeps", 'Is it "red"?', "Two dogs run over the wet grass after a ball.", "Snow"]
 MODELS = pytest.mark.parametrize("make", [make_llama, make_gemma])

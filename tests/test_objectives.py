@@ -38,6 +38,8 @@ from sempa_st.train.reference import collect, in_batches
 from sempa_st.train.scores import similarity_score, word_score
 from sempa_st.words import STOP_WORDS, WordBags, bag_matrix, content_words, document_frequencies, without_shared
 
+pytestmark = pytest.mark.names_dtype
+
 TRIPLETS = load_nli("sample").triplets[:8]
 
 

@@ -25,6 +25,8 @@ from sempa_st.files import read_json
 from sempa_st.methods.module import MethodModule
 from sempa_st.prompt_eol import PromptEOL
 
+pytestmark = pytest.mark.names_dtype
+
 CODE = """
 from pathlib import Path
 Path({canary!r}).write_text("ran")

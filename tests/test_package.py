@@ -14,6 +14,8 @@ from sempa_st.files import read_rows
 from sempa_st.nli import load_nli, sample_path
 from sempa_st.stsdata import read_pairs
 
+pytestmark = pytest.mark.names_dtype
+
 PACKAGE = Path("sempa_st")
 LAYERS = [
     {"errors", "console", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},

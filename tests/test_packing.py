@@ -23,6 +23,8 @@ from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_sta
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 
 def make_decoder(family: str, **changes: Any) -> Any:
     return make_causal_lm(family, **changes).base_model

@@ -20,6 +20,8 @@ from sempa_st.train.passages import PASSAGE_TOKENS, Passages, read_passages
 from sempa_st.train.run import train
 from sempa_st.train.workdir import WorkDir
 
+pytestmark = pytest.mark.names_dtype
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:

@@ -22,6 +22,8 @@ from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.token_rows import pad_rows, tokenize
 
+pytestmark = pytest.mark.names_dtype
+
 TEMPLATE = EMBEDDING_TEMPLATES["prompteol"]
 
 

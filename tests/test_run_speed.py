@@ -24,6 +24,8 @@ import speed_training
 from run_speed import linear_parameters, lowest_cosine, run_interleaved, spearman
 from speed_stream import run_watched
 
+pytestmark = pytest.mark.names_dtype
+
 
 def test_the_linear_layers_are_counted() -> None:
     model = make_gemma()

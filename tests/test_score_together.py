@@ -18,6 +18,8 @@ from sempa_st.prompts import EMBEDDING_TEMPLATES
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from score_together import continued, load_together
 
+pytestmark = pytest.mark.names_dtype
+
 
 def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()

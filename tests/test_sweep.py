@@ -21,6 +21,8 @@ from sempa_st.train.sweep import place, run_sweep
 from sempa_st.train.trainer import SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
+pytestmark = pytest.mark.names_dtype
+
 Cli = Callable[..., tuple[int, str, str]]
 FIXED: dict[str, Any] = {"data": "sample", "output": "o", "dev": "sample", "device": "cpu"}
 

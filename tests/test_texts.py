@@ -22,6 +22,8 @@ from sempa_st.options import load_yaml
 from sempa_st.stsdata import dev_pairs, read_pairs
 from sempa_st.train.passages import read_passages
 
+pytestmark = pytest.mark.names_dtype
+
 BOM = "\ufeff"
 HALF = "\ud800"
 LABELLED = {"A person plays.": 0, "He plays a guitar.": 1, "Nobody plays.": 2, "Left out": -1}

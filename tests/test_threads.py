@@ -22,6 +22,8 @@ from sempa_st.folder import closing_tokens, install_template
 from sempa_st.methods.module import MethodModule
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
+pytestmark = pytest.mark.names_dtype
+
 SENTENCES = sample_sentences()[:12]
 TEXTS = ["A rainy Sunday is", 'This sentence : "Snow" means in one word:"']
 TOKENIZER = make_tokenizer()

@@ -32,6 +32,8 @@ from sempa_st.train.run import gather, train
 from sempa_st.train.trainer import DevScorer, SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
+pytestmark = pytest.mark.names_dtype
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, dict[str, Any]]:

@@ -21,6 +21,8 @@ from sempa_st.bases import load_causal_lm
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 
+pytestmark = pytest.mark.names_dtype
+
 TEXTS = ["A cat sleeps.", "Why?"]
 
 
