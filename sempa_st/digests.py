@@ -15,6 +15,7 @@ from sempa_st.bases import cache_folder
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_text
 from sempa_st.folder import MODULES, RUN_RECORD
+from sempa_st.names import is_plain_path
 
 _RECORDS = (RUN_RECORD, "trainer_state.json")
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model")
@@ -42,21 +43,18 @@ def folder_digest(folder: Path) -> str:
 
 
 def _files_of_model(folder: Path) -> Iterator[tuple[str, Path]]:
-    for part in {"", _TEMPLATES, *_modules(folder)}:
-        where = folder / part
-        for path in where.iterdir() if where.is_dir() else ():
-            kept = path.suffix in _SUFFIXES or path.name in _VOCABULARIES
-            if kept and path.name not in _RECORDS and path.is_file():
-                yield path.relative_to(folder).as_posix(), path
+    inner = [path for part in (_TEMPLATES, *module_folders(folder)) for path in (folder / part).rglob("*")]
+    for path in {*folder.iterdir(), *inner}:
+        kept = path.suffix in _SUFFIXES or path.name in _VOCABULARIES
+        if kept and path.name not in _RECORDS and path.is_file():
+            yield path.relative_to(folder).as_posix(), path
 
 
-def _modules(folder: Path) -> Iterator[str]:
-    """Yield the folders of a sentence-transformers model's modules, none of them outside."""
+def module_folders(folder: Path) -> list[str]:
+    """Return the folders of a sentence-transformers model's modules, none of them outside and not its own."""
     modules = read_json(folder / MODULES) if (folder / MODULES).is_file() else []
-    for module in modules if isinstance(modules, list) else []:
-        path = str(module.get("path") or "") if isinstance(module, dict) else ""
-        if not Path(path).is_absolute() and ".." not in Path(path).parts:
-            yield path
+    named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return [path for path in named if isinstance(path, str) and path.strip("./") and is_plain_path(path)]
 
 
 def _content_digest(path: Path) -> str:

@@ -40,9 +40,11 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         listed = [texts] if isinstance(texts, str) else texts
         if isinstance(listed, list):
             check_texts(listed)
-        plain = kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
-        found = self._encode(texts, args, kwargs if plain else {**kwargs, "token_embeddings": True})
-        if plain and isinstance(listed, list) and len(listed):
+        output = kwargs.get("output_value", "sentence_embedding")
+        # A method has none to give, and is asked for them only by name.
+        tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
+        found = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
+        if output == "sentence_embedding" and isinstance(listed, list) and len(listed):
             check_finite(found[None] if isinstance(texts, str) else found, listed)
         return found
 

@@ -54,8 +54,8 @@ def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
             return
         vectors = torch.stack(vectors)
     held = torch.as_tensor(vectors)
-    # The sum tells at the price of reading; only where it is odd, each vector is looked at.
-    if not held.is_floating_point() or held.sum(dtype=torch.float64).isfinite():
+    # The sum tells at the price of reading; only where it is odd, each vector is looked at. (MPS has no float64.)
+    if not held.is_floating_point() or held.sum(dtype=torch.float32).isfinite():
         return
     bad = (~held.isfinite()).any(dim=-1).nonzero().flatten().tolist()
     if bad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -
     lengths = kept.sum(dim=1)
     ends = lengths.cumsum(0)
     rows = dict(zip(_OF_ROWS, (nn.functional.pad(ends, (1, 0)).int(), int(lengths.max())), strict=True))
-    _register(decoder)
+    _use_ours(decoder)
     states = last_hidden_states(
         decoder,
         input_ids=input_ids[kept][None],
@@ -134,11 +134,14 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def _register(decoder: Any) -> None:
+def _use_ours(decoder: Any) -> None:
     name = decoder.config.get_text_config()._attn_implementation
     if name in ATTENTIONS:
-        plain: Callable[..., Any] = sdpa_attention_forward if name == "sdpa" else _eager
-        mask: Callable[..., Any] = sdpa_mask if name == "sdpa" else eager_mask
-        AttentionInterface.register(ATTENTIONS[name], partial(_attention, plain))
-        AttentionMaskInterface.register(ATTENTIONS[name], mask)
         decoder.set_attn_implementation(ATTENTIONS[name])
+
+
+# On import, since a model may come from another process with the names in its settings.
+AttentionInterface.register(ATTENTIONS["sdpa"], partial(_attention, sdpa_attention_forward))
+AttentionInterface.register(ATTENTIONS["eager"], partial(_attention, _eager))
+AttentionMaskInterface.register(ATTENTIONS["sdpa"], cast(Callable[..., Any], sdpa_mask))
+AttentionMaskInterface.register(ATTENTIONS["eager"], cast(Callable[..., Any], eager_mask))

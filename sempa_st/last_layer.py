@@ -12,8 +12,6 @@ from sempa_st.patching import edited
 
 _OF_TOKENS = ("position_ids", "position_embeddings")
 """What a layer is given that has one entry a token, in its second dimension."""
-
-
 _QUERIES_BY_KEYS = 4
 """Dimensions of a mask that has a row for each query."""
 

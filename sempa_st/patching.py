@@ -52,11 +52,11 @@ def edited(module: nn.Module, *, before: Before | None = None, after: After | No
 
 
 def _make_editable(module: nn.Module) -> None:
-    # The mark is copied and pickled together with the hooks.
-    if hasattr(module, _MARK):
+    # The mark is copied and pickled together with the hooks. Not hasattr(): some wrappers pass it on to what they wrap.
+    if _MARK in vars(module):
         return
     with _INSTALLING:
-        if not hasattr(module, _MARK):
+        if _MARK not in vars(module):
             module.register_forward_pre_hook(_before, with_kwargs=True)
             module.register_forward_hook(_after)
             setattr(module, _MARK, True)

@@ -80,7 +80,7 @@ def keep_activation_apart(model: Any) -> None:
     configs = model.peft_config.items()
     names = {name for name, config in configs if getattr(config, "alora_invocation_tokens", None)}
     lora = model.base_model
-    if names <= getattr(lora, _APART, set()):
+    if names <= vars(lora).get(_APART, set()):
         return
     for layer in model.modules():
         for name in names & getattr(layer, "lora_variant", {}).keys():

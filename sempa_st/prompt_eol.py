@@ -219,7 +219,7 @@ class PromptEOL(InputModule):
 
 
 def copy_sources(folder: str | Path) -> None:
-    """Copy this file, and the one that it needs, into a model folder."""
+    """Copy this file, and those that it needs, into a model folder."""
     for name in SOURCES:
         source, target = Path(__file__).with_name(name), Path(folder, name)
         if source.resolve() != target.resolve():

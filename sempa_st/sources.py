@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sempa_st.bases import EMBEDDED_BASE, Base, is_encoder, resolve_base
-from sempa_st.digests import combined_digest, folder_digest
+from sempa_st.digests import combined_digest, folder_digest, module_folders
 from sempa_st.errors import SempaError
 from sempa_st.folder import (
     MODULES,
@@ -137,7 +137,7 @@ def adapters_over_base(folder: Path, base: str | None = None) -> tuple[list[Path
 
 
 def source_digest(source: Source, base: str | None = None) -> str:
-    """Return a SHA-256 (hex) of all that a model is made of: its folder, and what its adapter lies on.
+    """Return a SHA-256 (hex) of all that a model is made of: its folder, and what its adapters lie on.
 
     Args:
         source: The model.
@@ -146,7 +146,9 @@ def source_digest(source: Source, base: str | None = None) -> str:
     Raises:
         SempaError: If its base is not at hand.
     """
-    if source.kind not in ("sempa", "adapter") or not is_adapter_folder(source.folder):
-        return folder_digest(source.folder)
-    folders, below = adapters_over_base(source.folder, base)
-    return combined_digest({"folders": [folder_digest(folder) for folder in (*folders, below.folder)]})
+    parts = [source.folder]
+    for place in (source.folder, *(source.folder / name for name in module_folders(source.folder))):
+        if is_adapter_folder(place):
+            (_, *adapters), below = adapters_over_base(place, base)
+            parts += [*adapters, below.folder]
+    return combined_digest({"folders": [folder_digest(part) for part in parts]})

@@ -25,7 +25,7 @@ from sempa_st.copying import copy_model
 from sempa_st.digests import folder_digest
 from sempa_st.files import read_json, read_rows, write_json
 from sempa_st.nli import sample_path
-from sempa_st.sources import find_model, source_digest
+from sempa_st.sources import Source, find_model, source_digest
 from sempa_st.train.run import train
 
 
@@ -55,7 +55,7 @@ def test_bases_that_differ_in_the_middle_are_two(tmp_path: Path, monkeypatch: py
     [
         ("tokenizer.model", True), ("vocab.txt", True), ("merges.txt", True), ("chat_template.jinja", True),
         ("additional_chat_templates/other.jinja", True), ("1_Pooling/config.json", True),
-        ("2_Dense/model.safetensors", True),
+        ("2_Dense/model.safetensors", True), ("2_Dense/inner/deeper/model.safetensors", True),
         ("README.md", False), ("sempa_run.json", False), ("notes.txt", False), ("trainer_state.json", False),
         ("elsewhere/config.json", False), ("NOTICE", False),
     ],
@@ -66,7 +66,7 @@ def test_what_decides_a_model_is_hashed(adapter_folder: Path, tmp_path: Path, na
     modules = read_json(folder / "modules.json")
     write_json(folder / "modules.json", [*modules, {"idx": 2, "name": "2", "path": "2_Dense", "type": "x"}])
     before = folder_digest(folder)
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text('{"changed": true}')
     assert (folder_digest(folder) != before) is decides
 
@@ -226,3 +226,19 @@ def test_all_that_plain_readers_restore_is_restored(adapter_folder: Path, tmp_pa
     found, wanted = (model.similarity(*[torch.tensor(expected)] * 2) for model in (ours, plain))
     torch.testing.assert_close(found, wanted)
     assert json.loads((folder / "config_sentence_transformers.json").read_text())["truncate_dim"] == 8
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_the_base_of_an_adapter_in_a_plain_model_is_part_of_it(place: str, tiny_base: Path, tmp_path: Path) -> None:
+    """As of a native folder to which somebody has added a module."""
+    digests_found = set()
+    for seed, base in enumerate((tiny_base, save_base(tmp_path / "other", make_llama(7), make_tokenizer()))):
+        folder = tmp_path / str(seed)
+        finish_adapter(folder / place, base, make_llama())
+        modules = [
+            {"idx": 0, "name": "0", "path": place, "type": "x"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "y"},
+        ]
+        write_json(folder / "modules.json", modules)
+        digests_found.add(source_digest(Source("model", folder, "sentence-transformers")))
+    assert len(digests_found) == 2

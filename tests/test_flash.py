@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -139,3 +142,18 @@ def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> No
     found = embedder.encode(sample_sentences(), convert_to_tensor=True)
     assert sum(calls) == len(sample_sentences())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_model_that_used_it_goes_to_another_process() -> None:
+    model = make_causal_lm("llama")
+    ids = torch.tensor([[7, 30, 8, 12]])
+    expected = model(input_ids=ids).logits
+    last_flash_states(model.base_model, ids, torch.ones_like(ids))
+    code = "import pickle, sys, torch; m = pickle.load(sys.stdin.buffer); print(m(torch.tensor([[7, 30, 8, 12]])).logits.sum().item())"
+    # Whatever unpickles one of our modules imports this one.
+    result = subprocess.run(
+        [sys.executable, "-c", "import sempa_st.packing; " + code], input=pickle.dumps(model), capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(float(expected.sum()), rel=1e-4)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import finish_adapter, make_gemma, make_llama, make_tokenizer, sample_sentences, save_base
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 
 import sempa_st
@@ -20,6 +21,7 @@ from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
 from sempa_st.folder import closing_tokens, install_template
 from sempa_st.methods.module import MethodModule
+from sempa_st.patching import edited
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 pytestmark = pytest.mark.names_dtype
@@ -199,3 +201,18 @@ def wait_for(child: int, seconds: float = 60) -> int:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     raise AssertionError("the child process hangs")
+
+
+def test_a_wrapper_of_an_edited_module_can_be_edited_itself() -> None:
+    """PEFT's wrapper of a saved module passes on what it is asked for to the module within."""
+    model = make_llama()
+    ids = torch.tensor([[1, 7, 30]])
+
+    def zeroed() -> bool:
+        with torch.no_grad(), edited(model.get_output_embeddings(), after=lambda output: output * 0):
+            return not model(ids).logits.any()
+
+    assert zeroed()
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert zeroed()
+    assert tuned(ids).logits.any()

@@ -60,6 +60,11 @@ class MethodModule(InputModule):
         self.max_seq_length = max_seq_length
         self._method: Method = parse_method(method)
         self._method.check(self.layers)
+        if not tokenizer.is_fast:
+            raise SempaError(
+                f"{type(tokenizer).__name__} is written in Python and does not tell which characters a token stands "
+                f"for, which {method} needs. Use a fast tokenizer."
+            )
         if isinstance(self._method, PromptBERT) and tokenizer.mask_token is None:
             raise SempaError(f"{type(model).__name__} has no mask token, which {method} reads. Use one that has.")
 
@@ -92,9 +97,9 @@ class MethodModule(InputModule):
         Raises:
             ValueError: If an input is no sentence.
         """
-        fitting = [self._fitting(f"{prompt or ''}{sentence_in(text)}") for text in inputs]
+        texts = [self._fitting(f"{prompt or ''}{sentence_in(text)}") for text in inputs]
         features: dict[str, Tensor] = {}
-        for number, rows in enumerate(zip(*fitting, strict=True)):
+        for number, rows in enumerate(zip(*texts, strict=True)):
             features |= {_key(name, number): tensor for name, tensor in self._tensors(rows).items()}
         return features
 
