@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import sentence_transformers
 import torch
+from sentence_transformers.util import quantize_embeddings
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -37,16 +38,30 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             SempaError: If a text holds half a character, or a vector is infinite or no number.
         """
         texts: Any = args[0] if args else kwargs.get("inputs")
-        listed = [texts] if isinstance(texts, str) else texts
-        if isinstance(listed, list):
-            check_texts(listed)
+        alone = self.is_singular_input(texts)
+        listed = [texts] if alone else list(texts)
+        check_texts([*(text["text"] if isinstance(text, dict) and "text" in text else text for text in listed)])
+        check_texts([kwargs.get("prompt")])
+        precision = kwargs.get("precision") or "float32"
+        if precision != "float32":
+            return self._quantised(listed, {**kwargs, "precision": "float32"}, precision, alone=alone)
         output = kwargs.get("output_value", "sentence_embedding")
         # A method has none to give, and is asked for them only by name.
         tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
         found = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
-        if output == "sentence_embedding" and isinstance(listed, list) and len(listed):
-            check_finite(found[None] if isinstance(texts, str) else found, listed)
+        for vectors, names in _with_names([found] if alone else found, listed, output):
+            check_finite(vectors, names)
         return found
+
+    def _quantised(self, texts: list[Any], kwargs: dict[str, Any], precision: Any, *, alone: bool) -> Any:
+        """Return vectors of a smaller type, once those that they are made of have been checked."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "inputs"}
+        asked = {**kwargs, "convert_to_numpy": True, "convert_to_tensor": False}
+        found: Any = quantize_embeddings(self.encode(texts, **asked), precision=precision)
+        if kwargs.get("convert_to_tensor") or not kwargs.get("convert_to_numpy", True):
+            found = torch.as_tensor(found)
+            found = found if kwargs.get("convert_to_tensor") else list(found)
+        return found[0] if alone else found
 
     def _encode(self, texts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         size = kwargs.get("batch_size", 32)
@@ -79,6 +94,17 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             and not isinstance(kwargs.get("device"), list)
             and _runs_packs(self[0])
         )
+
+
+def _with_names(found: Any, texts: Sequence[Any], output: str | None) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Yield vectors, as ``encode`` returned them, each beside what they stand for."""
+    if output == "sentence_embedding" and len(texts):
+        listed = isinstance(found, list) and isinstance(found[0], torch.Tensor)
+        yield (torch.stack(found) if listed else found if isinstance(found, torch.Tensor) else np.asarray(found)), texts
+    elif output == "token_embeddings":
+        yield from ((tokens, [text] * len(tokens)) for tokens, text in zip(found, texts, strict=True))
+    elif output is None:
+        yield from ((features["sentence_embedding"][None], [text]) for features, text in zip(found, texts, strict=True))
 
 
 def characters_of_batch(model: sentence_transformers.SentenceTransformer, size: int) -> int:

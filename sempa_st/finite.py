@@ -44,15 +44,11 @@ def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
     """Raise :class:`NotFiniteError` if a vector holds infinite values or no numbers; it names the first ones.
 
     Args:
-        vectors: Array or tensor of shape (texts, width), or a list of as many vectors.
+        vectors: Array or tensor of shape (texts, width).
         texts: What they stand for.
     """
     import torch
 
-    if isinstance(vectors, list):
-        if not vectors or not isinstance(vectors[0], torch.Tensor):
-            return
-        vectors = torch.stack(vectors)
     held = torch.as_tensor(vectors)
     # The sum tells at the price of reading; only where it is odd, each vector is looked at. (MPS has no float64.)
     if not held.is_floating_point() or held.sum(dtype=torch.float32).isfinite():

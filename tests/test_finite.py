@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, save_base, save_sts
+from sentence_transformers import SentenceTransformer as PlainTransformer
 
 import sempa_st
 from sempa_st.copying import copy_model
@@ -72,9 +73,7 @@ def test_a_dev_score_of_no_numbers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(
-    "form", [lambda v: v, torch.from_numpy, lambda v: list(torch.from_numpy(v)), lambda v: v.astype("float16")]
-)
+@pytest.mark.parametrize("form", [lambda v: v, torch.from_numpy, lambda v: v.astype("float16")])
 def test_vectors_that_are_no_numbers_are_named(form: Callable[[Any], Any], value: float) -> None:
     vectors = np.ones((3, 4), dtype="float32")
     check_finite(form(vectors), TEXTS)
@@ -87,7 +86,6 @@ def test_large_numbers_are_numbers() -> None:
     check_finite(np.full((3, 4), 3e38, dtype="float32"), TEXTS)
     check_finite(np.full((3, 4), 6e4, dtype="float16"), TEXTS)
     check_finite(np.ones((3, 4), dtype="int8"), TEXTS)
-    check_finite([], [])
 
 
 def test_scores_of_no_numbers_are_not_remembered(overflowing: Path) -> None:
@@ -116,3 +114,41 @@ def test_merged_weights_that_overflow_are_refused(adapter_folder: Path, tmp_path
     with pytest.raises(SempaError, match=r"infinite or no number, in the tensor .*float16"):
         copy_model(str(strong), tmp_path / "merged", merge=True, dtype="float16")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda texts: np.array(texts, dtype=object)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"convert_to_tensor": True}, {"convert_to_numpy": False}, {"precision": "binary"}, {"precision": "uint8"},
+        {"output_value": "token_embeddings"}, {"output_value": None}, {"normalize_embeddings": True}, {"batch_size": 2},
+    ],
+)  # fmt: skip
+def test_no_kind_of_vector_leaves_that_is_no_number(
+    overflowing: Path, form: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
+    model = sempa_st.load(overflowing, dtype="float16", device="cpu")
+    with pytest.raises(SempaError, match=r"infinite values or no numbers: of text 0 \('A cat sleeps.'\)"):
+        model.encode(form(TEXTS), **options)
+    with pytest.raises(SempaError, match="infinite values or no numbers"):
+        model.encode(TEXTS[0], **options)
+    if "output_value" not in options:
+        exact, plain = (kind.encode(form(TEXTS), **options) for kind in both(overflowing))
+        assert type(exact) is type(plain)
+        # Integers are ranges of what is in the batch.
+        np.testing.assert_allclose(np.stack(list(exact)), np.stack(list(plain)), rtol=1e-3, atol=1)
+
+
+def both(base: Path) -> tuple[Any, Any]:
+    """The model in float32, and the same module under sentence-transformers' own class."""
+    model = sempa_st.load(base, dtype="float32", device="cpu")
+    return model, PlainTransformer(modules=[model[0]], device="cpu")
+
+
+@pytest.mark.parametrize("texts", [("ok", "\ud800"), [{"text": "\ud800"}], "\ud800", {"text": "\ud800"}])
+def test_no_half_character_reaches_a_tokenizer(tiny_base: Path, texts: Any) -> None:
+    model = sempa_st.load(tiny_base, dtype="float32", device="cpu")
+    with pytest.raises(SempaError, match="hold half a character"):
+        model.encode(texts)
+    with pytest.raises(SempaError, match="hold half a character"):
+        model.encode(["ok"], prompt="\ud800")

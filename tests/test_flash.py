@@ -150,10 +150,9 @@ def test_a_model_that_used_it_goes_to_another_process() -> None:
     ids = torch.tensor([[7, 30, 8, 12]])
     expected = model(input_ids=ids).logits
     last_flash_states(model.base_model, ids, torch.ones_like(ids))
-    code = "import pickle, sys, torch; m = pickle.load(sys.stdin.buffer); print(m(torch.tensor([[7, 30, 8, 12]])).logits.sum().item())"
     # Whatever unpickles one of our modules imports this one.
-    result = subprocess.run(
-        [sys.executable, "-c", "import sempa_st.packing; " + code], input=pickle.dumps(model), capture_output=True
-    )
+    code = "import pickle, sys, torch, sempa_st.packing; model = pickle.load(sys.stdin.buffer); "
+    code += f"print(model(torch.tensor({ids.tolist()})).logits.sum().item())"
+    result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(model), capture_output=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(float(expected.sum()), rel=1e-4)

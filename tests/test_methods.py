@@ -365,6 +365,7 @@ def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path:
     rows = read_rows(sample_path("sts_sample.jsonl"))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "sts" / "stsb.dev.parquet")
     common = ["--tasks", "STSBenchmark", "--split", "dev", "--data-dir", tmp_path / "data", "--device", "cpu"]
+    common += ["--dtype", "float32"]
     code, _, err = run_cli(
         "evaluate", tiny_base, "--method", "prompteol", "--layer", -2, *common, "--output", tmp_path / "out",
     )  # fmt: skip
@@ -381,6 +382,7 @@ def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path:
     assert result["results"][0]["spearman"] == pytest.approx(100 * float(expected), abs=1e-3)
     (tmp_path / "in.txt").write_text(rows[0]["sentence1"])
     encode = ["encode", tiny_base, tmp_path / "in.txt", "--method", "prompteol", "--layer", -2, "--device", "cpu"]
+    encode += ["--dtype", "float32"]
     assert run_cli(*encode, "--output", tmp_path / "v.npy")[0] == 0
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "v.npy"))[0], vectors[0][0], rtol=0, atol=1e-5)
     code, _, err = run_cli("evaluate", tiny_base, "--method", "promptbert", *common, "--output", tmp_path / "no")

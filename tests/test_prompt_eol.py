@@ -244,12 +244,10 @@ def test_token_embeddings_and_other_inputs_are_those_of_plain_modules(adapter_fo
     for bad in ([3], [{"text": 3}]):
         with pytest.raises(ValueError, match=r"embeds sentences, each a string or \{'text': string\}"):
             loaded.encode(bad)
-    features = sempa_st.load(adapter_folder, device="cpu", method="mean", dtype="float32").encode(
-        texts, output_value=None
-    )
-    assert [feature["sentence_embedding"].shape for feature in features] == [(32,), (32,)]
+    method = sempa_st.load(adapter_folder, device="cpu", method="mean", dtype="float32")
+    assert [features["sentence_embedding"].shape for features in method.encode(texts, output_value=None)] == [(32,)] * 2
     with pytest.raises(ValueError, match="one vector a sentence, and no token embeddings"):
-        sempa_st.load(adapter_folder, device="cpu", method="mean").encode(texts, output_value="token_embeddings")
+        method.encode(texts, output_value="token_embeddings")
 
 
 @pytest.mark.parametrize("method", [None, "mean"])
