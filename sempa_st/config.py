@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sempa_st.bases import EMBEDDED_BASE
 from sempa_st.devices import DTYPES
 from sempa_st.errors import SempaError
+from sempa_st.files import half_characters
 from sempa_st.objectives import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
 from sempa_st.options import option
 from sempa_st.prompts import DEFAULT_PARAPHRASE, DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES, PARAPHRASE_TEMPLATES
@@ -19,6 +20,7 @@ FORMATS = ("auto", "native", "custom")
 NEUTRAL = ("none", "negative", "second")
 WORD_WEIGHTS = ("uniform", "idf")
 _LARGEST = 2**31 - 1
+_LONGEST = 4096
 """What every library takes as a number of steps, rows or tokens, and as a seed."""
 _HIGHEST_RANK = 4096
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
@@ -110,6 +112,15 @@ class TrainConfig:
     def _check_sizes(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
+            if (
+                isinstance(value, str)
+                and name != "lora_layers"
+                and (len(value) > _LONGEST or "\0" in value or half_characters(value))
+            ):
+                raise SempaError(
+                    f"{name} is {value!a:.80}. Expected text of {_LONGEST} characters at most, without NUL and lone "
+                    "surrogates."
+                )
             if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
                 raise SempaError(f"{name} is {value!r:.80}. Expected a finite number, of {_LARGEST} at most.")
         if self.seed < 0:
@@ -191,7 +202,7 @@ class TrainConfig:
         if not self.lora_layers:
             return None
         layers: set[int] = set()
-        for part in self.lora_layers.split(","):
+        for part in self.lora_layers.split(",") if len(self.lora_layers) <= _LONGEST else [""]:
             match = _LAYERS.fullmatch(part.strip())
             span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
             if not span:

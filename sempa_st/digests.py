@@ -44,10 +44,20 @@ def folder_digest(folder: Path) -> str:
 
 def _files_of_model(folder: Path) -> Iterator[tuple[str, Path]]:
     inner = [path for part in (_TEMPLATES, *module_folders(folder)) for path in (folder / part).rglob("*")]
-    for path in {*folder.iterdir(), *inner}:
+    for path in {*folder.iterdir(), *inner, *_indexed(folder)}:
         kept = path.suffix in _SUFFIXES or path.name in _VOCABULARIES
         if kept and path.name not in _RECORDS and path.is_file():
             yield path.relative_to(folder).as_posix(), path
+
+
+def _indexed(folder: Path) -> Iterator[Path]:
+    """Yield the files that an index of weights names, which may lie in a folder within."""
+    for path in folder.glob("*.safetensors.index.json"):
+        index = read_json(path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        for name in set(names.values()) if isinstance(names, dict) else ():
+            if isinstance(name, str) and is_plain_path(name):
+                yield folder / name
 
 
 def module_folders(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from sempa_st.files import UTF8
 Options = TypeVar("Options")
 _LARGEST_YAML = 1 << 20
 _MOST_VALUES = 100_000
+_MOST_BITS = 1024
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -104,8 +105,8 @@ def load_yaml(path: str | Path) -> Any:
         content = loader.construct_document(node) if node is not None and values <= _MOST_VALUES else None
     except OSError as error:
         raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise SempaError(f"The file {path} is not YAML: {error}") from error
+    except Exception as error:  # the makers of single values raise whatever they meet
+        raise SempaError(f"The file {path} is not YAML: {type(error).__name__}: {error}") from error
     if values > _MOST_VALUES:
         raise SempaError(f"The file {path} holds {values:,} values. Expected options, of {_MOST_VALUES:,} at most.")
     return content
@@ -167,7 +168,10 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
         return converted
     except (TypeError, ValueError, OverflowError) as error:
         expected = f"a value of type {kind.__name__}" + (", and finite" if kind is float else "")
-        raise SempaError(f"{where} is {reprlib.repr(value)}. Expected {expected}.") from error
+        # Python writes out no integer of thousands of digits.
+        huge = isinstance(value, int) and value.bit_length() > _MOST_BITS
+        shown = f"a number of {value.bit_length()} bits" if huge else reprlib.repr(value)
+        raise SempaError(f"{where} is {shown}. Expected {expected}.") from error
 
 
 def _plain_type(annotation: Any) -> type:

@@ -18,7 +18,7 @@ from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.grid import read_grid
 from sempa_st.methods.registry import parse_method
-from sempa_st.options import load_yaml
+from sempa_st.options import load_yaml, option_values
 
 FIELDS = dataclasses.fields(TrainConfig)
 FLOATS = [field.name for field in FIELDS if get_type_hints(TrainConfig)[field.name] is float]
@@ -122,3 +122,21 @@ def test_whole_numbers_are_of_a_size(name: str, value: int) -> None:
 def test_a_method_takes_no_other_either(value: str) -> None:
     with pytest.raises(SempaError, match="contrastive-prompting"):
         parse_method(f"contrastive-prompting:strength={value}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!float ''", "!!int ''", "!!bool x", "!!timestamp x", ":".join(["59"] * 3000)],
+    ids=["float", "int", "bool", "timestamp", "base 60"],
+)
+def test_a_value_that_yaml_itself_cannot_make_is_one_paragraph(value: str, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text(f"beta: {value}\n")
+    with pytest.raises(SempaError, match=r"options\.yaml"):
+        option_values(TrainConfig, {"config": str(tmp_path / "options.yaml")})
+
+
+@pytest.mark.parametrize("name", ["base", "data", "output", "dev", "kl_text", "data_dir"])
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", "0-9999," * 20_000])
+def test_text_that_no_path_can_hold_is_refused(name: str, value: str) -> None:
+    with pytest.raises(SempaError, match=f"{name} is .*Expected text of 4096 characters at most"):
+        TrainConfig(**{"data": "sample", "output": "out", "kl": 1.0, name: value})

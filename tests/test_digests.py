@@ -242,3 +242,13 @@ def test_the_base_of_an_adapter_in_a_plain_model_is_part_of_it(place: str, tiny_
         write_json(folder / "modules.json", modules)
         digests_found.add(source_digest(Source("model", folder, "sentence-transformers")))
     assert len(digests_found) == 2
+
+
+def test_weights_that_an_index_names_are_hashed_where_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "within").mkdir()
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "within/a.safetensors"}})
+    found = set()
+    for content in (b"first", b"second"):
+        (tmp_path / "within" / "a.safetensors").write_bytes(content)
+        found.add(folder_digest(tmp_path))
+    assert len(found) == 2

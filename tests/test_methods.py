@@ -266,7 +266,7 @@ def test_llm2vec_checkpoints_are_adapters_over_adapters(run_cli: Cli, tiny_base:
             json.dumps({**json.loads((whole / "adapter_config.json").read_text()), **settings})
         )
         with pytest.raises(SempaError, match=message):
-            sempa_st.load(other, method="last-token")
+            sempa_st.load(other, method="last-token", dtype="float32")
     with pytest.raises(SempaError, match=r"bare adapter .* by a --method"):
         sempa_st.load(above)
     with pytest.raises(SempaError, match="names itself as its base"):
@@ -441,9 +441,9 @@ def test_encoders(encoder_folder: Path, method: str) -> None:
 
 def test_a_method_for_the_other_kind_of_model_is_refused(encoder_folder: Path, tiny_base: Path) -> None:
     with pytest.raises(SempaError, match=r"'promptbert' does not apply to .*, a decoder. Expected one of: mean, last"):
-        sempa_st.load(tiny_base, method="promptbert")
+        sempa_st.load(tiny_base, method="promptbert", dtype="float32")
     with pytest.raises(SempaError, match=r"'mean' does not apply to .*, an encoder. Expected one of: bert-avg, prompt"):
-        sempa_st.load(encoder_folder, method="mean")
+        sempa_st.load(encoder_folder, method="mean", dtype="float32")
     with pytest.raises(
         SempaError, match=r"\(BertModel\) is an encoder and not a decoder\. .* a method: bert-avg, prompt"
     ):

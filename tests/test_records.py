@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import make_config
+from safetensors.torch import save_file
 from trl import DPOTrainer
 
 from sempa_st.bases import load_tokenizer
@@ -280,3 +282,23 @@ def test_what_needs_the_cache_says_so(
     assert len(err.strip().splitlines()) == 1
     assert "SEMPA_CACHE_DIR" in err
     assert str(tmp_path / "file" / "cache") in err
+
+
+def test_a_cached_file_of_other_tensors_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path))
+    asked: list[int] = []
+
+    def compute() -> torch.Tensor:
+        asked.append(1)
+        return torch.tensor([1.0, 2.0])
+
+    def get() -> torch.Tensor:
+        return reference.cached_tensor("mine", {"a": 1}, compute, write=True)
+
+    assert torch.equal(get(), get())
+    assert len(asked) == 1
+    (path,) = (tmp_path / "reference").glob("*.safetensors")
+    save_file({"other": torch.zeros(2)}, path)
+    assert torch.equal(get(), torch.tensor([1.0, 2.0]))
+    assert torch.equal(get(), torch.tensor([1.0, 2.0]))
+    assert len(asked) == 2

@@ -22,7 +22,7 @@ from sempa_st.train.alignment import Part
 from sempa_st.train.batches import AnswerRows, Batch, ReadingRows
 from sempa_st.train.forwards import answer_log_probabilities
 from sempa_st.train.passages import PASSAGE_TOKENS, Passages
-from sempa_st.train.reference import REFERENCE, cached_tensors, collect, in_batches
+from sempa_st.train.reference import REFERENCE, cached_tensor, collect, in_batches
 from sempa_st.words import WordBags, document_frequencies
 
 _REFERENCE_TOKENS = 2048
@@ -134,7 +134,7 @@ def _reference_states(
 ) -> dict[str, Tensor]:
     """Return ``reference_states`` of the premises, of shape (triplets, hidden)."""
 
-    def compute() -> dict[str, Tensor]:
+    def compute() -> Tensor:
         premises = [triplet.premise for triplet in data.triplets]
         distinct = list(dict.fromkeys(premises))
         rows = module.token_rows(distinct)
@@ -148,10 +148,11 @@ def _reference_states(
         lengths = [len(row) for row in rows]
         result = collect(len(rows), in_batches(lengths, _REFERENCE_TOKENS, "reference"), states)
         place = {sentence: index for index, sentence in enumerate(distinct)}
-        return {"reference_states": result[[place[premise] for premise in premises]]}
+        return result[[place[premise] for premise in premises]]
 
     full = {**identity, "template": config.template, "max_seq_length": config.max_seq_length}
-    return cached_tensors(full, compute, write=PartialState().is_main_process)
+    name = "reference_states"
+    return {name: cached_tensor(name, full, compute, write=PartialState().is_main_process)}
 
 
 def _reference_answers(
@@ -159,17 +160,17 @@ def _reference_answers(
 ) -> dict[str, Tensor]:
     """Return ``reference_log_probabilities`` of shape (triplets, answers)."""
 
-    def compute() -> dict[str, Tensor]:
+    def compute() -> Tensor:
         def log_probabilities(indices: list[int]) -> Tensor:
             batch = {name: tensor.to(module.model.device) for name, tensor in answers(indices).items()}
             return answer_log_probabilities(module.model, batch).view(len(indices), -1)
 
         lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.rows]
         batches = in_batches(lengths, 4 * _REFERENCE_TOKENS, "reference")
-        return {REFERENCE: collect(len(lengths), batches, log_probabilities)}
+        return collect(len(lengths), batches, log_probabilities)
 
     full = answers_identity(config, identity, answers.answers)
-    return cached_tensors(full, compute, write=PartialState().is_main_process)
+    return {REFERENCE: cached_tensor(REFERENCE, full, compute, write=PartialState().is_main_process)}
 
 
 def _premises(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:

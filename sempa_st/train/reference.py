@@ -25,12 +25,11 @@ REFERENCE = "reference_log_probabilities"
 """Name of the log-probabilities of whole answers, best first, of shape (triplets, answers)."""
 
 
-def cached_tensors(
-    identity: dict[str, Any], compute: Callable[[], dict[str, Tensor]], *, write: bool
-) -> dict[str, Tensor]:
+def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Tensor], *, write: bool) -> Tensor:
     """Return ``compute()``, or what it returned earlier for the same ``identity``; a cache is a help and no need.
 
     Args:
+        name: What the result is called on disk.
         identity: All that decides the result: base, data, template, type. JSON values only.
         compute: Runs the reference; called only when nothing is cached.
         write: Whether this process keeps the result for others.
@@ -38,17 +37,17 @@ def cached_tensors(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{digest[:32]}.safetensors"
     try:
-        return load_file(path)
-    except (SafetensorError, OSError):  # not there, cut short, or out of reach
-        tensors = compute()
+        return load_file(path)[name]
+    except (SafetensorError, OSError, KeyError):  # not there, cut short, out of reach, or somebody else's
+        tensor = compute()
     if write:
         try:
             clear_leftovers(path.parent)
             with atomic_file(path) as scratch:
-                save_file(tensors, scratch, metadata={"identity": json.dumps(identity)})
+                save_file({name: tensor}, scratch, metadata={"identity": json.dumps(identity)})
         except (SafetensorError, SempaError, OSError) as error:
             warn_uncached(path.parent, disk_fault(error) or str(error))
-    return tensors
+    return tensor
 
 
 @functools.cache

@@ -45,7 +45,7 @@ from sempa_st.train.answers import without_too_long
 from sempa_st.train.build import Ingredients, build_trainer
 from sempa_st.train.passages import read_passages
 from sempa_st.train.record import run_record
-from sempa_st.train.reference import cached_tensors, warn_uncached
+from sempa_st.train.reference import cached_tensor, warn_uncached
 from sempa_st.train.trainer import DevScorer
 from sempa_st.train.workdir import WorkDir
 
@@ -106,10 +106,10 @@ def _base_score(parts: Ingredients, model: Any) -> float:
         "device": parts.device,
     }
 
-    def compute() -> dict[str, torch.Tensor]:
-        return {"spearman": torch.tensor(parts.scorer(model), dtype=torch.float64)}
+    def compute() -> torch.Tensor:
+        return torch.tensor(parts.scorer(model), dtype=torch.float64)
 
-    return float(cached_tensors(identity, compute, write=PartialState().is_main_process)["spearman"])
+    return float(cached_tensor("spearman", identity, compute, write=PartialState().is_main_process))
 
 
 def _pick_device(config: TrainConfig) -> str:

@@ -24,7 +24,7 @@ from sempa_st.runinfo import fingerprint
 from sempa_st.stsdata import GradedPairs
 from sempa_st.train.callbacks import DEV_METRIC
 from sempa_st.train.prefixes import pairs_together
-from sempa_st.train.reference import REFERENCE, cached_tensors
+from sempa_st.train.reference import REFERENCE, cached_tensor
 
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -155,9 +155,7 @@ class SempaTrainer(DevScored, DPOTrainer):
         if name == "eval":
             return dataset  # never looked at
         main = self.accelerator.is_main_process
-        kept = cached_tensors(
-            self._reference, lambda: {REFERENCE: self._run_reference(dataset, batch_size)}, write=main
-        )[REFERENCE]
+        kept = cached_tensor(REFERENCE, self._reference, lambda: self._run_reference(dataset, batch_size), write=main)
         for column, values in zip(_REFERENCE_COLUMNS, kept.T.tolist(), strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
