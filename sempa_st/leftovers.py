@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 _LOCK = ".sempa.lock"
 _PARTIAL, _OLD = ".partial-", ".old-"
 _DIGITS = 8
+_LONGEST = 255 - len("." + _PARTIAL) - _DIGITS
+"""Bytes of a name that leave room for the rest of a scratch name; file systems allow 255."""
+_STAND_IN = re.compile(r"[0-9a-f]{16}~")
 _NO_SPACE_OR_RIGHT = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO,
-    errno.EFBIG,
+    errno.EFBIG, errno.ENOTSUP,
 )  # fmt: skip
 
 
@@ -33,19 +37,18 @@ def held(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         InUseError: If the lock is held already and ``wait`` is false.
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be made, or its file system has no locks.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
-    while True:
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout as error:
-            raise InUseError(path) from error
-        if path.exists():
-            break
-        lock.release()  # the one before us took the file away while we waited for it
+    try:
+        # It takes no file that was removed while we waited: whoever held it before us does so.
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise InUseError(path) from error
+    except NotImplementedError as error:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path)) from error
     try:
         yield
     finally:
@@ -69,15 +72,21 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _stem(name: str) -> str:
+    """Return what scratch names of the output ``name`` are made of: the name, or a stand-in where that is too long."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= _LONGEST else f"{hashlib.sha256(raw).hexdigest()[:16]}~"
+
+
 def _new_scratch(target: Path, stack: ExitStack) -> Path:
     while True:
-        folder = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:_DIGITS]}")
+        folder = target.with_name(f".{_stem(target.name)}{_PARTIAL}{uuid.uuid4().hex[:_DIGITS]}")
         folder.mkdir()
         try:
             stack.enter_context(held(folder / _LOCK))
         except (InUseError, FileNotFoundError):
             continue  # another run took it for a leftover before it was locked
-        except (OSError, NotImplementedError):
+        except OSError:
             return folder  # a file system without locks: nobody can clear it then, which is safe
         return folder
 
@@ -88,28 +97,29 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
     A scratch folder whose run is alive is locked, and stays. An output that its run had moved away, to put a new one in
     its place, is put back where the new one is missing.
     """
-    start = "." + ("*" if name is None else glob.escape(name))
+    start = "." + ("*" if name is None else glob.escape(_stem(name)))
     digits = "[0-9a-f]" * _DIGITS
     for scratch in folder.glob(start + _PARTIAL + digits):
         # What cannot be locked or removed is in use, or somebody else's.
-        with suppress(InUseError, OSError, NotImplementedError), held(scratch / _LOCK):
-            _settle(_old_of(scratch))
+        with suppress(InUseError, OSError), held(scratch / _LOCK):
+            _settle(_old_of(scratch), name)
             shutil.rmtree(scratch)
     for old in folder.glob(start + _OLD + digits):
         if not old.with_name(old.name.replace(_OLD, _PARTIAL)).exists():
             with suppress(OSError):
-                _settle(old)
+                _settle(old, name)
 
 
 def _old_of(scratch: Path) -> Path:
     return scratch.with_name(f"{scratch.name[: -len(_PARTIAL) - _DIGITS]}{_OLD}{scratch.name[-_DIGITS:]}")
 
 
-def _settle(old: Path) -> None:
+def _settle(old: Path, name: str | None) -> None:
     """Put a folder that was moved away back, or remove it where another one has taken its place."""
-    target = old.with_name(old.name[1 : -len(_OLD) - _DIGITS])
-    if not old.exists():
-        return
+    stem = old.name[1 : -len(_OLD) - _DIGITS]
+    if not old.exists() or (name is None and _STAND_IN.fullmatch(stem)):
+        return  # a stand-in does not tell the name; a command that knows it will do
+    target = old.with_name(name or stem)
     if target.exists():
         shutil.rmtree(old)
     else:

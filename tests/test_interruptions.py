@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from safetensors.torch import load_file
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.train import run as training
-from sempa_st.train.checkpoints import checkpoints_in, fault_in
+from sempa_st.train.checkpoints import _sha256, checkpoints_in, fault_in
 from sempa_st.train.run import train
 from sempa_st.train.trainer import SempaTrainer
 from sempa_st.train.workdir import WorkDir
@@ -283,6 +286,132 @@ def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: boo
     with pytest.raises(SempaError, match=r"holds other things than a run: thesis\.tex"):
         work.open({}, resume=False, overwrite=overwrite)
     assert (work.path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".git/HEAD",
+        ".partial-0123abcd/mine",
+        "checkpoints/epoch=9.ckpt",
+        "checkpoints/notes.txt",
+        "checkpoints/README.md",
+        "checkpoints/checkpoint-best/model.safetensors",
+        "checkpoints/checkpoint-7b/model.safetensors",
+        "checkpoints/.env",
+    ],
+)
+def test_what_no_run_has_written_is_in_the_way_wherever_it_lies(
+    config: TrainConfig, name: str, flags: dict[str, bool]
+) -> None:
+    work = WorkDir(config.output)
+    if not flags:
+        no_checkpoint(work.path)
+    file = work.path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")  # in place of the trainer's own, if it is a README.md
+    named = name if name.startswith("checkpoints/") and name.count("/") == 1 else name.rpartition("/")[0]
+    with pytest.raises(SempaError, match=f"holds other things than a run: {re.escape(named)}\\. Move it away"):
+        train(replace(config, **flags))
+    assert file.read_text() == "mine"
+    work.remove()  # nor is it, where it comes while the run is at work
+    assert [path for path in work.path.rglob("*") if path.is_file()] == [file]
+
+
+def test_what_runs_and_desktops_leave_is_not_in_the_way(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path / "model")
+    (work.path / ".process.txt.partial-0123abcd").mkdir(parents=True)
+    (work.path / ".DS_Store").touch()
+    (work.checkpoints / "damaged-checkpoint-3").mkdir(parents=True)
+    (work.checkpoints / ".directory").touch()
+    work.open({"a": 1}, resume=False, overwrite=False)
+    work.close()
+    assert sorted(path.name for path in work.path.rglob("*")) == ["checkpoints", "identity.json", "process.txt"]
+    work.remove()
+    assert not work.path.exists()
+
+
+def test_a_link_to_another_disk_is_used_and_stays(tiny_base: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_base, tmp_path / "model", max_triplets=8)
+    work, disk = WorkDir(config.output), tmp_path / "disk"
+    work.path.symlink_to(disk)
+    with pytest.raises(SempaError, match="a link to no folder"):
+        train(config)
+    (disk / "checkpoints").mkdir(parents=True)
+    train(config)
+    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+    assert work.path.is_symlink()
+    assert list(disk.iterdir()) == []
+
+
+@contextmanager
+def unreadable(*files: Path, number: int = errno.EIO) -> Iterator[None]:
+    """A disk that does not give back these files, or list these folders."""
+    real, listed = Path.open, Path.iterdir
+
+    def check(path: Path) -> None:
+        if path in files:
+            raise OSError(number, os.strerror(number), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *args, **kwargs: (check(path), real(path, *args, **kwargs))[1])
+        patch.setattr(Path, "iterdir", lambda path: (check(path), listed(path))[1])
+        _sha256.cache_clear()
+        yield
+    _sha256.cache_clear()
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "of-an-older-version"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "complete.json", "trainer_state.json", "."])
+def test_what_cannot_be_read_is_not_taken_for_damaged(
+    config: TrainConfig, name: str, number: int, sealed: bool
+) -> None:
+    newest = checkpoints(config)[-1]
+    if not sealed:
+        unseal(config)
+        if name == "complete.json":
+            return
+    work = WorkDir(config.output)
+    identity = json.loads((work.path / "identity.json").read_text())
+    before = sorted(work.path.rglob("*"))
+    with unreadable(newest / name, number=number), pytest.raises(SempaError, match="at this moment") as caught:
+        work.open(identity, resume=True, overwrite=False)
+    assert str(newest / name) in str(caught.value)
+    assert os.strerror(number) in str(caught.value)
+    assert sorted(work.path.rglob("*")) == before
+    work.open(identity, resume=True, overwrite=False)
+    work.close()
+    assert work.last_checkpoint() == str(newest)
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_run_that_breaks_off_keeps_checkpoints_that_cannot_be_read(config: TrainConfig, whole_folder: bool) -> None:
+    work, found = WorkDir(config.output), checkpoints(config)
+    files = [work.checkpoints] if whole_folder else [path / "optimizer.pt" for path in found]
+    with unreadable(*files):
+        assert os.strerror(errno.EIO) in str(work.broken_off())
+    assert checkpoints(config) == found
+    assert "--resume goes on" in str(work.broken_off())
+    no_checkpoint(work.path)
+    assert work.broken_off() is None
+    assert not work.path.exists()
+
+
+def test_damaged_checkpoints_are_set_aside(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newest = checkpoints(config)
+    aside = newest.with_name("damaged-checkpoint-6")
+    aside.mkdir()
+    (aside / "earlier").touch()
+    DAMAGES["halved"](newest / "optimizer.pt")
+    work = WorkDir(config.output)
+    work.open(json.loads((work.path / "identity.json").read_text()), resume=True, overwrite=False)
+    work.close()
+    assert checkpoints(config) == [older]
+    assert (aside / "optimizer.pt").stat().st_size
+    assert not (aside / "earlier").exists()
+    assert "and is now called damaged-checkpoint-6. Going on from" in capsys.readouterr().err
 
 
 def test_a_crash_at_the_very_end_is_gone_on_with(

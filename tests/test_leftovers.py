@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -19,6 +21,8 @@ from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
 from sempa_st.files import atomic_file, atomic_folder, check_output_folder, made_once, write_json
 from sempa_st.leftovers import InUseError, clear_leftovers, disk_fault, held
+from sempa_st.train.sweep import _locked
+from sempa_st.train.workdir import WorkDir
 
 pytestmark = pytest.mark.names_dtype
 
@@ -153,6 +157,62 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(tmp_path: Path) -> None:
         with held(lock), pytest.raises(InUseError), held(lock):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_was_replaced_meanwhile_is_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process took the file away, and a third one made a new one, between our opening and our locking it."""
+    lock, flock, replaced = tmp_path / "lock", fcntl.flock, []
+
+    def late(number: int, operation: int) -> None:
+        if not replaced:
+            replaced.append(lock.unlink())
+            lock.touch()
+        flock(number, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(lock, wait=True):
+        assert replaced
+        with lock.open() as handle, pytest.raises(BlockingIOError):
+            flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_is_one_clear_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: FileLock, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    reason = os.strerror(errno.ENOTSUP)
+    with pytest.raises(SempaError, match=f"keeps two runs apart: {reason}"):
+        WorkDir(tmp_path / "model").open({}, resume=False, overwrite=False)
+    with pytest.raises(SempaError, match=f"keeps two sweeps apart: {reason}"), _locked(tmp_path / "sweep"):
+        pass
+    with pytest.raises(SempaError, match=f"cache folder .* cannot be written.*{reason}"):
+        made_once(tmp_path / "a", "mark", Path.mkdir)
+    write_json(tmp_path / "a.json", 1)  # needs no lock
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 237, "a" * 238, "a" * 255, "\u00e9" * 127], ids=len)
+def test_names_may_be_as_long_as_a_file_system_allows(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "file" / name, 1)
+    target = tmp_path / "folder" / name
+    for text in ("1", "2"):
+        with atomic_folder(target, overwrite=True) as partial:
+            (partial / "a").write_text(text)
+    assert (target / "a").read_text() == "2"
+    with process("folder", target) as child:
+        scratch = target.parent / hidden(target.parent)[0]
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    old = scratch.with_name(scratch.name.replace(".partial-", ".old-"))
+    target.rename(old)  # as after a kill between the two renames
+    clear_leftovers(target.parent)
+    assert len(list(target.parent.iterdir())) == 1
+    clear_leftovers(target.parent, name)
+    assert [path.name for path in target.parent.iterdir()] == [name]
+    assert (target / "a").read_text() == "2"
 
 
 def test_processes_that_wait_for_one_folder_make_it_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import shutil
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
@@ -27,11 +28,38 @@ _STATE = "trainer_state.json"
 _WANTED = (_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """What a run cannot be gone on with exactly without; beside the weights."""
 _KEPT = 2
+_NAME = re.compile(r"checkpoint-[0-9]+")
+_ASIDE = "damaged-"
+
+
+class UnreadableError(SempaError):
+    """The system does not let a checkpoint be read, which says nothing on what it holds."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be read at this moment: {error.strerror or error}. It may be whole, so nothing was "
+            "removed. Check the disk and your right to read there, and run the same command again."
+        )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder``, the oldest first, whole or not."""
-    return [Path(path) for path in sort_checkpoints(str(folder))]
+    """Return the checkpoints in ``folder``, the oldest first, whole or not.
+
+    Raises:
+        UnreadableError: If the system does not list the folder.
+    """
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_file()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(folder, error) from error
+    return sorted(found, key=_step)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a run has made ``path``: a checkpoint, or one that was set aside."""
+    return path.is_dir() and bool(_NAME.fullmatch(path.name.removeprefix(_ASIDE)))
 
 
 def seal(checkpoint: Path, run: dict[str, Any]) -> None:
@@ -74,28 +102,47 @@ def _read_seal(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def fault_in(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be gone on with, or None if it is whole; see :func:`damage_in`."""
+    try:
+        return damage_in(checkpoint)
+    except UnreadableError as error:
+        return str(error)
+
+
+def damage_in(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is whole: every file is there and as it was written.
 
     Without a seal, as an older version left it, the files are read for what they are.
+
+    Raises:
+        UnreadableError: If the system does not let it be read, so that nobody can know.
     """
+    path = checkpoint
+    try:
+        names = sorted(each.name for each in checkpoint.iterdir())
+        for path in (checkpoint / name for name in names):
+            if not path.is_dir():
+                _digest(path)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        raise UnreadableError(path, error) from error
     found = _read_seal(checkpoint)
     if found is None:
-        return _fault_by_content(checkpoint)
+        return _fault_by_content(checkpoint, names)
     for name, digest in found["files"].items():
-        try:
-            if _digest(checkpoint / name) != digest:
-                return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _digest(checkpoint / name) != digest:
+            return f"{name} is not what was written"
     return None
 
 
-def _fault_by_content(checkpoint: Path) -> str | None:
-    names = {path.name for path in checkpoint.glob("*")}
+def _fault_by_content(checkpoint: Path, names: list[str]) -> str | None:
     for wanted in _WANTED:
         if not any(fnmatch(name, wanted) for name in names):
             return f"{wanted.replace('*', '')} is missing"
-    for name in sorted(names):
+    for name in names:
         try:
             whole = _is_whole(checkpoint / name)
         except (SempaError, SafetensorError, zipfile.BadZipFile, OSError):
@@ -125,14 +172,23 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def remove_damaged(folder: Path) -> list[str]:
-    """Remove the checkpoints in ``folder`` that are not whole, if any other one is; return a line on each of them."""
-    faults = {path: fault for path in checkpoints_in(folder) if (fault := fault_in(path))}
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Rename the checkpoints in ``folder`` that are not whole, if any other one is; return a line on each of them.
+
+    Raises:
+        UnreadableError: If the system does not let one of them be read; all stay as they are then.
+    """
+    faults = {path: fault for path in checkpoints_in(folder) if (fault := damage_in(path))}
     if len(faults) == len(checkpoints_in(folder)):
         return []
-    for path in faults:
-        shutil.rmtree(path)
-    return [f"{path.name} is damaged ({fault}) and was removed." for path, fault in faults.items()]
+    lines = []
+    for path, fault in faults.items():
+        aside = path.with_name(_ASIDE + path.name)
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        lines.append(f"{path.name} is damaged ({fault}) and is now called {aside.name}.")
+    return lines
 
 
 class Checkpoints(TrainerCallback):

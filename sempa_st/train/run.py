@@ -203,11 +203,8 @@ def _broken_off(work: WorkDir) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if PartialState().is_main_process:
-            if work.last_checkpoint() is None:
-                work.remove()
-            else:
-                print(f"Checkpoints are kept in {work.path}; the same command with --resume goes on.", file=sys.stderr)
+        if PartialState().is_main_process and (line := work.broken_off()):
+            print(line, file=sys.stderr)
         raise
 
 

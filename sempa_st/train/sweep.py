@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sempa_st.train.workdir import WorkDir
 Train = Callable[[TrainConfig], tuple[dict[str, Any], bool]]
 BEST = "best"
 _GRID = "grid.json"
+_LOCK = ".lock"
 _RUNS = "runs"
 _TRAINING = ".training"
 _FAILED = ".failed.json"
@@ -273,12 +274,20 @@ def _check(points: Sequence[Point], folder: Path) -> dict[str, str]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of the folder, which would take the first one's run for an interrupted one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with held(folder / ".lock"):
-            yield
-    except InUseError as error:
-        raise SempaError(f"Another sweep is running in {folder}. Wait for it, or choose another --output.") from error
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / _LOCK))
+        except InUseError as error:
+            raise SempaError(
+                f"Another sweep is running in {folder}. Wait for it, or choose another --output."
+            ) from error
+        except OSError as error:
+            raise SempaError(
+                f"{folder / _LOCK} cannot be written, which keeps two sweeps apart: {error.strerror}. Check the path, "
+                "its owner and the free space."
+            ) from error
+        yield
 
 
 @contextmanager

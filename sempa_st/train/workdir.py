@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from contextlib import ExitStack
@@ -11,12 +12,23 @@ from typing import Any
 
 from sempa_st.errors import SempaError
 from sempa_st.files import check_output_folder, read_json, write_json, write_text
-from sempa_st.leftovers import InUseError, clear_leftovers, held
-from sempa_st.train.checkpoints import checkpoints_in, fault_in, remove_damaged, run_of
+from sempa_st.leftovers import InUseError, held
+from sempa_st.train.checkpoints import (
+    UnreadableError,
+    checkpoints_in,
+    damage_in,
+    fault_in,
+    is_checkpoint,
+    run_of,
+    set_aside_damaged,
+)
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
 _PROCESS = "process.txt"
+_SCRATCH = re.compile(r"\.(identity\.json|process\.txt)\.partial-[0-9a-f]{8}")
+_OF_DESKTOPS = (".DS_Store", ".directory")
+"""Files that a desktop puts into any folder that it shows."""
 
 
 class WorkDir:
@@ -66,7 +78,7 @@ class WorkDir:
                 self._check_resumable(identity)
             else:
                 self._make_room(overwrite=overwrite)
-                check_output_folder(self.path)
+                check_output_folder(self.path, overwrite=True)
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / _IDENTITY, identity)
             write_text(self.path / _PROCESS, f"{os.getpid()}\n")
@@ -99,18 +111,32 @@ class WorkDir:
 
     def _check_own(self) -> None:
         """Raise :class:`SempaError` if the folder holds what no run has put there."""
-        if not self.path.exists():
-            return
         if not self.path.is_dir():
-            raise SempaError(f"{self.path}, where the run is to be kept until it is done, is a file. Move it away.")
-        clear_leftovers(self.path)
-        names = {path.name for path in self.path.iterdir()} - {_IDENTITY, _CHECKPOINTS, _PROCESS}
-        others = sorted(name for name in names if not name.startswith("."))  # a desktop puts its own files anywhere
+            if self.path.is_symlink() or self.path.exists():
+                raise SempaError(
+                    f"{self.path}, where the run is to be kept until it is done, is a file, or a link to no folder. "
+                    "Move it away."
+                )
+            return
+        others = sorted(path for path in self._entries() if not self._is_own(path))
         if others:
             raise SempaError(
                 f"{self.path}, where the run is to be kept until it is done, holds other things than a run: "
-                f"{others[0]}. Move it away, or choose another --output."
+                f"{others[0].relative_to(self.path)}. Move it away, or choose another --output."
             )
+
+    def _entries(self) -> list[Path]:
+        """Return what is in the folder and in that of its checkpoints."""
+        return [path for folder in (self.checkpoints, self.path) if folder.is_dir() for path in folder.iterdir()]
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether ``path``, one of the entries, is a run's beyond doubt, or worth nothing to anyone."""
+        if path.parent == self.checkpoints and (is_checkpoint(path) or _is_card_of_trainer(path)):
+            return True
+        if path == self.checkpoints or (path.parent == self.path and _SCRATCH.fullmatch(path.name)):
+            return path.is_dir()
+        named = path.name in _OF_DESKTOPS or (path.parent == self.path and path.name in (_IDENTITY, _PROCESS))
+        return named and path.is_file()
 
     def _make_room(self, *, overwrite: bool) -> None:
         """Remove what an earlier run has left, or raise :class:`SempaError` if that may be worth something."""
@@ -122,16 +148,19 @@ class WorkDir:
                 else f"It cannot be gone on with: {self._fault()}. Pass --overwrite to start anew."
             )
             raise SempaError(f"An unfinished run stands in {self.path}. {advice}")
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        self.remove()
 
     def _fault(self) -> str:
-        """Return why the run in the folder cannot be gone on with."""
+        """Return why the run in the folder cannot be gone on with.
+
+        Raises:
+            UnreadableError: If nobody can know, since the system does not let its newest checkpoint be read.
+        """
         found = checkpoints_in(self.checkpoints)
         if not found:
             return "it has no checkpoint yet"
         if self.last_checkpoint() is None:
-            return f"none of its checkpoints is whole ({found[-1].name}: {fault_in(found[-1])})"
+            return f"none of its checkpoints is whole ({found[-1].name}: {damage_in(found[-1])})"
         return f"{_IDENTITY} is lost, and with it what the run was started with"
 
     def _check_resumable(self, identity: dict[str, Any]) -> None:
@@ -147,7 +176,7 @@ class WorkDir:
                     f"The run in {self.path} was started with {name} = {started.get(name)!r}, now it is "
                     f"{identity.get(name)!r}. Resume with the same settings, or start anew with --overwrite."
                 )
-        for line in remove_damaged(self.checkpoints):
+        for line in set_aside_damaged(self.checkpoints):
             print(f"{line} Going on from {Path(str(self.last_checkpoint())).name}.", file=sys.stderr)
 
     def started_with(self) -> dict[str, Any] | None:
@@ -165,7 +194,36 @@ class WorkDir:
         """Return the newest checkpoint that is whole, if any."""
         return next((str(path) for path in reversed(checkpoints_in(self.checkpoints)) if not fault_in(path)), None)
 
+    def broken_off(self) -> str | None:
+        """Return a line on what a run that broke off leaves, or remove its folder if there is no checkpoint at all."""
+        try:
+            found = checkpoints_in(self.checkpoints)
+        except UnreadableError as error:
+            return str(error)
+        if not found:
+            self.remove()
+            return None
+        if self.last_checkpoint() is None:
+            return f"{self.path} is kept, but none of its checkpoints is whole: {found[-1].name}: {fault_in(found[-1])}"
+        return f"Checkpoints are kept in {self.path}; the same command with --resume goes on."
+
     def remove(self) -> None:
-        """Delete the folder; the finished model has taken its place, or there is nothing in it to go on from."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Delete what is the run's; the finished model has taken its place, or there is nothing to go on from.
+
+        What is somebody else's stays, such as a link to another disk that stands in place of the folder.
+        """
+        for path in self._entries():
+            if path == self.checkpoints or not self._is_own(path):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for folder in (self.checkpoints, self.path):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _is_card_of_trainer(path: Path) -> bool:
+    """Whether ``path`` is the model card that TRL puts beside the checkpoints."""
+    return path.name == "README.md" and path.is_file() and b"\n- generated_from_trainer\n" in path.read_bytes()
