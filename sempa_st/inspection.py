@@ -122,22 +122,27 @@ def _check_index(index: Path) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    """Check the header of a file of weights, and that an adapter's settings name no higher rank than its tensors have.
+    """Check the header of a file of weights, and that an adapter's settings name no rank far beyond its tensors'.
 
-    PEFT would take memory for the ranks of the settings before it looked at the tensors.
+    PEFT would take memory for the ranks of the settings before it looked at the tensors. With ranks by layer each one
+    may be one of no layer, so they are only kept from being wider than the layers.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
             downwards = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
-            highest = max((file.get_slice(name).get_shape()[0] for name in downwards), default=None)
+            shapes = [file.get_slice(name).get_shape() for name in downwards]
+            highest = max((shape[0] for shape in shapes), default=None)
+            widest = max((shape[1] for shape in shapes), default=0)
     except (SafetensorError, OSError, IndexError) as error:
         raise SempaError(f"{path} is corrupted ({error}). Restore the file from where it came.") from error
     settings = path.with_name("adapter_config.json")
     if highest is None or path.name != ADAPTER_WEIGHTS or not settings.is_file():
         return
     found = read_settings(path.parent, settings.name)
-    for name, rank in {"r": found.get("r", 8), **(found.get("rank_pattern") or {})}.items():
-        if rank > highest:
-            raise SempaError(f"{settings}: {name} is {rank}. Expected {highest} at most, the rank in {path.name}.")
+    by_layer = found.get("rank_pattern") or {}
+    bound, whose = (max(highest, widest), "width of its layers") if by_layer else (highest, "rank")
+    for name, rank in {"r": found.get("r", 8), **by_layer}.items():
+        if rank > bound:
+            raise SempaError(f"{settings}: {name} is {rank}. Expected {bound} at most, the {whose} in {path.name}.")
