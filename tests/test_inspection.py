@@ -398,7 +398,25 @@ def test_an_index_in_the_folder_of_a_module_is_looked_at(folders: Path) -> None:
     check_folder(folders / "sempa")
     write_json(inner / INDEX, {"weight_map": {"a": "x.bin"}})
     with pytest.raises(SempaError, match=r"0_Transformer.*Expected a .safetensors file"):
-        sempa_st.load(folders / "sempa")
+        sempa_st.load(folders / "sempa", dtype="float32", device="cpu")
+
+
+def test_files_that_nothing_reads_are_nobodys_concern(folders: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the secret")
+    (folders / "sempa" / "train.log").symlink_to(secret)
+    os.mkfifo(folders / "sempa" / "pipe")
+    (folders / "sempa" / "optimizer.safetensors").write_bytes(b"cut")
+    with (folders / "sempa" / "corpus.txt").open("wb") as handle:
+        handle.truncate(600 << 20)
+    check_folder(folders / "sempa")
+    for copied in (
+        copy_model(str(folders / "sempa"), tmp_path / "copied"),
+        average_models([str(folders / "sempa")] * 2, tmp_path / "mean", rank=4),
+    ):
+        assert not {"train.log", "pipe", "optimizer.safetensors", "corpus.txt"} & {
+            path.name for path in copied.iterdir()
+        }
 
 
 def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None:
@@ -419,7 +437,7 @@ def test_a_folder_of_pickled_modules_is_refused(folders: Path) -> None:
     modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": dense_type})
     write_json(folders / "sempa" / "modules.json", modules)
     with pytest.raises(SempaError, match=r"2_Dense has no .safetensors file"):
-        sempa_st.load(folders / "sempa")
+        sempa_st.load(folders / "sempa", dtype="float32", device="cpu")
     save_file({"linear.weight": torch.ones(4, 32)}, dense / "model.safetensors")
     check_folder(folders / "sempa")
 
