@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ _LARGEST = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 <<
 _TEMPLATES = "additional_chat_templates"
 _FILES = (".json", ".safetensors", ".jinja")
 """Endings of what is looked for as a file, whatever it is."""
+_READ = re.compile(
+    r"(?!optimizer|training_args)(.*\.(json|safetensors|jinja|model|tiktoken|html)|(vocab|merges)\.txt|NOTICE.*)"
+)
+"""Names of the files that a reader opens or a copy takes along; what else lies in a folder is nobody's concern."""
 _INDEX = ".safetensors.index.json"
 
 
@@ -29,15 +34,15 @@ def check_folder(folder: Path) -> Path:
     from sempa_st.schemas import SETTINGS_FILES
 
     # Links first: nothing is read through one that leads elsewhere.
-    files = [path for path in _entries(folder, folder) if not path.is_dir() or path.suffix in _FILES]
+    files = [path for path in _read_in(folder, folder) if not path.is_dir() or path.suffix in _FILES]
     for path in files:
         check_entry(folder, path)
     for place in _subfolders(folder):
         check_entry(folder, place)
-        inner = _entries(folder, place)
+        inner = _read_in(folder, place)
         for path in inner:
             check_entry(folder, path)
-        _check_unpickled(place, {path.name for path in inner})
+        _check_unpickled(place, {path.name for path in _entries(folder, place)})
         files += inner
     for name in SETTINGS_FILES:
         if (folder / name).exists():
@@ -56,7 +61,7 @@ def check_folder(folder: Path) -> Path:
 def files_read(folder: Path) -> list[str]:
     """Return the names, inside a model folder, of the files that a reader may open."""
     places = [folder, *_subfolders(folder)]
-    paths = [path for place in places for path in _entries(folder, place) if path.is_file()]
+    paths = [path for place in places for path in _read_in(folder, place) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
@@ -66,6 +71,10 @@ def _subfolders(folder: Path) -> list[Path]:
     modules = read_settings(folder, path.name) if path.is_file() else []
     names = sorted({_TEMPLATES, *(module["path"] for module in modules)} - {"", "."})
     return [inside(folder, name) for name in names if (folder / name).exists()]
+
+
+def _read_in(folder: Path, place: Path) -> list[Path]:
+    return [path for path in _entries(folder, place) if _READ.fullmatch(path.name)]
 
 
 def _entries(folder: Path, place: Path) -> list[Path]:
@@ -122,22 +131,27 @@ def _check_index(index: Path) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    """Check the header of a file of weights, and that an adapter's settings name no higher rank than its tensors have.
+    """Check the header of a file of weights, and that an adapter's settings name no rank far beyond its tensors'.
 
-    PEFT would take memory for the ranks of the settings before it looked at the tensors.
+    PEFT would take memory for the ranks of the settings before it looked at the tensors. With ranks by layer each one
+    may be one of no layer, so they are only kept from being wider than the layers.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
             downwards = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
-            highest = max((file.get_slice(name).get_shape()[0] for name in downwards), default=None)
+            shapes = [file.get_slice(name).get_shape() for name in downwards]
+            highest = max((shape[0] for shape in shapes), default=None)
+            widest = max((shape[1] for shape in shapes), default=0)
     except (SafetensorError, OSError, IndexError) as error:
         raise SempaError(f"{path} is corrupted ({error}). Restore the file from where it came.") from error
     settings = path.with_name("adapter_config.json")
     if highest is None or path.name != ADAPTER_WEIGHTS or not settings.is_file():
         return
     found = read_settings(path.parent, settings.name)
-    for name, rank in {"r": found.get("r", 8), **(found.get("rank_pattern") or {})}.items():
-        if rank > highest:
-            raise SempaError(f"{settings}: {name} is {rank}. Expected {highest} at most, the rank in {path.name}.")
+    by_layer = found.get("rank_pattern") or {}
+    bound, whose = (max(highest, widest), "width of its layers") if by_layer else (highest, "rank")
+    for name, rank in {"r": found.get("r", 8), **by_layer}.items():
+        if rank > bound:
+            raise SempaError(f"{settings}: {name} is {rank}. Expected {bound} at most, the {whose} in {path.name}.")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from itertools import permutations
 
 _LONGEST = 2000
-_MOST_REPEATS = 5
+_MOST_REPEATS = 4
 _MOST_WAYS = 16
-_DIGIT = re.compile(r"\[(?:\\d|0-9)\]")
-_ESCAPE = re.compile(r"\\.")
+_LETTER = re.compile(r"(?:\\d|\[(?:\\d|0-9)\])\+|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")
+"""What stands for one letter, or for one number: of that a name holds so few digits that its repeat is none."""
 _REPEAT = re.compile(r"[*+}][?+]?|(?<![(*+}])\?")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _INNERMOST = re.compile(r"\((?:\?(?:[:=!]|<[=!]|P<\w+>))?([^()]*)\)")
 _LITERAL = re.compile(r"[\w/-]+")
 
 
-def check_pattern(text: str) -> None:
+def check_pattern(text: str, most_repeats: int = _MOST_REPEATS) -> None:
     """Check that matching a name against a regular expression takes a time that stays small.
 
     A repeat inside another one takes time that doubles with each letter, as do groups in a row of which a name fits
     two alternatives; n repeats one after another take the n-th power.
+
+    Args:
+        text: The expression.
+        most_repeats: How many repeats one after another it may have.
 
     Raises:
         ValueError: If it is no regular expression, or may take longer; the message says what was expected.
@@ -29,25 +32,28 @@ def check_pattern(text: str) -> None:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"a name or a regular expression ({error})") from error
-    plain = _ESCAPE.sub("\0", _DIGIT.sub("\0", text).replace(r"\.", "/"))
-    repeats = len(_REPEAT.findall(plain))
-    if len(text) > _LONGEST or "[" in plain or _REPEATED_GROUP.search(plain) or repeats > _MOST_REPEATS:
-        raise ValueError(
-            f"a name, or a regular expression of no classes of letters, no repeated group, {_MOST_REPEATS} repeats at "
-            f"most and {_LONGEST} letters"
-        )
-    if _ways(plain) > _MOST_WAYS:
+    plain = _LETTER.sub(lambda found: "/" if found[0] == r"\." else "\0", text)
+    if len(text) > _LONGEST or _REPEATED_GROUP.search(plain):
+        raise ValueError(f"a name, or a regular expression of no repeated group and {_LONGEST} letters at most")
+    repeats, ways = _counts(_REPEAT.sub("\1", plain))
+    if repeats > most_repeats:
+        raise ValueError(f"a name, or a regular expression of {most_repeats} repeat(s) in a row at most")
+    if ways > _MOST_WAYS:
         raise ValueError("a name, or a regular expression whose groups choose between different words")
 
 
-def _ways(text: str) -> int:
-    """Return in how many ways the groups of an expression may fit the same name."""
+def _counts(text: str) -> tuple[int, int]:
+    """Return how many repeats, each a control character 1, a name may meet, and in how many ways groups may fit it."""
     ways = 1
     while group := _INNERMOST.search(text):
-        alternatives = group[1].split("|")
-        differ = all(map(_LITERAL.fullmatch, alternatives)) and not any(
-            second.startswith(first) for first, second in permutations(alternatives, 2)
-        )
-        ways *= 1 if differ else len(alternatives)
-        text = text[: group.start()] + "\0" + text[group.end() :]
-    return ways
+        words = group[1].split("|")
+        if all(map(_LITERAL.fullmatch, words)):
+            ways *= max(sum(word.startswith(other) for other in words) for word in words)
+        else:
+            ways *= len(words)
+        text = text[: group.start()] + "\0" + "\1" * _repeats(group[1]) + text[group.end() :]
+    return _repeats(text), ways
+
+
+def _repeats(alternatives: str) -> int:
+    return max(words.count("\1") for words in alternatives.split("|"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,18 @@ from sempa_st.errors import SempaError
 from sempa_st.inspection import read_settings
 
 _CONFIGS = ("config.json", "tokenizer_config.json")
+_ASKS_FOR_CODE = re.compile(
+    "trust_remote_code|does not recognize this architecture|Unrecognized (model|configuration|processing class)|"
+    "Tokenizer class .* does not exist"
+)
+"""How transformers says that it does not know a model or tokenizer, or would run the folder's code for it."""
 _LONGEST_REASON = 1000
 """Characters of a library's message that are shown: some quote whole files."""
 
 
 @contextmanager
 def readable(folder: str | Path, what: str = "model", base: Path | None = None) -> Iterator[None]:
-    """Turn whatever a library raises on a folder into a :class:`SempaError`.
+    """Turn whatever a library raises on a folder into a :class:`SempaError`, but for a lack of memory.
 
     Args:
         folder: Local folder that is read.
@@ -28,7 +34,12 @@ def readable(folder: str | Path, what: str = "model", base: Path | None = None) 
     except SempaError:
         raise
     except Exception as error:  # of many types for one cause: the files are not there, not whole, or not fit
-        if any(_brings_code(Path(path)) for path in (folder, base) if path):
+        import torch
+
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        asks = isinstance(error, ValueError) and _ASKS_FOR_CODE.search(str(error))
+        if asks and any(_brings_code(Path(path)) for path in (folder, base) if path):
             # The library's own message asks for a flag that this package does not have.
             raise SempaError(
                 f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder, or its base, brings code "

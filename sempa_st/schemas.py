@@ -30,6 +30,8 @@ _MOST_PARTS = 1024
 """Layers, or experts of a layer, that a decoder may have: several times those of the largest ones."""
 _COUNTS_PARTS = re.compile(r"(layers?|experts)$")
 _HIGHEST_RANK = 4096
+_MOST_PATTERNS = 256
+"""Expressions of one setting: PEFT matches each against every layer's name."""
 
 
 class _Settings(BaseModel):
@@ -65,13 +67,17 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _patterns(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else value
-    if value is not None and not _all_of(names, str):
+def _suffix_pattern(text: str) -> str:
+    """Check an expression before which PEFT puts a repeat of its own."""
+    check_pattern(text, most_repeats=1)
+    return text
+
+
+def _pattern_or_names(value: Any) -> Any:
+    """Check one regular expression, or a list of plain names."""
+    if value is not None and not isinstance(value, str) and not _all_of(value, str):
         raise ValueError("a list of names, or a regular expression")
-    for name in names or []:
-        _pattern(name)
-    return value
+    return _pattern(value) if isinstance(value, str) else value
 
 
 def _numbers(value: Any) -> Any:
@@ -117,8 +123,10 @@ def _all_of(values: Any, kind: type) -> bool:
 _Unsupported = Annotated[Any, AfterValidator(_none_there)]
 _Path = Annotated[str, AfterValidator(_inside)]
 _WeightFile = Annotated[str, AfterValidator(_safetensors)]
-_Pattern = Annotated[str, AfterValidator(_pattern)]
-_Patterns = Annotated[Any, AfterValidator(_patterns)]
+_PatternOrNames = Annotated[Any, AfterValidator(_pattern_or_names)]
+_Suffix = Annotated[str, AfterValidator(_suffix_pattern)]
+_Few = Field(max_length=_MOST_PATTERNS)
+_Suffixes = Annotated[list[_Suffix], _Few]
 _Rank = Annotated[int, Field(ge=1, le=_HIGHEST_RANK)]
 
 
@@ -165,14 +173,14 @@ class _Adapter(_Settings):
     r: _Rank = 8
     lora_alpha: FiniteFloat = 8
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0
-    target_modules: _Patterns = None
-    exclude_modules: _Patterns = None
-    modules_to_save: list[_Pattern] | None = None
-    target_parameters: list[_Pattern] | None = None
+    target_modules: _PatternOrNames = None
+    exclude_modules: _PatternOrNames = None
+    modules_to_save: _Suffixes | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: Annotated[Any, AfterValidator(_numbers)] = None
-    layers_pattern: _Patterns = None
-    rank_pattern: dict[_Pattern, _Rank] | None = None
-    alpha_pattern: dict[_Pattern, FiniteFloat] | None = None
+    layers_pattern: _Suffix | _Suffixes | None = None
+    rank_pattern: Annotated[dict[_Suffix, _Rank], _Few] | None = None
+    alpha_pattern: Annotated[dict[_Suffix, FiniteFloat], _Few] | None = None
     trainable_token_indices: Annotated[Any, AfterValidator(_tokens)] = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
     use_dora: bool | None = None

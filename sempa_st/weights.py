@@ -18,6 +18,10 @@ _TOLD = 3
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _POOLER = re.compile(r"(^|\.)pooler\.")
 """A head on an encoder that no reading of its states runs; a checkpoint of another head lacks it."""
+_BUFFER = re.compile(
+    r"(^|\.)(attn\.(attention\.)?(masked_)?bias|attention\.(masked_)?bias|causal_mask|(rotary_emb\.)?inv_freq|position_ids)$"
+)
+"""Masks and positions that old versions of transformers saved with the weights, and that models now compute."""
 
 
 def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +123,12 @@ def _of_layers(model: Any, unexpected: Iterable[str]) -> set[str]:
     """Return those tensors that belong to the layers; other heads and towers may lie in a checkpoint beside them."""
     layers: nn.Module = model.base_model
     own = {name for name, _ in layers.named_children()} | {model.base_model_prefix}
-    return {name for name in unexpected if name.partition(".")[0] in own and not _POOLER.search(name)}
+    ignored = (_POOLER, _BUFFER)
+    return {
+        name
+        for name in unexpected
+        if name.partition(".")[0] in own and not any(pattern.search(name) for pattern in ignored)
+    }
 
 
 def check_finite_weights(model: nn.Module, folder: str | Path) -> None:

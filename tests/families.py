@@ -19,6 +19,7 @@ SIZES = {
 }
 OTHERS = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "falcon": {"head_dim": None},  # it computes that itself
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 8},
     "gpt2": {"n_inner": 64},
     "qwen2": {"vocab_size": 640},  # its tokenizer class adds tokens of its own
@@ -43,7 +44,8 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "opt"
 def make_causal_lm(family: str, **changes: Any) -> Any:
     """Make a tiny decoder of an architecture, with random weights."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **OTHERS.get(family, {}), **changes})
+    sizes = {**SIZES, **OTHERS.get(family, {}), **changes}
+    config = AutoConfig.for_model(family, **{name: size for name, size in sizes.items() if size is not None})
     model: Any = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

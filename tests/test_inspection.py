@@ -26,6 +26,7 @@ from sempa_st.schemas import SETTINGS_FILES
 pytestmark = pytest.mark.names_dtype
 
 RunCli = Callable[..., tuple[int, str, str]]
+FLOAT32 = ("--dtype", "float32")
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "additional_chat_templates/prompteol.jinja"
 RECORD: dict[str, Any] = {
@@ -99,7 +100,7 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
     """Encoding, copying and loading all end in one paragraph that names what is wrong."""
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     for argv in (
-        ("encode", folder, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--device", "cpu"),
+        ("encode", folder, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--device", "cpu", *FLOAT32),
         ("copy", folder, tmp_path / "copied"),
     ):
         code, _, error = run_cli(*argv)
@@ -115,7 +116,8 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
 
 
 def test_the_sound_folders_are_taken(run_cli: RunCli, folders: Path, tmp_path: Path) -> None:
-    assert run_cli("encode", folders / "sempa", tmp_path / "in.txt", "--output", tmp_path / "out.npy")[0] == 0
+    tail = ("--output", tmp_path / "out.npy", *FLOAT32)
+    assert run_cli("encode", folders / "sempa", tmp_path / "in.txt", *tail)[0] == 0
     assert run_cli("copy", folders / "sempa", tmp_path / "copied")[0] == 0
     make_sharded(folders / "base")
     assert run_cli("copy", folders / "base", tmp_path / "base-copied")[0] == 0
@@ -159,19 +161,29 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
         for value in (
             "(a+)+$",
             "(",
-            ".*a.*b.*c.*d.*e.*f.*g",
-            ["(a|a)*b"],
+            ".*a.*b.*c.*d.*e",
+            "(.*a.*|b)(.*c.*|d).*e",
+            r"(\d*)" * 9,
             "(a|a)" * 40,
             "(?:(a|ab)|c)" * 40,
-            "[ab]*",
+            "[ab]*" * 5,
+            "[ab]|" * 9 + "(" + "[ab]|" * 20 + "c)",
             [3],
             3,
             {"a": 1},
             "a" * 3000,
         )
     ),
-    ("sempa", "adapter_config.json", "modules_to_save", ["(a+)+$"]),
-    ("sempa", "adapter_config.json", "rank_pattern", {"(a+)+$": 8}),
+    *(
+        ("sempa", "adapter_config.json", key, value)
+        for key in ("modules_to_save", "layers_pattern")
+        for value in (["(a+)+$"], ["a", ".*.*"], [f"m{number}" for number in range(257)])
+    ),
+    *(
+        ("sempa", "adapter_config.json", key, value)
+        for key in ("rank_pattern", "alpha_pattern")
+        for value in ({"(a+)+$": 8}, {"(.*.*)!": 8}, {f"{number}": 8 for number in range(257)})
+    ),
     ("sempa", "adapter_config.json", "rank_pattern", {"q_proj": 30_000_000}),
     ("sempa", "adapter_config.json", "rank_pattern", []),
     ("sempa", "adapter_config.json", "alpha_pattern", {"((a*)*)*": 1}),
@@ -240,7 +252,7 @@ def test_what_sentence_transformers_cannot_embed_with(
     run_cli: RunCli, folders: Path, tmp_path: Path, name: str, key: str, value: Any
 ) -> None:
     change(folders / "sempa" / name, **{key: value})
-    tail = (tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--reader", "native")
+    tail = (tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--reader", "native", *FLOAT32)
     code, _, error = run_cli("encode", folders / "sempa", *tail)
     assert (code, "embeds no text" in error) == (2, True), error
     assert not (tmp_path / "out.npy").exists()
@@ -260,6 +272,11 @@ def test_modules_lie_inside(run_cli: RunCli, folders: Path, tmp_path: Path, path
         "q_proj|v_proj",
         r".*\.self_attn\.(q_proj|v_proj)",
         r"model\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj))",
+        r"model\.layers\.(?:[0-9]|1[0-9]|2[0-7])\.self_attn\.q_proj",
+        r"model\.layers\.([2-9]|[12]\d|3[01])\.\w_proj",
+        r"(.*model.*)(.*[kqv]_proj|.*fc[12]).*$",
+        r".*\.layers\.\d+\..*\.[^.\]]+\.\[x\]",
+        r"model\.layers\.(?:" + "|".join(map(str, range(32))) + r")\.self_attn\.q_proj",
         r"^(?!.*visual).*(?:q_proj|k_proj).*",
         r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:k_proj|out_proj|o_proj|fc1|fc2).*?)|(?:\bx\.y)",
     ],
@@ -267,6 +284,24 @@ def test_modules_lie_inside(run_cli: RunCli, folders: Path, tmp_path: Path, path
 def test_patterns_that_end_soon_are_taken(folders: Path, pattern: str) -> None:
     change(folders / "sempa" / "adapter_config.json", target_modules=pattern)
     check_folder(folders / "sempa")
+
+
+def test_names_in_lists_are_no_patterns(folders: Path) -> None:
+    names = ["blocks[0].x", "(", "*.*.*.*.*.*.*", "a" * 3000]
+    keys = ("target_modules", "exclude_modules", "target_parameters")
+    change(folders / "sempa" / "adapter_config.json", **dict.fromkeys(keys, names))
+    check_folder(folders / "sempa")
+
+
+@pytest.mark.parametrize("pattern", [{"q_proj": 4, "v_proj": 8}, {"no_such_layer": 20}, {r".*\.q_proj": 4}])
+def test_ranks_by_layer(folders: Path, pattern: dict[str, int]) -> None:
+    """None of all layers' need be the one of the settings, and PEFT ignores a name that no layer has."""
+    settings = folders / "sempa" / "adapter_config.json"
+    change(settings, r=32, rank_pattern=pattern)
+    check_folder(folders / "sempa")
+    change(settings, r=4096)
+    with pytest.raises(SempaError, match=r"r is 4096\. Expected 64 at most, the width of its layers"):
+        check_folder(folders / "sempa")
 
 
 def test_keys_of_other_versions_are_taken(folders: Path) -> None:
@@ -363,7 +398,25 @@ def test_an_index_in_the_folder_of_a_module_is_looked_at(folders: Path) -> None:
     check_folder(folders / "sempa")
     write_json(inner / INDEX, {"weight_map": {"a": "x.bin"}})
     with pytest.raises(SempaError, match=r"0_Transformer.*Expected a .safetensors file"):
-        sempa_st.load(folders / "sempa")
+        sempa_st.load(folders / "sempa", dtype="float32", device="cpu")
+
+
+def test_files_that_nothing_reads_are_nobodys_concern(folders: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the secret")
+    (folders / "sempa" / "train.log").symlink_to(secret)
+    os.mkfifo(folders / "sempa" / "pipe")
+    (folders / "sempa" / "optimizer.safetensors").write_bytes(b"cut")
+    with (folders / "sempa" / "corpus.txt").open("wb") as handle:
+        handle.truncate(600 << 20)
+    check_folder(folders / "sempa")
+    for copied in (
+        copy_model(str(folders / "sempa"), tmp_path / "copied"),
+        average_models([str(folders / "sempa")] * 2, tmp_path / "mean", rank=4),
+    ):
+        assert not {"train.log", "pipe", "optimizer.safetensors", "corpus.txt"} & {
+            path.name for path in copied.iterdir()
+        }
 
 
 def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None:
@@ -384,7 +437,7 @@ def test_a_folder_of_pickled_modules_is_refused(folders: Path) -> None:
     modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": dense_type})
     write_json(folders / "sempa" / "modules.json", modules)
     with pytest.raises(SempaError, match=r"2_Dense has no .safetensors file"):
-        sempa_st.load(folders / "sempa")
+        sempa_st.load(folders / "sempa", dtype="float32", device="cpu")
     save_file({"linear.weight": torch.ones(4, 32)}, dense / "model.safetensors")
     check_folder(folders / "sempa")
 
@@ -404,7 +457,7 @@ def test_pickled_weights_alone_are_refused(
     names = list(load_file(base / "model.safetensors"))
     (base / "model.safetensors").unlink()
     argv = {
-        "encode": ("encode", base, tmp_path / "in.txt", "--output", tmp_path / "out.npy"),
+        "encode": ("encode", base, tmp_path / "in.txt", "--output", tmp_path / "out.npy", *FLOAT32),
         "copy": ("copy", base, tmp_path / "out"),
     }[route]
     for index in (INDEX, "other.safetensors.index.json"):

@@ -24,9 +24,11 @@ from sempa_st.errors import SempaError
 from sempa_st.files import read_json
 from sempa_st.methods.module import MethodModule
 from sempa_st.prompt_eol import PromptEOL
+from sempa_st.readable import readable
 
 pytestmark = pytest.mark.names_dtype
 
+FLOAT32 = ("--dtype", "float32")
 CODE = """
 from pathlib import Path
 Path({canary!r}).write_text("ran")
@@ -141,6 +143,24 @@ def assert_refused(route: Callable[[Path], Any], folders: Path, canary: Path) ->
     assert not (folders / "trained").exists()
 
 
+def test_another_fault_of_a_folder_with_code_is_told(folders: Path) -> None:
+    """A model that transformers knows may bring code too, which nobody asks for."""
+    change(folders / "base" / "config.json", auto_map=MAPS)
+    load(folders, "base")
+    change(folders / "base" / "config.json", hidden_act="no-such-function")
+    with pytest.raises(SempaError, match="no-such-function") as told:
+        load(folders, "base")
+    assert "auto_map" not in str(told.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory")])
+def test_a_lack_of_memory_is_none_of_the_folder(folders: Path, error: Exception) -> None:
+    change(folders / "base" / "config.json", auto_map=MAPS)
+    with pytest.raises(type(error)) as raised, readable(folders / "base"):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("command", ["encode", "copy", "train", "evaluate", "generation"])
 def test_the_command_line_says_so(
     run_cli: Callable[..., tuple[int, str, str]], folders: Path, canary: Path, tmp_path: Path, command: str
@@ -149,11 +169,11 @@ def test_the_command_line_says_so(
     (tmp_path / "in.txt").write_text("A cat.\n")
     out, base = tmp_path / "out", folders / "base"
     argv: dict[str, tuple[object, ...]] = {
-        "encode": (base, tmp_path / "in.txt", "--output", tmp_path / "out.npy"),
+        "encode": (base, tmp_path / "in.txt", "--output", tmp_path / "out.npy", *FLOAT32),
         "copy": (base, out),
-        "train": ("--base", base, "--data", "sample", "--dev", "sample", "--output", out),
-        "evaluate": (base, "--output", out, "--tasks", "STSBenchmark"),
-        "generation": (base, "--output", out, "--tasks", "wikitext"),
+        "train": ("--base", base, "--data", "sample", "--dev", "sample", "--output", out, *FLOAT32),
+        "evaluate": (base, "--output", out, "--tasks", "STSBenchmark", *FLOAT32),
+        "generation": (base, "--output", out, "--tasks", "wikitext", *FLOAT32),
     }
     code, _, error = run_cli(command, *argv[command])
     assert code == 2, error

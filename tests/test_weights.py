@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import finish_adapter, make_llama, make_tokenizer, save_base
+from families import make_causal_lm
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -69,6 +70,39 @@ def test_what_lies_beside_the_layers_is_left_alone(base: Path) -> None:
     expected = load(base).encode(TEXTS)
     change_weights(base, lambda tensors: tensors.update({"v_head.weight": torch.ones(3)}))
     np.testing.assert_array_equal(load(base).encode(TEXTS), expected)
+
+
+BUFFERS = {
+    "gpt2": ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"],
+    "gpt_neo": ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"],
+    "gptj": ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"],
+    "codegen": ["transformer.h.0.attn.causal_mask"],
+    "gpt_neox": [f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")],
+    "falcon": ["transformer.h.0.self_attention.rotary_emb.inv_freq"],
+    "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.inv_freq"],
+    "opt": ["model.decoder.position_ids"],
+}
+"""Buffers that old versions of transformers saved, by architecture."""
+
+
+@pytest.mark.parametrize("family", BUFFERS)
+def test_buffers_that_old_versions_saved_are_left_alone_and_parameters_are_not(tmp_path: Path, family: str) -> None:
+    base = save_base(tmp_path / "base", make_causal_lm(family, vocab_size=600), make_tokenizer())
+    expected = load_causal_lm(base, torch.float32).state_dict()
+    change_weights(base, lambda tensors: tensors.update({name: torch.zeros(2) for name in BUFFERS[family]}))
+    read = load_causal_lm(base, torch.float32).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+    layer = BUFFERS[family][0].rsplit(".", 1)[0]
+    change_weights(base, lambda tensors: tensors.update({f"{layer}.of_its_own.bias": torch.zeros(2)}))
+    with pytest.raises(SempaError, match=r"1 left over \(.*of_its_own\.bias\)"):
+        load_causal_lm(base, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["c_attn.bias", "c_proj.bias", "o_proj.inv_freq_scale"])
+def test_a_parameter_is_not_taken_for_a_buffer(base: Path, name: str) -> None:
+    change_weights(base, lambda tensors: tensors.update({f"model.layers.0.self_attn.{name}": torch.zeros(2)}))
+    with pytest.raises(SempaError, match=rf"1 left over \(.*{name}\)"):
+        load_causal_lm(base, torch.float32)
 
 
 def test_an_encoder_with_missing_layers_is_refused(tmp_path: Path) -> None:
