@@ -99,7 +99,7 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
     """Encoding, copying and loading all end in one paragraph that names what is wrong."""
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     for argv in (
-        ("encode", folder, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--device", "cpu"),
+        ("encode", folder, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--dtype", "float32"),
         ("copy", folder, tmp_path / "copied"),
     ):
         code, _, error = run_cli(*argv)
@@ -115,7 +115,8 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
 
 
 def test_the_sound_folders_are_taken(run_cli: RunCli, folders: Path, tmp_path: Path) -> None:
-    assert run_cli("encode", folders / "sempa", tmp_path / "in.txt", "--output", tmp_path / "out.npy")[0] == 0
+    argv = ("encode", folders / "sempa", tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--dtype", "float32")
+    assert run_cli(*argv)[0] == 0
     assert run_cli("copy", folders / "sempa", tmp_path / "copied")[0] == 0
     make_sharded(folders / "base")
     assert run_cli("copy", folders / "base", tmp_path / "base-copied")[0] == 0
@@ -240,7 +241,7 @@ def test_what_sentence_transformers_cannot_embed_with(
     run_cli: RunCli, folders: Path, tmp_path: Path, name: str, key: str, value: Any
 ) -> None:
     change(folders / "sempa" / name, **{key: value})
-    tail = (tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--reader", "native")
+    tail = (tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--dtype", "float32", "--reader", "native")
     code, _, error = run_cli("encode", folders / "sempa", *tail)
     assert (code, "embeds no text" in error) == (2, True), error
     assert not (tmp_path / "out.npy").exists()
@@ -363,7 +364,7 @@ def test_an_index_in_the_folder_of_a_module_is_looked_at(folders: Path) -> None:
     check_folder(folders / "sempa")
     write_json(inner / INDEX, {"weight_map": {"a": "x.bin"}})
     with pytest.raises(SempaError, match=r"0_Transformer.*Expected a .safetensors file"):
-        sempa_st.load(folders / "sempa")
+        sempa_st.load(folders / "sempa", dtype="float32")
 
 
 def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None:
@@ -375,18 +376,73 @@ def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None
     assert (averaged / "additional_chat_templates" / "prompteol.jinja").is_file()
 
 
-def test_a_folder_of_pickled_modules_is_refused(folders: Path) -> None:
-    dense = folders / "sempa" / "2_Dense"
-    dense.mkdir()
-    torch.save({}, dense / "pytorch_model.bin")
-    modules = read_json(folders / "sempa" / "modules.json")
-    dense_type = "sentence_transformers.sentence_transformer.modules.dense.Dense"
-    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": dense_type})
-    write_json(folders / "sempa" / "modules.json", modules)
-    with pytest.raises(SempaError, match=r"2_Dense has no .safetensors file"):
-        sempa_st.load(folders / "sempa")
-    save_file({"linear.weight": torch.ones(4, 32)}, dense / "model.safetensors")
+def add_module(folder: Path, path: str, kind: str) -> None:
+    modules = read_json(folder / "modules.json")
+    type_name = f"sentence_transformers.sentence_transformer.modules.{kind}"
+    write_json(folder / "modules.json", [*modules, {"idx": len(modules), "name": "x", "path": path, "type": type_name}])
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "inner"),
+    [
+        ("2_Dense", "dense.Dense", ""),
+        ("", "dense.Dense", ""),
+        ("2_Router", "router.Router", "document_0_Dense"),
+        ("2_Router", "router.Router", ".hidden"),
+        ("2_Router", "router.Router", "query_0_Router/query_0_Dense"),
+        ("", "router.Router", "document_0_Dense"),
+    ],
+)
+def test_pickled_weights_of_modules_are_refused(folders: Path, path: str, kind: str, inner: str) -> None:
+    """Whatever lies beside them, but the file that is taken in their place."""
+    place = folders / "sempa" / path / inner
+    place.mkdir(parents=True, exist_ok=True)
+    add_module(folders / "sempa", path, kind)
+    torch.save({}, place / "pytorch_model.bin")
+    save_file({"x": torch.ones(1)}, place / "decoy.safetensors")
+    write_json(place / INDEX, {"weight_map": {"x": "decoy.safetensors"}})
+    with pytest.raises(SempaError, match=r"pytorch_model\.bin has no \.safetensors file beside it"):
+        check_folder(folders / "sempa")
+    save_file({"linear.weight": torch.ones(4, 32)}, place / "model.safetensors")
     check_folder(folders / "sempa")
+
+
+def test_a_pickled_adapter_is_refused(folders: Path) -> None:
+    (folders / "sempa" / "adapter_model.safetensors").rename(folders / "sempa" / "decoy.safetensors")
+    torch.save({}, folders / "sempa" / "adapter_model.bin")
+    with pytest.raises(SempaError, match=r"adapter_model\.bin has no .*convert them to adapter_model\.safetensors"):
+        check_folder(folders / "sempa")
+
+
+def test_pickled_weights_beside_parts_of_a_decoder_are_left_alone(folders: Path) -> None:
+    make_sharded(folders / "base")
+    torch.save({}, folders / "base" / "pytorch_model.bin")
+    check_folder(folders / "base")
+
+
+def test_folders_of_modules_are_looked_at_to_the_bottom(folders: Path) -> None:
+    router = folders / "sempa" / "2_Router"
+    (router / "a" / "b").mkdir(parents=True)
+    add_module(folders / "sempa", router.name, "router.Router")
+    check_folder(folders / "sempa")
+    (router / "a" / "b" / "out").symlink_to("/etc")
+    with pytest.raises(SempaError, match="leads out of its folder"):
+        check_folder(folders / "sempa")
+    (router / "a" / "b" / "out").unlink()
+    (router / "a" / "b" / "round").symlink_to(router)
+    with pytest.raises(SempaError, match="too many folders, or too deep ones"):
+        check_folder(folders / "sempa")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "sentence_bert_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["null", "7"])
+def test_settings_in_the_folders_of_modules_are_looked_at(folders: Path, name: str, content: str) -> None:
+    inner = folders / "sempa" / "0_Transformer"
+    inner.mkdir()
+    add_module(folders / "sempa", inner.name, "transformer.Transformer")
+    (inner / name).write_text(content)
+    with pytest.raises(SempaError, match=rf"0_Transformer/{name}: its content is \w+\. Expected a valid dictionary"):
+        check_folder(folders / "sempa")
 
 
 @pytest.mark.parametrize("route", ["encode", "copy"])
@@ -404,7 +460,7 @@ def test_pickled_weights_alone_are_refused(
     names = list(load_file(base / "model.safetensors"))
     (base / "model.safetensors").unlink()
     argv = {
-        "encode": ("encode", base, tmp_path / "in.txt", "--output", tmp_path / "out.npy"),
+        "encode": ("encode", base, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--dtype", "float32"),
         "copy": ("copy", base, tmp_path / "out"),
     }[route]
     for index in (INDEX, "other.safetensors.index.json"):
@@ -414,4 +470,4 @@ def test_pickled_weights_alone_are_refused(
         (base / index).unlink()
     (base / "x.bin").rename(base / "pytorch_model.bin")
     code, _, error = run_cli(*argv)
-    assert (code, "has no .safetensors file" in error) == (2, True), error
+    assert (code, "has no .safetensors file beside it" in error) == (2, True), error
