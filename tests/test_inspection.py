@@ -202,6 +202,8 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     *(("sempa", "tokenizer_config.json", "model_max_length", value) for value in ([], "x", {})),
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
     ("sempa", "sempa_run.json", "objective", "another"),
+    *(("sempa", "sempa_run.json", "averaged", value) for value in ([{}], [{"model": None}], [3])),
+    *(("sempa", "sempa_run.json", "scale", value) for value in (0, "2", float("nan"))),
     ("sempa", "sempa_run.json", "dev", {**RECORD["dev"], "scores": [{"samples": 1, "spearman": "x"}]}),
     *(("base", "config.json", "architectures", value) for value in (3, [3], ["BertModel"])),
     ("base", "config.json", "num_hidden_layers", 10**9),
@@ -245,6 +247,33 @@ def test_what_sentence_transformers_cannot_embed_with(
     code, _, error = run_cli("encode", folders / "sempa", *tail)
     assert (code, "embeds no text" in error) == (2, True), error
     assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "told"),
+    [
+        ("base", "config.json", {"num_hidden_layers": 5000}, "num_hidden_layers is 5000. Expected less than or equal"),
+        ("base", "config.json", {"text_config": {"num_experts": 5000}}, "text_config.num_experts is 5000. Expected"),
+        ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x"}, "default_prompt_name is 'x'."),
+        ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x", "prompts": 3}, "prompts is 3."),
+        ("sempa", "sempa_run.json", {"averaged": [{}]}, "averaged.0.model is {}. Expected"),
+    ],
+)
+def test_the_key_at_fault_is_named(folders: Path, kind: str, name: str, content: dict[str, Any], told: str) -> None:
+    change(folders / kind / name, **content)
+    with pytest.raises(SempaError) as caught:
+        check_folder(folders / kind)
+    assert f"{name}: {told}" in str(caught.value)
+
+
+def test_a_record_may_lack_scores_and_a_scale(folders: Path, tmp_path: Path) -> None:
+    scores = [{"step": 0, "samples": 111, "spearman": None}, {"step": 1, "samples": 222, "spearman": 1.5}]
+    change(folders / "sempa" / "sempa_run.json", scale=None, dev={**RECORD["dev"], "scores": scores})
+    copied = copy_model(str(folders / "sempa"), tmp_path / "copied", scale=0.5)
+    assert read_json(copied / "sempa_run.json")["scale"] == 0.5
+    card = (copied / "README.md").read_text()
+    assert "| 222 | 1.50 |" in card
+    assert "111" not in card
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc", 3, "a/../../x"])
