@@ -64,7 +64,7 @@ def _fitting_config(kind: Any, folder: Path) -> Any:
     held = _PER_BYTE * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if wanted > held:
         raise SempaError(
-            f"The weights in {folder} are not those of the model that its config.json describes: that one has "
+            f"The model in {folder} cannot be read: its config.json describes one that has "
             f"{wanted:,} weights, and the .safetensors files have room for {held:,} at most. Restore or download the "
             "folder again."
         )

@@ -76,7 +76,7 @@ def test_no_memory_is_taken_for_weights_that_are_not_there(
 
     change_config(base, **change)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(SempaError, match=r"that one has [\d,]+ weights, and the \.safetensors files have room for"):
+    with pytest.raises(SempaError, match=r"one that has [\d,]+ weights, and the \.safetensors files have room for"):
         load_causal_lm(base, torch.float32)
 
 
