@@ -19,7 +19,7 @@ from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import made_once, read_json, write_text
 from sempa_st.hub import model_folder
-from sempa_st.inspection import read_settings
+from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.portable import portable_name
 from sempa_st.readable import quantisation, readable
@@ -150,7 +150,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
 
 def embedding_rows(folder: Path) -> int | None:
     """Return the number of rows of the embedding matrix that a folder's ``config.json`` names, if it does."""
-    config = read_settings(folder, _CONFIG) if (folder / _CONFIG).is_file() else {}
+    config = settings_if_any(folder, _CONFIG) or {}
     rows: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return rows
 
@@ -163,7 +163,7 @@ def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, TokenizersBackend
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    config = read_settings(folder, _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
+    config = settings_if_any(folder, _TOKENIZER_CONFIG) or {}
     whole = config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file()
     named = (
         tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None

@@ -8,7 +8,7 @@ from typing import Any
 from sempa_st.bases import EMBEDDED_BASE, EMBEDDED_HUB_ID, Base
 from sempa_st.files import write_text
 from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_activated, is_adapter_folder, template_name
-from sempa_st.inspection import read_settings
+from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.nli import sample_path
 from sempa_st.objectives import parse_objective
 from sempa_st.portable import portable_name
@@ -49,7 +49,8 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the run record of a folder, if it has one."""
-    return read_settings(folder, RUN_RECORD) if (folder / RUN_RECORD).is_file() else None
+    record: dict[str, Any] | None = settings_if_any(folder, RUN_RECORD)
+    return record
 
 
 def _metadata(base: Base, record: dict[str, Any] | None) -> Any:

@@ -147,7 +147,7 @@ def copy_model(
         if record is not None:
             record = portable_record({**record, "base": origin.name})
             if scale != 1:
-                record["scale"] = scale * record.get("scale", 1)
+                record["scale"] = scale * (record.get("scale") or 1)
             write_json(folder / RUN_RECORD, record)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)

@@ -16,6 +16,14 @@ _LARGEST_SETTINGS = 64 << 20
 _LARGEST = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
 """Bytes of a file that a library reads whole, by its ending: a vocabulary's are many times those of the largest."""
 _TEMPLATES = "additional_chat_templates"
+_MODULES = "modules.json"
+_WEIGHTS = "model.safetensors"
+_PICKLED = {"pytorch_model.bin": _WEIGHTS, "adapter_model.bin": ADAPTER_WEIGHTS}
+"""Pickled weights that a library takes where it does not find the others."""
+_HOLDS_MODULES = re.compile(r"(^|\.)(Router|Asym)$")
+"""Types of a module that has others in folders of its own."""
+_MOST_FOLDERS = 256
+_DEEPEST = 8
 _FILES = (".json", ".safetensors", ".jinja")
 """Endings of what is looked for as a file, whatever it is."""
 _READ = re.compile(
@@ -37,16 +45,17 @@ def check_folder(folder: Path) -> Path:
     files = [path for path in _read_in(folder, folder) if not path.is_dir() or path.suffix in _FILES]
     for path in files:
         check_entry(folder, path)
-    for place in _subfolders(folder):
-        check_entry(folder, place)
+    places = _subfolders(folder)
+    for place in places:
         inner = _read_in(folder, place)
         for path in inner:
             check_entry(folder, path)
-        _check_unpickled(place, {path.name for path in _entries(folder, place)})
         files += inner
-    for name in SETTINGS_FILES:
-        if (folder / name).exists():
-            read_settings(folder, name)
+    for place in (folder, *places):
+        _check_unpickled(folder, place)
+        for name in SETTINGS_FILES:
+            if (place / name).exists():
+                read_settings(place, name)
     for path in files:
         if path.is_dir() and path.suffix in _FILES:
             raise SempaError(f"{path} is a folder. Expected a file; restore or download the folder again.")
@@ -66,20 +75,43 @@ def files_read(folder: Path) -> list[str]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Return the folders inside a model folder that are read too: those of its modules and of named templates."""
-    path = folder / "modules.json"
-    modules = read_settings(folder, path.name) if path.is_file() else []
-    names = sorted({_TEMPLATES, *(module["path"] for module in modules)} - {"", "."})
-    return [inside(folder, name) for name in names if (folder / name).exists()]
+    """Return the folders inside a model folder that are read too, to the bottom: of its modules and named templates.
+
+    Raises:
+        SempaError: If one is a link that leads out of the model folder, or there are too many or too deep ones.
+    """
+    modules = settings_if_any(folder, _MODULES) or []
+    waiting = {inside(folder, name) for name in (_TEMPLATES, *(module["path"] for module in modules))} - {folder}
+    if any(module["path"] in ("", ".") and _HOLDS_MODULES.search(module["type"]) for module in modules):
+        waiting |= set(_folders(folder, folder))
+    found: set[Path] = set()
+    while waiting:
+        place = waiting.pop()
+        if place in found or not place.exists():
+            continue
+        check_entry(folder, place)
+        found.add(place)
+        if len(found) > _MOST_FOLDERS or len(place.relative_to(folder).parts) > _DEEPEST:
+            raise SempaError(
+                f"The modules in {folder} have too many folders, or too deep ones ({place}). Expected at most "
+                f"{_MOST_FOLDERS}, and {_DEEPEST} inside each other."
+            )
+        waiting |= set(_folders(folder, place))
+    return sorted(found)
 
 
 def _read_in(folder: Path, place: Path) -> list[Path]:
     return [path for path in _entries(folder, place) if _READ.fullmatch(path.name)]
 
 
-def _entries(folder: Path, place: Path) -> list[Path]:
+def _folders(folder: Path, place: Path) -> list[Path]:
+    """Return the folders in a place, hidden ones too: a module may name them."""
+    return [path for path in _entries(folder, place, hidden=True) if path.is_dir()]
+
+
+def _entries(folder: Path, place: Path, *, hidden: bool = False) -> list[Path]:
     try:
-        return sorted(path for path in place.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in place.iterdir() if hidden or not path.name.startswith("."))
     except OSError as error:
         raise SempaError(
             f"{place}, in the folder {folder}, cannot be read: {error.strerror}. Expected a folder that you may read."
@@ -98,6 +130,11 @@ def read_settings(folder: Path, name: str) -> Any:
             was expected.
     """
     return _read(folder / name, name)
+
+
+def settings_if_any(folder: Path, name: str) -> Any:
+    """Return the content of a settings file as :func:`read_settings` does, or None if it is not there."""
+    return read_settings(folder, name) if (folder / name).is_file() else None
 
 
 def _read(path: Path, schema: str) -> Any:
@@ -119,9 +156,18 @@ def _check_size(path: Path, largest: int | None) -> None:
         raise SempaError(f"{path} has {path.stat().st_size:,} bytes. Expected {largest:,} at most.")
 
 
-def _check_unpickled(place: Path, names: set[str]) -> None:
-    if "pytorch_model.bin" in names and not any(name.endswith(".safetensors") for name in names):
-        raise SempaError(f"{place} has no .safetensors file. Pickled weights are never loaded; convert them first.")
+def _check_unpickled(folder: Path, place: Path) -> None:
+    """Check that a library finds safetensors where it would otherwise take pickled weights.
+
+    The modules of sentence-transformers take no weights in parts, so for them an index is none.
+    """
+    for pickled, safe in _PICKLED.items():
+        parts = safe == _WEIGHTS and not (folder / _MODULES).exists() and (place / (_WEIGHTS + ".index.json")).exists()
+        if (place / pickled).exists() and not (place / safe).exists() and not parts:
+            raise SempaError(
+                f"{place / pickled} has no .safetensors file beside it. Pickled weights are never loaded; convert them "
+                f"to {safe}, or remove them if they are not needed."
+            )
 
 
 def _check_index(index: Path) -> None:

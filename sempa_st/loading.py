@@ -20,7 +20,7 @@ from sempa_st.folder import (
     is_activated,
     is_adapter_folder,
 )
-from sempa_st.inspection import read_settings
+from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.packing import embed_packed
@@ -200,7 +200,7 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
     from sempa_st.embedder import SentenceTransformer
 
-    config = read_settings(source.folder, ST_CONFIG) if (source.folder / ST_CONFIG).is_file() else {}
+    config = settings_if_any(source.folder, ST_CONFIG) or {}
     module.embed_rows = embed_packed
     return SentenceTransformer(
         modules=[module],

@@ -6,6 +6,7 @@ Other keys are let through: other versions of the libraries write them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,9 +20,10 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 from sempa_st.names import is_plain_path
 from sempa_st.patterns import check_pattern
@@ -154,11 +156,13 @@ class _SentenceTransformer(_Settings):
     similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
     truncate_dim: PositiveInt | None = None
 
-    @model_validator(mode="after")
-    def _names_a_prompt(self) -> _SentenceTransformer:
-        if self.default_prompt_name is not None and self.default_prompt_name not in (self.prompts or {}):
-            raise ValueError(f"a default_prompt_name among the prompts, and not {self.default_prompt_name!r:.80}")
-        return self
+    @field_validator("default_prompt_name")
+    @classmethod
+    def _names_a_prompt(cls, name: str | None, others: ValidationInfo) -> str | None:
+        # The prompts stand before it, and are not there if they are at fault themselves.
+        if name is not None and "prompts" in others.data and name not in (others.data["prompts"] or {}):
+            raise ValueError("one of the prompts")
+        return name
 
 
 class _Pooling(_Settings):
@@ -192,12 +196,22 @@ class _Adapter(_Settings):
 
 
 def _few_parts(settings: Any) -> Any:
+    for where, value in _counts(settings):
+        if value > _MOST_PARTS:
+            faults: list[InitErrorDetails] = [
+                {"type": "less_than_equal", "loc": where, "input": value, "ctx": {"le": _MOST_PARTS}}
+            ]
+            raise ValidationError.from_exception_data("config", faults)
+    return settings
+
+
+def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the numbers of layers and experts in a ``config.json``, each after the keys that lead to it."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if isinstance(value, dict):
-            _few_parts(value)
-        elif isinstance(value, int) and _COUNTS_PARTS.search(name) and value > _MOST_PARTS:
-            raise ValueError(f"{name} of {_MOST_PARTS} at most, and not {value!r:.40}")
-    return settings
+            yield from (((name, *where), count) for where, count in _counts(value))
+        elif isinstance(value, int) and _COUNTS_PARTS.search(name):
+            yield (name,), value
 
 
 class _Config(_Settings):
@@ -239,6 +253,10 @@ class _Dev(_Settings):
     scores: list[_Score]
 
 
+class _Averaged(_Settings):
+    model: str
+
+
 class _Table(_Settings):
     title: str
     columns: list[Any]
@@ -252,8 +270,8 @@ class _Record(_Settings):
     config: dict[str, Any]
     data: _Data
     dev: _Dev
-    scale: FiniteFloat | None = None
-    averaged: list[dict[str, Any]] | None = None
+    scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    averaged: list[_Averaged] | None = None
     results: list[_Table] | None = None
 
     @field_validator("objective")

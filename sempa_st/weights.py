@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sempa_st.readable import readable
 
 _TOLD = 3
 """Tensors that an error names."""
+_PER_BYTE = 4
+"""Weights of a model for a byte of its files, at most: two of four bits, and a head or a decoder may be missing."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _POOLER = re.compile(r"(^|\.)pooler\.")
 """A head on an encoder that no reading of its states runs; a checkpoint of another head lacks it."""
@@ -33,9 +36,11 @@ def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[A
         **arguments: More arguments of ``from_pretrained``.
 
     Raises:
-        SempaError: If its files cannot be read.
+        SempaError: If its files cannot be read, or ``config.json`` asks for memory that they do not fill.
     """
     with readable(folder):
+        if arguments.get("device_map") != "meta":
+            arguments["config"] = _fitting_config(kind, Path(folder))
         model, info = kind.from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -45,6 +50,29 @@ def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[A
             **arguments,
         )
     return model, info
+
+
+def _fitting_config(kind: Any, folder: Path) -> Any:
+    """Return the settings of a model whose weights are not much more than its files hold.
+
+    transformers takes the memory for all weights before it looks at the sizes in the files.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with torch.device("meta"):
+        wanted = sum(
+            parameter.numel() for parameter in kind.from_config(deepcopy(config), trust_remote_code=False).parameters()
+        )
+    # In bytes, since quantised weights lie there packed, of four bits at least.
+    held = _PER_BYTE * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if wanted > held:
+        raise SempaError(
+            f"The model in {folder} cannot be read: its config.json describes one that has "
+            f"{wanted:,} weights, and the .safetensors files have room for {held:,} at most. Restore or download the "
+            "folder again."
+        )
+    return config
 
 
 class MissingHead(nn.Module):

@@ -213,6 +213,8 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     *(("sempa", "tokenizer_config.json", "model_max_length", value) for value in ([], "x", {})),
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
     ("sempa", "sempa_run.json", "objective", "another"),
+    *(("sempa", "sempa_run.json", "averaged", value) for value in ([{}], [{"model": None}], [3])),
+    *(("sempa", "sempa_run.json", "scale", value) for value in (0, "2", float("nan"))),
     ("sempa", "sempa_run.json", "dev", {**RECORD["dev"], "scores": [{"samples": 1, "spearman": "x"}]}),
     *(("base", "config.json", "architectures", value) for value in (3, [3], ["BertModel"])),
     ("base", "config.json", "num_hidden_layers", 10**9),
@@ -256,6 +258,33 @@ def test_what_sentence_transformers_cannot_embed_with(
     code, _, error = run_cli("encode", folders / "sempa", *tail)
     assert (code, "embeds no text" in error) == (2, True), error
     assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "told"),
+    [
+        ("base", "config.json", {"num_hidden_layers": 5000}, "num_hidden_layers is 5000. Expected less than or equal"),
+        ("base", "config.json", {"text_config": {"num_experts": 5000}}, "text_config.num_experts is 5000. Expected"),
+        ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x"}, "default_prompt_name is 'x'."),
+        ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x", "prompts": 3}, "prompts is 3."),
+        ("sempa", "sempa_run.json", {"averaged": [{}]}, "averaged.0.model is {}. Expected"),
+    ],
+)
+def test_the_key_at_fault_is_named(folders: Path, kind: str, name: str, content: dict[str, Any], told: str) -> None:
+    change(folders / kind / name, **content)
+    with pytest.raises(SempaError) as caught:
+        check_folder(folders / kind)
+    assert f"{name}: {told}" in str(caught.value)
+
+
+def test_a_record_may_lack_scores_and_a_scale(folders: Path, tmp_path: Path) -> None:
+    scores = [{"step": 0, "samples": 111, "spearman": None}, {"step": 1, "samples": 222, "spearman": 1.5}]
+    change(folders / "sempa" / "sempa_run.json", scale=None, dev={**RECORD["dev"], "scores": scores})
+    copied = copy_model(str(folders / "sempa"), tmp_path / "copied", scale=0.5)
+    assert read_json(copied / "sempa_run.json")["scale"] == 0.5
+    card = (copied / "README.md").read_text()
+    assert "| 222 | 1.50 |" in card
+    assert "111" not in card
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc", 3, "a/../../x"])
@@ -428,18 +457,73 @@ def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None
     assert (averaged / "additional_chat_templates" / "prompteol.jinja").is_file()
 
 
-def test_a_folder_of_pickled_modules_is_refused(folders: Path) -> None:
-    dense = folders / "sempa" / "2_Dense"
-    dense.mkdir()
-    torch.save({}, dense / "pytorch_model.bin")
-    modules = read_json(folders / "sempa" / "modules.json")
-    dense_type = "sentence_transformers.sentence_transformer.modules.dense.Dense"
-    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": dense_type})
-    write_json(folders / "sempa" / "modules.json", modules)
-    with pytest.raises(SempaError, match=r"2_Dense has no .safetensors file"):
-        sempa_st.load(folders / "sempa", dtype="float32", device="cpu")
-    save_file({"linear.weight": torch.ones(4, 32)}, dense / "model.safetensors")
+def add_module(folder: Path, path: str, kind: str) -> None:
+    modules = read_json(folder / "modules.json")
+    type_name = f"sentence_transformers.sentence_transformer.modules.{kind}"
+    write_json(folder / "modules.json", [*modules, {"idx": len(modules), "name": "x", "path": path, "type": type_name}])
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "inner"),
+    [
+        ("2_Dense", "dense.Dense", ""),
+        ("", "dense.Dense", ""),
+        ("2_Router", "router.Router", "document_0_Dense"),
+        ("2_Router", "router.Router", ".hidden"),
+        ("2_Router", "router.Router", "query_0_Router/query_0_Dense"),
+        ("", "router.Router", "document_0_Dense"),
+    ],
+)
+def test_pickled_weights_of_modules_are_refused(folders: Path, path: str, kind: str, inner: str) -> None:
+    """Whatever lies beside them, but the file that is taken in their place."""
+    place = folders / "sempa" / path / inner
+    place.mkdir(parents=True, exist_ok=True)
+    add_module(folders / "sempa", path, kind)
+    torch.save({}, place / "pytorch_model.bin")
+    save_file({"x": torch.ones(1)}, place / "decoy.safetensors")
+    write_json(place / INDEX, {"weight_map": {"x": "decoy.safetensors"}})
+    with pytest.raises(SempaError, match=r"pytorch_model\.bin has no \.safetensors file beside it"):
+        check_folder(folders / "sempa")
+    save_file({"linear.weight": torch.ones(4, 32)}, place / "model.safetensors")
     check_folder(folders / "sempa")
+
+
+def test_a_pickled_adapter_is_refused(folders: Path) -> None:
+    (folders / "sempa" / "adapter_model.safetensors").rename(folders / "sempa" / "decoy.safetensors")
+    torch.save({}, folders / "sempa" / "adapter_model.bin")
+    with pytest.raises(SempaError, match=r"adapter_model\.bin has no .*convert them to adapter_model\.safetensors"):
+        check_folder(folders / "sempa")
+
+
+def test_pickled_weights_beside_parts_of_a_decoder_are_left_alone(folders: Path) -> None:
+    make_sharded(folders / "base")
+    torch.save({}, folders / "base" / "pytorch_model.bin")
+    check_folder(folders / "base")
+
+
+def test_folders_of_modules_are_looked_at_to_the_bottom(folders: Path) -> None:
+    router = folders / "sempa" / "2_Router"
+    (router / "a" / "b").mkdir(parents=True)
+    add_module(folders / "sempa", router.name, "router.Router")
+    check_folder(folders / "sempa")
+    (router / "a" / "b" / "out").symlink_to("/etc")
+    with pytest.raises(SempaError, match="leads out of its folder"):
+        check_folder(folders / "sempa")
+    (router / "a" / "b" / "out").unlink()
+    (router / "a" / "b" / "round").symlink_to(router)
+    with pytest.raises(SempaError, match="too many folders, or too deep ones"):
+        check_folder(folders / "sempa")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "sentence_bert_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["null", "7"])
+def test_settings_in_the_folders_of_modules_are_looked_at(folders: Path, name: str, content: str) -> None:
+    inner = folders / "sempa" / "0_Transformer"
+    inner.mkdir()
+    add_module(folders / "sempa", inner.name, "transformer.Transformer")
+    (inner / name).write_text(content)
+    with pytest.raises(SempaError, match=rf"0_Transformer/{name}: its content is \w+\. Expected a valid dictionary"):
+        check_folder(folders / "sempa")
 
 
 @pytest.mark.parametrize("route", ["encode", "copy"])
@@ -467,4 +551,4 @@ def test_pickled_weights_alone_are_refused(
         (base / index).unlink()
     (base / "x.bin").rename(base / "pytorch_model.bin")
     code, _, error = run_cli(*argv)
-    assert (code, "has no .safetensors file" in error) == (2, True), error
+    assert (code, "has no .safetensors file beside it" in error) == (2, True), error

@@ -15,7 +15,7 @@ from families import make_causal_lm
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import sempa_st
 from sempa_st.bases import load_causal_lm
@@ -64,6 +64,21 @@ def test_a_foreign_checkpoint_is_refused(base: Path, change: dict[str, Any], mes
             load(folder)
     with pytest.raises(SempaError, match=r"^The weights in .*LlamaModel"):
         load(native, reader="native")
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 4_000_000}, {"intermediate_size": 1_000_000}, {"num_hidden_layers": 200}]
+)
+def test_no_memory_is_taken_for_weights_that_are_not_there(
+    base: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was made")
+
+    change_config(base, **change)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(SempaError, match=r"one that has [\d,]+ weights, and the \.safetensors files have room for"):
+        load_causal_lm(base, torch.float32)
 
 
 def test_what_lies_beside_the_layers_is_left_alone(base: Path) -> None:
