@@ -13,10 +13,12 @@ _REPEAT = re.compile(r"[*+}][?+]?|(?<![(*+}])\?")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _INNERMOST = re.compile(r"\((?:\?(?:[:=!]|<[=!]|P<\w+>))?([^()]*)\)")
 _LITERAL = re.compile(r"[\w/-]+")
+_FLAGS = re.compile(r"\(\?[a-zA-Z-]*[:)]")
+"""Verbose mode, for one, lets blanks and comments stand between a group and its repeat."""
 
 
-def check_pattern(text: str, most_repeats: int = _MOST_REPEATS) -> None:
-    """Check that matching a name against a regular expression takes a time that stays small.
+def check_pattern(text: str, most_repeats: int = _MOST_REPEATS) -> str:
+    """Return a regular expression, once it is sure that matching a name against it takes a time that stays small.
 
     A repeat inside another one takes time that doubles with each letter, as do groups in a row of which a name fits
     two alternatives; n repeats one after another take the n-th power.
@@ -32,6 +34,8 @@ def check_pattern(text: str, most_repeats: int = _MOST_REPEATS) -> None:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"a name or a regular expression ({error})") from error
+    if any(found[0] != "(?:" for found in _FLAGS.finditer(text)):
+        raise ValueError("a name, or a regular expression without flags")
     plain = _LETTER.sub(lambda found: "/" if found[0] == r"\." else "\0", text)
     if len(text) > _LONGEST or _REPEATED_GROUP.search(plain):
         raise ValueError(f"a name, or a regular expression of no repeated group and {_LONGEST} letters at most")
@@ -40,6 +44,7 @@ def check_pattern(text: str, most_repeats: int = _MOST_REPEATS) -> None:
         raise ValueError(f"a name, or a regular expression of {most_repeats} repeat(s) in a row at most")
     if ways > _MOST_WAYS:
         raise ValueError("a name, or a regular expression whose groups choose between different words")
+    return text
 
 
 def _counts(text: str) -> tuple[int, int]:

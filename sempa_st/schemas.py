@@ -64,22 +64,16 @@ def _safetensors(name: str) -> str:
     return _inside(name)
 
 
-def _pattern(text: str) -> str:
-    check_pattern(text)
-    return text
-
-
 def _suffix_pattern(text: str) -> str:
     """Check an expression before which PEFT puts a repeat of its own."""
-    check_pattern(text, most_repeats=1)
-    return text
+    return check_pattern(text, most_repeats=1)
 
 
 def _pattern_or_names(value: Any) -> Any:
     """Check one regular expression, or a list of plain names."""
     if value is not None and not isinstance(value, str) and not _all_of(value, str):
         raise ValueError("a list of names, or a regular expression")
-    return _pattern(value) if isinstance(value, str) else value
+    return check_pattern(value) if isinstance(value, str) else value
 
 
 def _numbers(value: Any) -> Any:
@@ -187,6 +181,7 @@ class _Adapter(_Settings):
     alpha_pattern: Annotated[dict[_Suffix, FiniteFloat], _Few] | None = None
     trainable_token_indices: Annotated[Any, AfterValidator(_tokens)] = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
+    init_lora_weights: bool | Annotated[str, Field(max_length=14)] | None = True  # of pissa_niter_N two digits
     use_dora: bool | None = None
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None

@@ -160,6 +160,8 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
         for key in ("target_modules", "exclude_modules", "layers_pattern")
         for value in (
             "(a+)+$",
+            "(?x)(.+) +!",
+            "(?x:(.+)#\n+!)",
             "(",
             ".*a.*b.*c.*d.*e",
             "(.*a.*|b)(.*c.*|d).*e",
@@ -190,6 +192,7 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     ("sempa", "adapter_config.json", "alpha_pattern", {"q_proj": float("nan")}),
     *(("sempa", "adapter_config.json", "lora_alpha", value) for value in ("32", float("inf"), float("nan"), None)),
     ("sempa", "adapter_config.json", "layer_replication", [[0, 10**9]]),
+    ("sempa", "adapter_config.json", "init_lora_weights", "pissa_niter_999999999"),
     ("sempa", "adapter_config.json", "megatron_config", {"x": 1}),
     ("sempa", "adapter_config.json", "alora_invocation_tokens", "1,2"),
     *(("sempa", "adapter_config.json", "trainable_token_indices", value) for value in (True, [], [[]], [1.5])),
