@@ -23,7 +23,7 @@ from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.portable import portable_name
 from sempa_st.readable import quantisation, readable
-from sempa_st.tokens import fit_tokens
+from sempa_st.tokens import check_growth, fit_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +139,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
     """
     with readable(folder, "tokenizer"):
         tokenizer = _read_tokenizer(Path(folder))
+        check_growth(tokenizer)
         tokenizer("A cat.")  # some settings are not looked at before
     give_back_memory()
     check_chat_templates(tokenizer.chat_template, folder)

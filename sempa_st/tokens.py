@@ -1,8 +1,9 @@
-"""Special tokens: one to pad with, and none beyond the base's embedding matrix."""
+"""What a tokenizer may do: pad with a token of its own, give none beyond the matrix, and let no text swell."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 
@@ -11,6 +12,37 @@ if TYPE_CHECKING:
 
 _IN_TEXT = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
 """Special tokens that a tokenizer puts into a text by itself."""
+
+_MOST_GROWTH = 100
+"""How many characters the steps before tokenisation may make of one."""
+
+
+def check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`SempaError` if what a tokenizer replaces in a text may let it swell."""
+    if not tokenizer.is_fast:
+        return
+    growth = 1.0
+    for step in (tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer):
+        # Its own settings, without the vocabulary, which would take seconds.
+        for settings in _steps(json.loads(step.__getstate__()) if step is not None else None):
+            pattern = settings.get("pattern")
+            exact = pattern.get("String") if isinstance(pattern, dict) else None
+            added = len(str(settings.get("content", ""))) + len(str(settings.get("prepend", "")))
+            growth *= max(1.0, added / max(1, len(exact or "")))
+    if growth > _MOST_GROWTH:
+        raise SempaError(
+            f"The tokenizer replaces one character by up to {growth:.0f}. Expected {_MOST_GROWTH} at most; restore or "
+            "download its files again."
+        )
+
+
+def _steps(settings: Any) -> list[dict[str, Any]]:
+    """Return the settings of all steps, of those within others too."""
+    if isinstance(settings, list):
+        return [step for part in settings for step in _steps(part)]
+    if not isinstance(settings, dict):
+        return []
+    return [settings, *(step for part in settings.values() for step in _steps(part))]
 
 
 def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:

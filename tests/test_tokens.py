@@ -99,3 +99,17 @@ def test_a_special_token_that_no_text_needs_may_lie_beyond(tmp_path: Path) -> No
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     base = save_base(tmp_path / "base", make_llama(), tokenizer)
     assert max(load_tokenizer(base).added_tokens_decoder) == ROWS
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tokenizer_that_lets_texts_swell_is_refused(count: int, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
+    content = read_json(base / "tokenizer.json")
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50} for _ in range(count)]
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, *steps]}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    if count == 1:
+        assert len(load_tokenizer(base)("a")["input_ids"]) > 10
+    else:
+        with pytest.raises(SempaError, match="replaces one character by up to 2500"):
+            load_tokenizer(base)
