@@ -176,6 +176,8 @@ def test_models_that_cannot_be_used(
     torch.save({}, broken / "adapter_model.bin")
     assert_refused(run_cli("encode", broken, *tail), "never loaded")
     (broken / "modules.json").unlink()
+    assert_refused(run_cli("encode", broken, *tail), "Pickled weights are never loaded")
+    (broken / "adapter_model.bin").unlink()
     assert_refused(run_cli("encode", broken, *tail), "bare adapter")
     assert not (tmp_path / "v.npy").exists()
 
