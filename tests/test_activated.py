@@ -235,7 +235,7 @@ def test_readers_that_would_pass_the_adapter_over_are_refused(folder: Path) -> N
         with pytest.raises(ValueError, match=r"activated adapter: embed with sempa_st\.load"):
             reader.from_pretrained(folder)
     with pytest.raises(SempaError, match="activated one, which has no native form"):
-        sempa_st.load(folder, reader="native")
+        sempa_st.load(folder, reader="native", dtype="float32")
 
 
 def test_copies_stay_activated(folder: Path, tmp_path: Path) -> None:

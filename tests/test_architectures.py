@@ -50,7 +50,7 @@ def test_a_run_from_data_to_vectors(family: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_causal_lm(family), make_tokenizer())
     record, _ = train(make_config(base, tmp_path / "model", max_triplets=8, objective="contrastive"))
     assert len(record["training"]) == 2
-    assert sempa_st.load(tmp_path / "model", device="cpu").encode(["A cat."]).shape == (1, 32)
+    assert sempa_st.load(tmp_path / "model", device="cpu", dtype="float32").encode(["A cat."]).shape == (1, 32)
 
 
 def test_what_hides_its_tokens_from_peft_is_not_activated(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_code_in_a_folder_is_never_run_by_us(folder: Path, tmp_path: Path) -> No
     (custom / "prompt_eol.py").write_text("raise SystemExit('foreign code ran')")
     assert load(custom).encode(["a cat"]).shape == (1, 32)
     with pytest.raises(SempaError, match="is of format custom"):
-        sempa_st.load(custom, reader="native")
+        sempa_st.load(custom, reader="native", dtype="float32")
 
 
 def test_added_modules_are_not_passed_over(folder: Path, tmp_path: Path) -> None:

@@ -268,9 +268,9 @@ def test_llm2vec_checkpoints_are_adapters_over_adapters(run_cli: Cli, tiny_base:
         with pytest.raises(SempaError, match=message):
             sempa_st.load(other, method="last-token", dtype="float32")
     with pytest.raises(SempaError, match=r"bare adapter .* by a --method"):
-        sempa_st.load(above)
+        sempa_st.load(above, dtype="float32")
     with pytest.raises(SempaError, match="names itself as its base"):
-        sempa_st.load(below, method=method, base=str(below))
+        sempa_st.load(below, method=method, base=str(below), dtype="float32")
     code, _, err = run_cli("copy", above, tmp_path / "copy")
     assert (code, "bare adapter" in err) == (2, True)
 
@@ -447,7 +447,7 @@ def test_a_method_for_the_other_kind_of_model_is_refused(encoder_folder: Path, t
     with pytest.raises(
         SempaError, match=r"\(BertModel\) is an encoder and not a decoder\. .* a method: bert-avg, prompt"
     ):
-        sempa_st.load(encoder_folder)
+        sempa_st.load(encoder_folder, dtype="float32")
 
 
 def test_an_encoder_method_is_saved_and_loaded(encoder_folder: Path, tmp_path: Path) -> None:
