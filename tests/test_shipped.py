@@ -42,7 +42,6 @@ from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.shipped import pack_model, shipped_model, shipped_names
 from sempa_st.sources import find_model
 
-
 SENTENCES = [*sample_sentences()[:12], "", "word " * 300]
 PLAIN, ACTIVATED = "sempa-tiny", "sempa-tiny-activated"
 PACKED = ["GEMMA_TERMS.html", "NOTICE", "README.md", "adapter_config.json", "adapter_model.safetensors"]
