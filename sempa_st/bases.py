@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
-from sempa_st.files import made_once, read_json, write_text
+from sempa_st.files import file_sha256, made_once, read_json, write_text
 from sempa_st.hub import model_folder
 from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
@@ -273,7 +272,7 @@ def _materialise(target: Path) -> None:
     print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))
-        digest = _sha256(gguf)
+        digest = file_sha256(gguf)
         if digest != _GGUF_SHA256:
             raise SempaError(
                 f"{package.MODEL_NAME} has SHA-256 {digest}, expected {_GGUF_SHA256}. "
@@ -306,8 +305,3 @@ def _parsed_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader = original
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 from sempa_st.bases import cache_folder
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json, write_text
+from sempa_st.files import file_sha256, read_json, write_text
 from sempa_st.folder import MODULES, RUN_RECORD
 from sempa_st.names import is_plain_path
 
@@ -80,7 +80,7 @@ def _content_digest(path: Path) -> str:
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     changed = max(stat.st_mtime, stat.st_ctime)
     if stat.st_size < _LARGE or not 0 <= changed < time.time() - _SETTLED:
-        return _sha256(path)
+        return file_sha256(path)
     return _remembered(key)
 
 
@@ -92,16 +92,11 @@ def _remembered(key: tuple[str | int, ...]) -> str:
         held = read_json(note)
         if held["file"] == list(key):
             return str(held["sha256"])
-    digest = _sha256(Path(str(key[0])))
+    digest = file_sha256(Path(str(key[0])))
     # A cache that cannot be written costs the next process the reading.
     with contextlib.suppress(SempaError, OSError):
         write_text(note, json.dumps({"file": key, "sha256": digest}))
     return digest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def combined_digest(parts: dict[str, Any]) -> str:

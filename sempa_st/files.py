@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -195,6 +196,12 @@ def is_text(value: Any) -> TypeGuard[str]:
     JSON can hold half of a UTF-16 pair (``"\\ud800"``), which stands for no character.
     """
     return isinstance(value, str) and bool(value.strip()) and not half_characters(value)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def half_characters(text: str) -> bool:

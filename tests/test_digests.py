@@ -86,8 +86,8 @@ def test_where_a_model_lies_decides_nothing(tmp_path: Path) -> None:
 def readings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Count what is read in full, files of any size being worth remembering."""
     read: list[Path] = []
-    original = digests._sha256
-    monkeypatch.setattr(digests, "_sha256", lambda path: (read.append(path), original(path))[1])
+    original = digests.file_sha256
+    monkeypatch.setattr(digests, "file_sha256", lambda path: (read.append(path), original(path))[1])
     monkeypatch.setattr(digests, "_LARGE", 0)
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     digests._remembered.cache_clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import shutil
 import sys
@@ -18,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json, write_json
+from sempa_st.files import file_sha256, read_json, write_json
 from sempa_st.folder import weight_files
 from sempa_st.leftovers import write_through
 from sempa_st.train.callbacks import DEV_METRIC
@@ -82,8 +81,7 @@ def _digest(path: Path) -> str:
 @functools.cache
 def _sha256(path: Path, size: int, modified: int) -> str:
     """Read a file once, as long as its size in bytes and its time in ns stay: optimizer states are large."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def run_of(checkpoint: Path) -> dict[str, Any] | None:
