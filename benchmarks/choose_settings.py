@@ -76,7 +76,7 @@ def main() -> None:
 @torch.no_grad()
 def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[str, float]:
     """Return the Spearman correlation times 100 by layer, 1 being the first one's output and the last with the norm."""
-    method, decoder = parse_method(module.method), module.layers
+    method, decoder = parse_method(module.method), module.decoder
     depth = len(layers_of(decoder))
     sentences = pairs.sentences
     lengths = [len(module.tokenizer(method.render(text)[0].text)["input_ids"]) for text in sentences]

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from sempa_st.bases import load_causal_lm, load_tokenizer
 from sempa_st.closing import OpenRows
 from sempa_st.console import table
+from sempa_st.embed import embed_packed
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json, write_json
 from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
-from sempa_st.packing import embed_packed
 from sempa_st.peft_models import ADAPTER_CONFIG
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import run_info

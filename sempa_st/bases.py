@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import file_sha256, made_once, read_json, write_text
-from sempa_st.hub import model_folder
-from sempa_st.inspection import read_settings, settings_if_any
+from sempa_st.inspection import checked_folder, read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.portable import portable_name
 from sempa_st.readable import quantisation, readable
@@ -72,12 +71,9 @@ class Base:
 
     def write_notices(self, folder: Path) -> None:
         """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
-        if not self.is_gemma:
-            return
-        origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
-        (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
-        if (self.folder / _TERMS_FILE).is_file() and folder != self.folder:
-            shutil.copy(self.folder / _TERMS_FILE, folder)
+        if self.is_gemma:
+            origin = _EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
+            write_notice(folder, origin, self.folder / _TERMS_FILE)
 
 
 def resolve_base(name: str) -> Base:
@@ -92,7 +88,7 @@ def resolve_base(name: str) -> Base:
     """
     if Path(name).resolve() == _embedded_folder().resolve():
         name = EMBEDDED_BASE
-    base = Base(name, embedded_base() if name == EMBEDDED_BASE else model_folder(name))
+    base = Base(name, embedded_base() if name == EMBEDDED_BASE else checked_folder(name))
     if (base.folder / "adapter_config.json").is_file():
         raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
     _check_decoder(base)
@@ -245,6 +241,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sempa-st"
 
 
+def write_notice(folder: Path, origin: str, terms: Path) -> None:
+    """Write Gemma's notice into ``folder``, and a copy of its terms where they are at hand.
+
+    Args:
+        folder: Folder with what is derived from Gemma.
+        origin: What it is derived from.
+        terms: File with Gemma's terms.
+    """
+    (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
+    if terms.is_file() and terms.parent != folder:
+        shutil.copy(terms, folder)
+
+
 def embedded_base() -> Path:
     """Return the folder of the embedded base, made from its GGUF file on first use (about a minute on two cores).
 
@@ -291,7 +300,7 @@ def _materialise(target: Path) -> None:
     save_tokenizer(tokenizer, target)
     terms = Path(package.__file__).parent / "data" / _TERMS_FILE
     shutil.copy(terms, target)
-    Base(EMBEDDED_BASE, target).write_notices(target)
+    write_notice(target, _EMBEDDED_ORIGIN, target / _TERMS_FILE)
 
 
 @contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sempa_st.assets import asset_path
 from sempa_st.bases import EMBEDDED_BASE, EMBEDDED_HUB_ID, Base
 from sempa_st.files import write_text
 from sempa_st.folder import RUN_RECORD, SETTINGS, folder_format, is_activated, is_adapter_folder, template_name
 from sempa_st.inspection import read_settings, settings_if_any
-from sempa_st.nli import sample_path
-from sempa_st.objectives import parse_objective
 from sempa_st.portable import portable_name
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
@@ -30,7 +29,7 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
     template = EMBEDDING_TEMPLATES.get(template_name(folder) or "")
     card = ModelCard.from_template(
         _metadata(base, record),
-        template_path=str(sample_path("model_card.md")),
+        template_path=str(asset_path("model_card.md")),
         name=name,
         base=portable_name(base.name),
         data=portable_name(record["data"]["source"]) if record else "",
@@ -71,6 +70,6 @@ def _metadata(base: Base, record: dict[str, Any] | None) -> Any:
             "sentence-embeddings",
             "feature-extraction",
             "text-generation",
-            *(["sempa", *parse_objective(record["objective"])] if record else []),
+            *(["sempa", *(part.partition(":")[0] for part in record["objective"].split(","))] if record else []),
         ],
     )

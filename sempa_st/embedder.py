@@ -9,12 +9,9 @@ import numpy as np
 import sentence_transformers
 import torch
 from sentence_transformers.util import quantize_embeddings
-from torch import nn
 from tqdm.auto import tqdm
 
 from sempa_st.finite import check_finite, check_texts
-from sempa_st.methods.module import MethodModule
-from sempa_st.packing import can_pack, embed_packed
 from sempa_st.prompt_eol import PromptEOL
 
 _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": None}
@@ -92,7 +89,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             and all(isinstance(text, str) for text in texts)
             and all(kwargs.get(name, plain) == plain for name, plain in _PLAIN.items())
             and not isinstance(kwargs.get("device"), list)
-            and _runs_packs(self[0])
+            and getattr(self[0], "packs_batches", False)
         )
 
 
@@ -144,9 +141,3 @@ def batches_alike(texts: Sequence[str], size: int, characters: int) -> Iterator[
 def _magnitude(text: str) -> int:
     # A long text would leave room in every pack of short ones.
     return (len(text) // _LONG).bit_length()
-
-
-def _runs_packs(module: nn.Module) -> bool:
-    if isinstance(module, PromptEOL):
-        return module.embed_rows is embed_packed and not module.closing_only and can_pack(module.decoder, 1)
-    return isinstance(module, MethodModule) and module.runs_packs

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.inspection import check_folder
 
 # Weights as safetensors only: pickled weights can run code when they are loaded.
 _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # other forms of the same weights
@@ -14,13 +13,12 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md"
 
 
 def model_folder(name: str) -> Path:
-    """Return the local folder of a model, looked through: ``name`` itself, or a cached copy of the Hub repository.
+    """Return the local folder of a model, unchecked: ``name`` itself, or a cached copy of the Hub repository.
 
     Raises:
-        SempaError: If it is neither a folder nor a repository that can be reached or is cached, or as
-            :func:`sempa_st.inspection.check_folder` does.
+        SempaError: If it is neither a folder nor a repository that can be reached or is cached.
     """
-    return check_folder(Path(name) if Path(name).is_dir() else _snapshot(name))
+    return Path(name) if Path(name).is_dir() else _snapshot(name)
 
 
 def _snapshot(name: str) -> Path:

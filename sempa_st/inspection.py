@@ -9,6 +9,7 @@ from typing import Any
 
 from sempa_st.errors import SempaError
 from sempa_st.files import read_json
+from sempa_st.hub import model_folder
 from sempa_st.names import check_entry, inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -31,6 +32,15 @@ _READ = re.compile(
 )
 """Names of the files that a reader opens or a copy takes along; what else lies in a folder is nobody's concern."""
 _INDEX = ".safetensors.index.json"
+
+
+def checked_folder(name: str) -> Path:
+    """Return the local folder of a model, once :func:`check_folder` has looked through it.
+
+    Args:
+        name: A folder, or a Hub repository.
+    """
+    return check_folder(model_folder(name))
 
 
 def check_folder(folder: Path) -> Path:

@@ -6,26 +6,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
-from sempa_st.methods.module import MethodModule
-from sempa_st.methods.registry import parse_method
-from sempa_st.nli import load_nli
-from sempa_st.peft_models import invocation_tokens, is_peft_model
-from sempa_st.prompt_eol import PromptEOL
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from sempa_st.peft_models import invocation_tokens
 
 _BALANCE = 0.65
 _TOLERATED = 0.03
 """Share of a layer's output by which rounding may change it: few inputs of an MLP's second projection hold most of
 what matters there, and 4% of it costs a small decoder much of its score."""
-_SENTENCES = 64
 
 
 class Int8Linear(nn.Module):
@@ -89,41 +81,32 @@ def _pack(weight: Tensor, scales: Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(rounded, None)
 
 
-def quantize(embedder: SentenceTransformer) -> list[str]:
-    """Put :class:`Int8Linear` in the place of a decoder's linear layers, where the output stays close.
-
-    How large inputs are and how close outputs stay is seen on sentences that this package ships, as the model reads
-    them. A plain adapter is merged first. The model still generates, no longer exactly.
-
-    Args:
-        embedder: A model that reads sentences with :class:`PromptEOL` or a method, in float32 on a CPU.
-
-    Returns:
-        The names of the layers that were replaced.
-
-    Raises:
-        SempaError: If the model is an encoder, of another kind or type, or elsewhere, or has an activated adapter.
-    """
-    module = embedder[0]
-    if not isinstance(module, PromptEOL | MethodModule):
-        raise SempaError("int8 needs a model that this package reads: leave out the native reader, or int8.")
-    if isinstance(module, MethodModule) and parse_method(module.method).for_encoders:
-        raise SempaError(f"int8 is for decoders, and {module.method} reads an encoder. Leave it out.")
-    if embedder.device.type != "cpu" or module.model.dtype != torch.float32:
+def check_quantizable(model: Any) -> None:
+    """Raise :class:`SempaError` unless a causal language model is in float32 on a CPU, its adapter a plain one."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
         raise SempaError(
-            f"int8 is for float32 on a CPU, not for {module.model.dtype} on {embedder.device}. Leave it out, or choose "
+            f"int8 is for float32 on a CPU, not for {model.dtype} on {model.device}. Leave it out, or choose "
             "device cpu and dtype float32."
         )
-    if invocation_tokens(module.model):
+    if invocation_tokens(model):
         raise SempaError(
             "int8 needs the adapter merged, which an activated one cannot be. Make a plain copy of it first: sempa "
             "copy FOLDER DIR --format native."
         )
-    if is_peft_model(module.model):
-        module.model = module.model.merge_and_unload()
-    decoder = module.decoder if isinstance(module, PromptEOL) else module.layers
+
+
+def quantize(decoder: nn.Module, calibrate: Callable[[], Any]) -> list[str]:
+    """Put :class:`Int8Linear` in the place of a decoder's linear layers, where the output stays close.
+
+    Args:
+        decoder: Layers without the LM head, in float32 on a CPU, no adapter on them.
+        calibrate: Runs the decoder on representative sentences; called twice. How large inputs are is seen in the
+            first pass, how close outputs stay in the second.
+
+    Returns:
+        The names of the layers that were replaced.
+    """
     linears = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)}
-    texts = [triplet.premise for triplet in load_nli("sample").triplets[:_SENTENCES]]
     largest: dict[str, Tensor] = {}
 
     def see(name: str, states: Tensor, output: Tensor) -> None:
@@ -131,7 +114,7 @@ def quantize(embedder: SentenceTransformer) -> list[str]:
         largest[name] = torch.maximum(largest[name], here) if name in largest else here
 
     with _watched(linears, see):
-        embedder.encode(texts)
+        calibrate()
     rounded = {name: Int8Linear(linears[name], found) for name, found in largest.items()}
     sums = {name: torch.zeros(2) for name in rounded}
 
@@ -139,7 +122,7 @@ def quantize(embedder: SentenceTransformer) -> list[str]:
         sums[name] += torch.stack([(rounded[name](states) - output).square().sum(), output.square().sum()])
 
     with _watched(linears, compare):
-        embedder.encode(texts)
+        calibrate()
     close = [name for name, (wrong, whole) in sums.items() if wrong <= _TOLERATED**2 * whole]
     for name in close:
         parent, _, own = name.rpartition(".")

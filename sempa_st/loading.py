@@ -10,6 +10,7 @@ from sempa_st.adapter_kinds import check_native
 from sempa_st.bases import EMBEDDED_BASE, Base, embedding_rows, load_causal_lm, load_tokenizer
 from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
 from sempa_st.digests import combined_digest
+from sempa_st.embed import embed_packed
 from sempa_st.errors import SempaError
 from sempa_st.folder import (
     CONFIG,
@@ -23,7 +24,8 @@ from sempa_st.folder import (
 from sempa_st.inspection import read_settings, settings_if_any
 from sempa_st.jinja_bounds import check_chat_templates
 from sempa_st.methods.registry import methods_for, parse_method
-from sempa_st.packing import embed_packed
+from sempa_st.nli import load_nli
+from sempa_st.peft_models import is_peft_model
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.readable import readable
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as a user without this package sees it."""
+_CALIBRATION_SENTENCES = 64
 
 
 def load(
@@ -94,12 +97,27 @@ def load(
             opened = _load_plain(source, torch_dtype, device)
     keep_attention_right(opened, device)
     if int8:
-        from sempa_st.int8 import quantize
-
-        quantize(opened)
+        _quantize(opened)
     asked = {"method": method, "reader": reader, "dtype": str(torch_dtype), "int8": int8}
     opened.model_card_data.model_name = _own_name(opened, source, base, asked)
     return opened
+
+
+def _quantize(opened: SentenceTransformer) -> None:
+    """Round a model's linear layers to integers, balanced on sentences of the sample; a plain adapter is merged."""
+    from sempa_st.int8 import check_quantizable, quantize
+    from sempa_st.methods.module import MethodModule
+
+    module = opened[0]
+    if not isinstance(module, PromptEOL | MethodModule):
+        raise SempaError("int8 needs a model that this package reads: leave out the native reader, or int8.")
+    if isinstance(module, MethodModule) and parse_method(module.method).for_encoders:
+        raise SempaError(f"int8 is for decoders, and {module.method} reads an encoder. Leave it out.")
+    check_quantizable(module.model)
+    if is_peft_model(module.model):
+        module.model = module.model.merge_and_unload()
+    texts = [triplet.premise for triplet in load_nli("sample").triplets[:_CALIBRATION_SENTENCES]]
+    quantize(module.decoder, lambda: opened.encode(texts))
 
 
 def _check_readable(source: Source, reader: str) -> None:
@@ -123,7 +141,7 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
     tokenizer = load_tokenizer(source.folder)
     install_template(tokenizer, definition)
     decoder = load_causal_lm(source.folder, dtype, whole=False).eval()
-    return _assemble(PromptEOL(decoder, tokenizer, template=template), source, device)
+    return _assemble(PromptEOL(decoder, tokenizer, template=template, forward_rows=embed_packed), source, device)
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
@@ -132,7 +150,8 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
     tokenizer = _load_tokenizer(source, below)
     template, length = embedding_settings(source.folder, tokenizer)
     model = _load_weights(source, below, dtype)
-    return _assemble(PromptEOL(model, tokenizer, template=template, max_seq_length=length), source, device)
+    module = PromptEOL(model, tokenizer, template=template, max_seq_length=length, forward_rows=embed_packed)
+    return _assemble(module, source, device)
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
@@ -201,7 +220,6 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
     from sempa_st.embedder import SentenceTransformer
 
     config = settings_if_any(source.folder, ST_CONFIG) or {}
-    module.embed_rows = embed_packed
     return SentenceTransformer(
         modules=[module],
         device=device,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sempa_st.assets import asset_path
 from sempa_st.errors import SempaError
 from sempa_st.files import ROW_SUFFIXES, half_characters, is_text, list_rows, read_rows
 from sempa_st.runinfo import fingerprint
@@ -98,14 +98,9 @@ def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
     return NliData(triplets, source, skipped)
 
 
-def sample_path(name: str) -> Path:
-    """Return the path of a data file that the package ships, ``nli_sample.jsonl`` or ``sts_sample.jsonl``."""
-    return Path(str(resources.files("sempa_st"))) / "data" / name
-
-
 def _read_source(source: str) -> list[dict[str, Any]]:
     if source == "sample":
-        return read_rows(sample_path("nli_sample.jsonl"))
+        return read_rows(asset_path("nli_sample.jsonl"))
     if (Path(source).suffix.lower() in ROW_SUFFIXES and ":" not in source) or Path(source).exists():
         return read_rows(source)
     return _read_hub(source)

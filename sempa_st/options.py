@@ -9,10 +9,10 @@ import reprlib
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import Field, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from sempa_st.assets import PACKAGE
 from sempa_st.errors import SempaError
 from sempa_st.files import UTF8
 
@@ -134,7 +134,7 @@ def _values_under(node: Any, known: dict[int, int]) -> int:
 
 def shipped_configs() -> dict[str, Path]:
     """Return the configuration files that the package ships, by name."""
-    folder = Path(str(resources.files("sempa_st"))) / "configs"
+    folder = PACKAGE / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -21,10 +20,8 @@ from sempa_st.cached import (
     takes_positions,
     window_covers,
 )
-from sempa_st.flash import ATTENTIONS, CannotFlash, can_flash, last_flash_states
+from sempa_st.flash import ATTENTIONS
 from sempa_st.last_layer import read_at
-from sempa_st.peft_models import activated
-from sempa_st.prompt_eol import PromptEOL, embed_rows
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
@@ -104,20 +101,6 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
         with read_at(last_layer, read):
             states = run_packs(decoder, begun)
     return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
-
-
-def embed_packed(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return what :func:`sempa_st.prompt_eol.embed_rows` returns, without padding where the model can be run so."""
-    decoder = module.decoder
-    # PEFT finds the closing tokens by their place in a row of its own.
-    if not module.closing_only:
-        with activated(module.model, None):
-            if can_flash(decoder):
-                with suppress(CannotFlash):
-                    return last_flash_states(decoder, input_ids, attention_mask)
-            if can_pack(decoder, int(attention_mask.sum(dim=1).max())):
-                return last_packed_states(decoder, unpadded(input_ids, attention_mask))
-    return embed_rows(module, input_ids, attention_mask)
 
 
 def last_places(begun: Packs) -> Tensor | None:

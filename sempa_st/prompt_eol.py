@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -34,6 +34,16 @@ SOURCES = ("prompt_eol.py", "peft_models.py", "token_rows.py")
 """Files of code that a folder of format ``custom`` carries."""
 
 
+class ForwardRows(Protocol):
+    """A way to run a batch of token ids for its last tokens' states; an object that can be pickled."""
+
+    def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the states of :func:`embed_rows`, of shape (batch, hidden)."""
+
+    def packs_batches(self, module: PromptEOL) -> bool:
+        """Whether it gains from a batch of sentences that begin alike."""
+
+
 class PromptEOL(InputModule):
     """Embed a sentence as the last token's final-layer state of a decoder under a one-word template (PromptEOL).
 
@@ -43,6 +53,7 @@ class PromptEOL(InputModule):
         template: Name of that chat template.
         max_seq_length: Longest input in tokens, template included; a longer *sentence* is cut, never the template. Of a
             model with a table of fewer positions, the number of these.
+        forward_rows: A faster way to the same states of the last tokens; None runs the padded batch.
 
     Raises:
         ValueError: If the tokenizer has no chat template of that name.
@@ -59,6 +70,7 @@ class PromptEOL(InputModule):
         *,
         template: str = "prompteol",
         max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+        forward_rows: ForwardRows | None = None,
     ) -> None:
         super().__init__()
         keep_activation_apart(model)
@@ -70,7 +82,7 @@ class PromptEOL(InputModule):
         self.template = template
         self._suffix: list[int] | None = None
         self.max_seq_length = max_seq_length
-        self.embed_rows: Callable[[PromptEOL, Tensor, Tensor], Tensor] = embed_rows
+        self.forward_rows = forward_rows
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -108,6 +120,11 @@ class PromptEOL(InputModule):
             )
         self._max_seq_length = value
 
+    @property
+    def packs_batches(self) -> bool:
+        """Whether a batch is best made of sentences that begin alike."""
+        return self.forward_rows is not None and self.forward_rows.packs_batches(self)
+
     def get_embedding_dimension(self) -> int:
         """Return the width of the embedding."""
         return embedding_width(self.decoder.config)
@@ -141,11 +158,11 @@ class PromptEOL(InputModule):
         tokens, hidden) are added too.
         """
         ids, mask = features["input_ids"], features["attention_mask"]
-        if self.embed_rows is embed_rows or kwargs.get("token_embeddings"):
+        if self.forward_rows is None or kwargs.get("token_embeddings"):
             features["token_embeddings"] = token_states(self, ids, mask)
             embedding = _last(features["token_embeddings"], mask)
         else:
-            embedding = self.embed_rows(self, ids, mask)
+            embedding = self.forward_rows(self, ids, mask)
         # A norm or a mean of 16-bit numbers is off in the third decimal.
         features["sentence_embedding"] = embedding.float()
         return features
@@ -227,7 +244,7 @@ def copy_sources(folder: str | Path) -> None:
 
 
 def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the rows' last tokens' states, of shape (batch, hidden); ``module.embed_rows`` may be a faster way."""
+    """Return the rows' last tokens' states, of shape (batch, hidden)."""
     return _last(token_states(module, input_ids, attention_mask), attention_mask)
 
 

@@ -18,6 +18,7 @@ from pydantic import (
     FiniteFloat,
     NonNegativeInt,
     PositiveInt,
+    StringConstraints,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -33,6 +34,8 @@ _MOST_PARTS = 1024
 _COUNTS_PARTS = re.compile(r"(layers?|experts)$")
 _HIGHEST_RANK = 4096
 _MOST_PATTERNS = 256
+_OBJECTIVE = r"^[a-z-]{1,32}(:[0-9.e+-]{1,32})?( ?, ?[a-z-]{1,32}(:[0-9.e+-]{1,32})?){0,7}$"
+"""A weighted sum of objectives, of this version or a later one."""
 """Expressions of one setting: PEFT matches each against every layer's name."""
 
 
@@ -259,7 +262,7 @@ class _Table(_Settings):
 
 
 class _Record(_Settings):
-    objective: str
+    objective: Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
     base: str | None = None
     command: str | None = None
     config: dict[str, Any]
@@ -268,14 +271,6 @@ class _Record(_Settings):
     scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
     averaged: list[_Averaged] | None = None
     results: list[_Table] | None = None
-
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, objective: str) -> str:
-        from sempa_st.objectives import parse_objective
-
-        parse_objective(objective)
-        return objective
 
 
 _OF_A_MODEL = re.compile(r" or instance of \w+")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sempa_st.adapters import attach_adapter
+from sempa_st.assets import PACKAGE, asset_path
 from sempa_st.bases import EMBEDDED_BASE, Base, cache_folder, load_causal_lm, load_config, load_tokenizer, resolve_base
 from sempa_st.card import read_record, write_card
 from sempa_st.digests import folder_digest
@@ -32,8 +32,7 @@ from sempa_st.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.portable import portable_record
 from sempa_st.prompts import embedding_template
 
-_PACKAGE = Path(str(resources.files("sempa_st")))
-SHIPPED_MODELS = _PACKAGE / "data" / "models"
+SHIPPED_MODELS = asset_path("models")
 """Folder of the package with one small folder a model: adapter, run record, model card and notices."""
 _CARD = "README.md"
 _MAKERS = ("bases.py", "folder.py", "peft_models.py", "prompt_eol.py", "prompts.py", "shipped.py", "token_rows.py")
@@ -68,7 +67,7 @@ def shipped_model(name: str) -> Path:
 def _digest(packed: Path, base: Base) -> str:
     """Return a SHA-256 (hex) of all that a completed folder is made from, the base's place included."""
     digest = hashlib.sha256(f"{base.reference}:{folder_digest(base.folder)}".encode())
-    for path in (*sorted(packed.iterdir()), *(_PACKAGE / name for name in _MAKERS)):
+    for path in (*sorted(packed.iterdir()), *(PACKAGE / name for name in _MAKERS)):
         content = path.read_bytes()
         digest.update(f"{path.name}:{len(content)}:".encode())
         digest.update(content)

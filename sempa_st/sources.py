@@ -20,7 +20,7 @@ from sempa_st.folder import (
     is_adapter_folder,
     template_name,
 )
-from sempa_st.hub import model_folder
+from sempa_st.inspection import checked_folder
 from sempa_st.prompts import DEFAULT_TEMPLATE
 from sempa_st.shipped import shipped_model, shipped_names
 
@@ -63,7 +63,7 @@ def find_model(name: str, *, for_method: bool = False) -> Source:
     if name == EMBEDDED_BASE:
         return Source(name, resolve_base(name).folder, "base")
     is_shipped = name in shipped_names() and not Path(name).is_dir()
-    folder = shipped_model(name) if is_shipped else model_folder(name)
+    folder = shipped_model(name) if is_shipped else checked_folder(name)
     if folder_format(folder):
         return Source(name, folder, "sempa")
     if (folder / MODULES).is_file():
@@ -128,7 +128,7 @@ def adapters_over_base(folder: Path, base: str | None = None) -> tuple[list[Path
     while True:
         name, base = base or base_of_adapter(folders[-1]), None
         with _named_for(folders[-1]):
-            below = None if name == EMBEDDED_BASE else model_folder(name)
+            below = None if name == EMBEDDED_BASE else checked_folder(name)
             if below is None or not is_adapter_folder(below):
                 return folders, resolve_base(name)
         if below in folders:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.assets import asset_path
 from sempa_st.errors import SempaError
 from sempa_st.files import half_characters, read_rows
-from sempa_st.nli import sample_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DATA_DIR_VARIABLE = "SEMPA_DATA_DIR"
-_SAMPLE = sample_path("sts_sample.jsonl")
+_SAMPLE = asset_path("sts_sample.jsonl")
 COLUMNS = ("sentence1", "sentence2", "score")
 PROTOCOLS = ("mteb", "senteval")
 """Both score all subsets of a year together; they differ in SICK-R: all 9,927 rows, or the 4,927 test rows."""

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from sempa_st.adapters import lora_config
+from sempa_st.assets import asset_path
 from sempa_st.config import TrainConfig
 from sempa_st.files import read_rows
-from sempa_st.nli import sample_path
 from sempa_st.stsdata import STS_TASKS
 
 CHAT_TEMPLATE = (
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def sample_sentences() -> list[str]:
-    rows = read_rows(sample_path("nli_sample.jsonl"))
+    rows = read_rows(asset_path("nli_sample.jsonl"))
     return [sentence for row in rows for sentence in row.values()]
 
 
@@ -105,7 +105,7 @@ def make_gemma(seed: int = 0) -> Gemma3ForCausalLM:
 def save_sts(root: Path) -> Path:
     """Deal the shipped pairs out over the files of all seven STS tasks."""
     (root / "sts").mkdir()
-    rows = read_rows(sample_path("sts_sample.jsonl"))
+    rows = read_rows(asset_path("sts_sample.jsonl"))
     parts = {"stsb": ("dev", "test"), "sickr": ("train", "dev", "test")}
     files = [f"{stem}.{part}" for stem in STS_TASKS.values() for part in parts.get(stem, ("test",))]
     for index, name in enumerate(files):

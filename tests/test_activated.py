@@ -27,12 +27,12 @@ from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausa
 import sempa_st
 from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
+from sempa_st.embed import embed_packed
 from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, folder_format, install_template, is_activated, opening_tokens
-from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL, embed_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
-from sempa_st.train.forwards import embed_with_gradients, last_states
+from sempa_st.train.forwards import TrainingForward, last_states
 from sempa_st.train.run import train
 
 pytestmark = pytest.mark.names_dtype
@@ -84,7 +84,7 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
 def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str], activated: bool) -> None:
     """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
     module = PromptEOL(*make_parts(make(), activated=activated), max_seq_length=160)
-    module.embed_rows = embed_with_gradients
+    module.forward_rows = TrainingForward()
     batch = module.preprocess(sentences)
     # As sentence-transformers' loss joins the columns of a batch, with padding on the right too.
     batch = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}
@@ -104,7 +104,7 @@ def test_an_adapter_of_the_whole_template_is_read_as_a_plain_one(make: Any) -> N
     model = add_random_adapter(make(), invocation=opening_tokens(tokenizer, "prompteol"))
     module = PromptEOL(model, tokenizer, max_seq_length=160)
     batch = module.preprocess(["A cat", "A dog", "Birds"])
-    expected = module.embed_rows(module, **batch)
+    expected = embed_rows(module, **batch)
     logits = model(**batch).logits
     torch.testing.assert_close(embed_packed(module, **batch), expected, rtol=0, atol=1e-5)
     with model.disable_adapter():

@@ -21,10 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 import sempa_st
 import sempa_st.train.parts
+from sempa_st.assets import asset_path
 from sempa_st.card import read_record
 from sempa_st.config import TrainConfig
 from sempa_st.files import read_rows
-from sempa_st.nli import sample_path
 from sempa_st.train.alignment import AlignmentTrainer
 from sempa_st.train.build import build_trainer
 from sempa_st.train.contrastive import ContrastiveTrainer
@@ -61,11 +61,11 @@ START = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 triplets, every second one with a neutral sentence, and 20 graded pairs to judge on."""
     folder = tmp_path_factory.mktemp("data")
-    rows = read_rows(sample_path("nli_sample.jsonl"))[:24]
+    rows = read_rows(asset_path("nli_sample.jsonl"))[:24]
     for index in range(0, len(rows), 2):
         rows[index]["neutral"] = f"{rows[index + 1]['sent1'][:-1]}, perhaps."
     (folder / "nli.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dev = sample_path("sts_sample.jsonl").read_text().splitlines(keepends=True)[:20]
+    dev = asset_path("sts_sample.jsonl").read_text().splitlines(keepends=True)[:20]
     (folder / "dev.jsonl").write_text("".join(dev))
     return folder
 

@@ -21,10 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 import sempa_st
 from sempa_st import digests
+from sempa_st.assets import asset_path
 from sempa_st.copying import copy_model
 from sempa_st.digests import folder_digest
 from sempa_st.files import read_json, read_rows, write_json
-from sempa_st.nli import sample_path
 from sempa_st.sources import Source, find_model, source_digest
 from sempa_st.train.run import train
 
@@ -145,7 +145,7 @@ def other_base(tmp_path: Path) -> Path:
 
 def score(model: Any, cache: mteb.ResultCache) -> float:
     task = mteb.get_task("STSBenchmark")
-    rows = read_rows(sample_path("sts_sample.jsonl"))
+    rows = read_rows(asset_path("sts_sample.jsonl"))
     task.dataset, task.data_loaded = DatasetDict({"test": Dataset.from_list(rows)}), True
     result = mteb.evaluate(model, task, cache=cache, co2_tracker=False)
     return float(result.task_results[0].get_score())

@@ -14,11 +14,11 @@ from mteb.mocks.mock_tasks import MockSTSTask
 from scipy.stats import spearmanr
 
 import sempa_st
+from sempa_st.assets import asset_path
 from sempa_st.errors import SempaError
 from sempa_st.evaluate.once import encoded_once
 from sempa_st.evaluate.sts import expand_tasks, load_tasks, score_tasks
 from sempa_st.files import read_rows
-from sempa_st.nli import sample_path
 from sempa_st.stsdata import STS_TASKS, dev_pairs, local_files, read_pairs
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -96,7 +96,7 @@ def test_mteb_never_serves_one_model_the_score_of_another(tiny_base: Path, model
     """As a user would: MTEB's own call, one result cache for all."""
     cache = mteb.ResultCache(tmp_path)
     other = sempa_st.load(tiny_base, dtype="float32", device="cpu")
-    rows = read_rows(sample_path("sts_sample.jsonl"))
+    rows = read_rows(asset_path("sts_sample.jsonl"))
     scores = []
     for embedder in (model, other):
         task = mteb.get_task("STSBenchmark")

@@ -18,11 +18,11 @@ from families import FAMILIES, make_causal_lm
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sempa_st import flash, packing
+from sempa_st import embed, flash, packing
+from sempa_st.embed import embed_packed
 from sempa_st.embedder import SentenceTransformer
 from sempa_st.flash import CannotFlash, can_flash, last_flash_states, takes_any_attention
 from sempa_st.folder import install_template
-from sempa_st.packing import embed_packed
 from sempa_st.prompt_eol import PromptEOL, embed_rows
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
@@ -119,7 +119,7 @@ def test_an_attention_that_asks_for_more_is_run_in_packs(
     features = module.preprocess(sample_sentences()[:4])
     with pytest.raises(CannotFlash):
         last_flash_states(module.decoder, **features)
-    monkeypatch.setattr(packing, "can_flash", lambda decoder: True)
+    monkeypatch.setattr(embed, "can_flash", lambda decoder: True)
     with torch.inference_mode():
         found, expected = (run(module, **features) for run in (embed_packed, embed_rows))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -130,15 +130,15 @@ def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> No
     module = make_module(make_llama())
     embedder = SentenceTransformer(modules=[module], device="cpu")
     expected = embedder.encode(sample_sentences(), convert_to_tensor=True)
-    module.embed_rows = embed_packed
+    module.forward_rows = embed_packed
     calls: list[int] = []
 
     def counted(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         calls.append(len(input_ids))
         return last_flash_states(decoder, input_ids, attention_mask)
 
-    monkeypatch.setattr(packing, "can_flash", lambda decoder: True)
-    monkeypatch.setattr(packing, "last_flash_states", counted)
+    monkeypatch.setattr(embed, "can_flash", lambda decoder: True)
+    monkeypatch.setattr(embed, "last_flash_states", counted)
     found = embedder.encode(sample_sentences(), convert_to_tensor=True)
     assert sum(calls) == len(sample_sentences())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -151,7 +151,7 @@ def test_a_model_that_used_it_goes_to_another_process() -> None:
     expected = model(input_ids=ids).logits
     last_flash_states(model.base_model, ids, torch.ones_like(ids))
     # Whatever unpickles one of our modules imports this one.
-    code = "import pickle, sys, torch, sempa_st.packing; model = pickle.load(sys.stdin.buffer); "
+    code = "import pickle, sys, torch, sempa_st.embed; model = pickle.load(sys.stdin.buffer); "
     code += f"print(model(torch.tensor({ids.tolist()})).logits.sum().item())"
     result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(model), capture_output=True)
     assert result.returncode == 0, result.stderr

@@ -215,7 +215,7 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     ("sempa", "tokenizer_config.json", "tokenizer_class", 3),
     *(("sempa", "tokenizer_config.json", "model_max_length", value) for value in ([], "x", {})),
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
-    ("sempa", "sempa_run.json", "objective", "another"),
+    ("sempa", "sempa_run.json", "objective", "dpo\nAnother line"),
     *(("sempa", "sempa_run.json", "averaged", value) for value in ([{}], [{"model": None}], [3])),
     *(("sempa", "sempa_run.json", "scale", value) for value in (0, "2", float("nan"))),
     ("sempa", "sempa_run.json", "dev", {**RECORD["dev"], "scores": [{"samples": 1, "spearman": "x"}]}),

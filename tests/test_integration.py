@@ -15,9 +15,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sempa_st
+from sempa_st.assets import asset_path
 from sempa_st.bases import embedded_base, resolve_base
 from sempa_st.copying import copy_model
-from sempa_st.nli import sample_path
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
 pytestmark = pytest.mark.integration
@@ -38,7 +38,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     output = tmp_path_factory.mktemp("trained") / "sempa-gemma"
     dev = output.with_name("dev.jsonl")
-    dev.write_text("".join(sample_path("sts_sample.jsonl").read_text().splitlines(keepends=True)[:20]))
+    dev.write_text("".join(asset_path("sts_sample.jsonl").read_text().splitlines(keepends=True)[:20]))
     code = main(
         f"train --data sample --dev {dev} --max-triplets 8 --batch-size 4 --gradient-accumulation 1 --epochs 1 "
         f"--learning-rate 1e-4 --dtype float32 --device cpu --output {output}".split()

@@ -14,9 +14,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sempa_st
+from sempa_st.assets import asset_path
 from sempa_st.bases import embedded_base
 from sempa_st.copying import copy_model
-from sempa_st.nli import sample_path
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 from sempa_st.stsdata import read_pairs
 
@@ -38,7 +38,7 @@ def test_the_chosen_type_decides() -> None:
 
 
 def sample_score(model: SentenceTransformer) -> float:
-    pairs = read_pairs([sample_path("sts_sample.jsonl")])
+    pairs = read_pairs([asset_path("sts_sample.jsonl")])
     first, second = (model.encode(list(side), convert_to_tensor=True) for side in (pairs.first, pairs.second))
     return 100 * float(spearmanr(cosine_similarity(first, second), pairs.scores).statistic)
 

@@ -34,7 +34,7 @@ def check(module: MethodModule, expected: Callable[[dict[str, Tensor]], Tensor])
 
 
 def states_of(module: MethodModule, ids: Tensor, layer: int, mask: Tensor | None = None) -> Tensor:
-    output = module.layers(
+    output = module.decoder(
         input_ids=ids,
         attention_mask=mask,
         position_ids=torch.arange(ids.shape[1])[None],
@@ -46,7 +46,7 @@ def states_of(module: MethodModule, ids: Tensor, layer: int, mask: Tensor | None
 
 
 def layers_of(module: MethodModule) -> Any:
-    decoder = module.layers
+    decoder = module.decoder
     return decoder.decoder.layers if hasattr(decoder, "decoder") else decoder.layers
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import sempa_st
+from sempa_st.assets import asset_path
 from sempa_st.bases import load_causal_lm
 from sempa_st.cli import build_parser
 from sempa_st.errors import SempaError
@@ -36,7 +37,6 @@ from sempa_st.methods.llm2vec import LLM2Vec
 from sempa_st.methods.method import Rows
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import METHODS, methods_for, parse_method
-from sempa_st.nli import sample_path
 from sempa_st.packing import begin_packs, last_places
 from sempa_st.prompts import EMBEDDING_TEMPLATES, normalize_sentence
 
@@ -72,7 +72,7 @@ def ids_of(module: MethodModule, text: str) -> list[int]:
 def test_mean_pooling(make: Any) -> None:
     module = module_of(make, "mean")
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.layers, ids)[-1][1:].mean(dim=0) for ids in rows])
+    check(module, [naive.hidden_states(module.decoder, ids)[-1][1:].mean(dim=0) for ids in rows])
 
 
 @MODELS
@@ -80,7 +80,7 @@ def test_mean_pooling(make: Any) -> None:
 def test_last_token(make: Any) -> None:
     module = module_of(make, "last-token")
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.layers, ids)[-1][-1] for ids in rows])
+    check(module, [naive.hidden_states(module.decoder, ids)[-1][-1] for ids in rows])
 
 
 @MODELS
@@ -97,7 +97,7 @@ def test_last_token(make: Any) -> None:
 def test_templates(make: Any, method: str, template: str, layer: int) -> None:
     module = module_of(make, method)
     rows = [ids_of(module, EMBEDDING_TEMPLATES[template].text(text)) for text in SENTENCES]
-    check(module, [naive.hidden_states(module.layers, ids)[layer][-1] for ids in rows])
+    check(module, [naive.hidden_states(module.decoder, ids)[layer][-1] for ids in rows])
 
 
 @MODELS
@@ -110,7 +110,7 @@ def test_echo(make: Any) -> None:
         ids = ids_of(module, before + text)
         # Tokens that hold a character of the second sentence, counted by what the tokens before them decode to.
         starts = [len(module.tokenizer.decode(ids[1 : place + 1])) for place in range(1, len(ids))]
-        states = naive.hidden_states(module.layers, ids)[-1][1:]
+        states = naive.hidden_states(module.decoder, ids)[-1][1:]
         chosen = [state for state, end in zip(states, starts, strict=True) if end > len(before)]
         expected.append(torch.stack(chosen).mean(dim=0))
     check(module, expected)
@@ -133,7 +133,7 @@ def test_token_prepending(make: Any, template: str) -> None:
         def prepend(layer: int, states: Tensor, place: int = place) -> Tensor:
             return torch.cat([states[:place], states[-1:], states[place + 1 :]]) if layer == 1 else states
 
-        expected.append(naive.hidden_states(module.layers, ids, enter=prepend)[-2][-1])
+        expected.append(naive.hidden_states(module.decoder, ids, enter=prepend)[-2][-1])
     check(module, expected)
 
 
@@ -154,7 +154,7 @@ def contrasted(variant: str, a: Tensor, b: Tensor, heads: int) -> Tensor:
 def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
     module = module_of(make, f"contrastive-prompting:template={template}:at=1:variant={variant}:layer=-1")
     # Both prompts end alike: within a short window their difference would be rounding alone.
-    module.layers.config.sliding_window = 64
+    module.decoder.config.sliding_window = 64
     expected = []
     for text in SENTENCES:
         mixed: list[Tensor] = []
@@ -169,9 +169,9 @@ def test_contrastive_prompting(make: Any, variant: str, template: str) -> None:
             return torch.cat([mixtures[:-1], contrasted(variant, mixtures[-1], mixed[0], 4)[None]])
 
         about = f'The irrelevant information of this sentence : "{normalize_sentence(text)}" means in one word:"'
-        naive.hidden_states(module.layers, ids_of(module, about), mix=take)
+        naive.hidden_states(module.decoder, ids_of(module, about), mix=take)
         ids = ids_of(module, EMBEDDING_TEMPLATES[template].text(text))
-        expected.append(naive.hidden_states(module.layers, ids, mix=contrast)[-1][-1])
+        expected.append(naive.hidden_states(module.decoder, ids, mix=contrast)[-1][-1])
     check(module, expected)
 
 
@@ -208,7 +208,7 @@ def test_llm2vec(make: Any) -> None:
     rows = [ids_of(module, normalize_sentence(text)) for text in SENTENCES]
     check(
         module,
-        [naive.hidden_states(module.layers, ids, bidirectional=True)[-1][1:].mean(dim=0) for ids in rows],
+        [naive.hidden_states(module.decoder, ids, bidirectional=True)[-1][1:].mean(dim=0) for ids in rows],
     )
 
 
@@ -362,7 +362,7 @@ def test_a_method_is_saved_and_loaded(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_the_command_evaluates_a_method(run_cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "sts").mkdir(parents=True)
-    rows = read_rows(sample_path("sts_sample.jsonl"))
+    rows = read_rows(asset_path("sts_sample.jsonl"))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "sts" / "stsb.dev.parquet")
     common = ["--tasks", "STSBenchmark", "--split", "dev", "--data-dir", tmp_path / "data", "--device", "cpu"]
     common += ["--dtype", "float32"]

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from sempa_st.assets import asset_path
 from sempa_st.files import read_rows
-from sempa_st.nli import load_nli, sample_path
+from sempa_st.nli import load_nli
 from sempa_st.stsdata import read_pairs
 
 pytestmark = pytest.mark.names_dtype
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},
-    {"files"},
+    {"errors", "console", "assets", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},
+    {"files", "hub"},
     {
         "cached",
         "prompts",
@@ -36,9 +37,10 @@ LAYERS = [
     },
     {"flash", "schemas", "jinja_bounds"},
     {"inspection"},
-    {"hub", "readable"},
+    {"readable"},
     {"weights"},
     {"finite", "nli", "bases", "closing", "packing", "methods.layers"},
+    {"embed"},
     {"adapter_kinds"},
     {"methods.method"},
     {"methods.pooling", "methods.templates", "methods.echo", "methods.encoders"},
@@ -142,13 +144,13 @@ def test_the_shipped_triplets() -> None:
 
 
 def test_the_shipped_pairs() -> None:
-    pairs = read_pairs([sample_path("sts_sample.jsonl")])
+    pairs = read_pairs([asset_path("sts_sample.jsonl")])
     assert len(pairs) >= 120
     assert min(pairs.scores) == 0
     assert max(pairs.scores) == 5
     for grade in range(6):
         assert sum(abs(score - grade) <= 0.5 for score in pairs.scores) >= 15
-    rows = read_rows(sample_path("sts_sample.jsonl"))
+    rows = read_rows(asset_path("sts_sample.jsonl"))
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 

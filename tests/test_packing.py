@@ -15,11 +15,12 @@ from conftest import make_llama, make_tokenizer
 from families import FAMILIES, make_causal_lm
 from sentence_transformers import SentenceTransformer
 
+from sempa_st.embed import embed_packed
 from sempa_st.embedder import SentenceTransformer as Reordering
 from sempa_st.embedder import characters_of_batch
 from sempa_st.folder import install_template
 from sempa_st.last_layer import read_at
-from sempa_st.packing import can_pack, embed_packed, fill_packs, last_packed_states, packed_states
+from sempa_st.packing import can_pack, fill_packs, last_packed_states, packed_states
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
@@ -270,7 +271,7 @@ def test_equal_rows_are_run_once_except_in_training() -> None:
 def test_batches_hold_texts_that_begin_alike_and_vectors_come_in_the_order_of_the_texts() -> None:
     """Against sentence-transformers' own class around the same module, which sorts by length."""
     module = make_module()
-    module.embed_rows = embed_packed
+    module.forward_rows = embed_packed
     starts, ends = ["A cat sleeps", "The dog runs", "Snow"], ["", " here", " and there", " in the red house"]
     texts = [f"{start}{end}" for end in ends for start in starts] * 2 + ["Is it red? " * 40]
     reordering, plain = Reordering(modules=[module], device="cpu"), SentenceTransformer(modules=[module], device="cpu")

@@ -17,11 +17,12 @@ from conftest import make_config
 from safetensors.torch import save_file
 from trl import DPOTrainer
 
+from sempa_st.assets import asset_path
 from sempa_st.bases import load_tokenizer
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.files import finite, read_json, read_rows, write_json
-from sempa_st.nli import NliData, Triplet, load_nli, sample_path
+from sempa_st.nli import NliData, Triplet, load_nli
 from sempa_st.train import reference
 from sempa_st.train import run as training
 from sempa_st.train.answers import answer_ids, without_too_long
@@ -103,7 +104,7 @@ def test_a_dev_score_that_is_no_number_is_an_error(
 @pytest.fixture
 def with_long_rows(tmp_path: Path) -> str:
     """The shipped triplets, every third of them with a premise that fills any training sequence."""
-    rows = read_rows(sample_path("nli_sample.jsonl"))[:24]
+    rows = read_rows(asset_path("nli_sample.jsonl"))[:24]
     for row in rows[::3]:
         row["sent0"] = "word " * 400
     path = tmp_path / SOURCE

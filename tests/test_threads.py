@@ -20,7 +20,6 @@ import sempa_st
 from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
 from sempa_st.folder import closing_tokens, install_template
-from sempa_st.methods.module import MethodModule
 from sempa_st.patching import edited
 from sempa_st.prompts import EMBEDDING_TEMPLATES
 
@@ -80,7 +79,7 @@ def encode(model: Any) -> torch.Tensor:
 
 def decoder_of(model: Any) -> Any:
     module = model[0]
-    return module.layers if isinstance(module, MethodModule) else module.decoder
+    return module.decoder
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sempa_st.assets import asset_path
 from sempa_st.devices import pick_device
 from sempa_st.errors import SempaError
 from sempa_st.evaluate.once import Tally
@@ -132,7 +132,7 @@ def _tokens(model: Any, sentences: Sequence[str]) -> float:
 
 def published() -> list[dict[str, Any]]:
     """Return the rows of the paper's main table (arXiv 2601.05075): ``system`` and ``scores`` by task."""
-    rows: list[dict[str, Any]] = read_json(Path(str(resources.files("sempa_st"))) / "data" / "published.json")
+    rows: list[dict[str, Any]] = read_json(asset_path("published.json"))
     return rows
 
 

@@ -59,7 +59,7 @@ class MethodModule(InputModule):
         self.method = method
         self.max_seq_length = max_seq_length
         self._method: Method = parse_method(method)
-        self._method.check(self.layers)
+        self._method.check(self.decoder)
         if not tokenizer.is_fast:
             raise SempaError(
                 f"{type(tokenizer).__name__} is written in Python and does not tell which characters a token stands "
@@ -69,19 +69,19 @@ class MethodModule(InputModule):
             raise SempaError(f"{type(model).__name__} has no mask token, which {method} reads. Use one that has.")
 
     @property
-    def layers(self) -> Any:
+    def decoder(self) -> Any:
         """The model without its head, adapter included."""
         whole = self.model.get_base_model() if is_peft_model(self.model) else self.model
         return whole.base_model
 
     @property
-    def runs_packs(self) -> bool:
-        """Whether the method runs rows in packs on this model."""
-        return self._method.packs and can_pack(self.layers, 1)
+    def packs_batches(self) -> bool:
+        """Whether a batch is best made of sentences that begin alike: the method runs them in packs."""
+        return self._method.packs and can_pack(self.decoder, 1)
 
     def get_embedding_dimension(self) -> int:
         """Return the width of the embedding."""
-        return embedding_width(self.layers.config)
+        return embedding_width(self.decoder.config)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Render, tokenise, cut and pad sentences.
@@ -111,7 +111,7 @@ class MethodModule(InputModule):
         """
         if kwargs.get("token_embeddings"):
             raise ValueError(f"The method {self.method!r} gives one vector a sentence, and no token embeddings.")
-        features["sentence_embedding"] = self._method.vectors(self.layers, *rows_in(features)).float()
+        features["sentence_embedding"] = self._method.vectors(self.decoder, *rows_in(features)).float()
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class MethodModule(InputModule):
             # A placeholder is no part of the text, and has a position all the same.
             longest = max(len(row["input_ids"]) for row in rows)
             text = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows)
-            excess = max(text - self.max_seq_length, longest - (position_limit(self.layers.config) or longest))
+            excess = max(text - self.max_seq_length, longest - (position_limit(self.decoder.config) or longest))
             if excess <= 0 or not sentence:
                 return rows
             ((_, spans),) = tokenize(self.tokenizer, [sentence], add_special_tokens=False)
@@ -172,7 +172,7 @@ class MethodModule(InputModule):
     def _row(self, text: Rendered) -> dict[str, list[int]]:
         whole = text.text.replace(MASK, self.tokenizer.mask_token or MASK)
         ((ids, spans),) = tokenize(self.tokenizer, [whole], add_special_tokens=True)
-        (ids,) = fitting(self.tokenizer, [ids], self.layers)
+        (ids,) = fitting(self.tokenizer, [ids], self.decoder)
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
         last = [int(place == len(ids) - 1) for place in range(len(ids))]

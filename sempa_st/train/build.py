@@ -26,11 +26,12 @@ from sempa_st.errors import SempaError
 from sempa_st.folder import closing_tokens, opening_tokens
 from sempa_st.nli import NliData
 from sempa_st.preferences import preference_rows
-from sempa_st.prompt_eol import PromptEOL
+from sempa_st.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.train.alignment import AlignmentTrainer, Collator
 from sempa_st.train.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.train.checkpoints import Checkpoints
 from sempa_st.train.contrastive import ContrastiveTrainer, contrastive_rows
+from sempa_st.train.forwards import TrainingForward
 from sempa_st.train.parts import answers_identity, batch_parts, reference_identity
 from sempa_st.train.passages import Passages
 from sempa_st.train.trainer import DevScored, DevScorer, SempaTrainer
@@ -108,7 +109,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
 def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=parts.scorer,
-        module=_module(parts, _tuned(parts)),
+        module=_module(parts, _tuned(parts), TrainingForward()),
         temperature=parts.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=contrastive_rows(parts.data.triplets),
@@ -181,9 +182,14 @@ def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -
     )
 
 
-def _module(parts: Ingredients, model: Any) -> PromptEOL:
-    config = parts.config
-    return PromptEOL(model, parts.scorer.tokenizer, template=config.template, max_seq_length=config.max_seq_length)
+def _module(parts: Ingredients, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
+    return PromptEOL(
+        model,
+        parts.scorer.tokenizer,
+        template=parts.config.template,
+        max_seq_length=parts.config.max_seq_length,
+        forward_rows=forward_rows,
+    )
 
 
 @contextmanager

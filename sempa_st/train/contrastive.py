@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from sempa_st.nli import Triplet
 from sempa_st.prompt_eol import PromptEOL, save_model
-from sempa_st.train.forwards import embed_with_gradients
 from sempa_st.train.trainer import DevScored
 
 
@@ -27,7 +26,6 @@ class ContrastiveTrainer(DevScored, SentenceTransformerTrainer):
     """
 
     def __init__(self, *, module: PromptEOL, temperature: float, **kwargs: Any) -> None:
-        module.embed_rows = embed_with_gradients
         embedder = SentenceTransformer(modules=[module], device=str(module.model.device))
         loss = MultipleNegativesRankingLoss(embedder, scale=1 / temperature)
         super().__init__(model=embedder, loss=loss, **kwargs)

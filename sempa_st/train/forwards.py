@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.closing import OpenRows
-from sempa_st.packing import embed_packed, unpadded
+from sempa_st.embed import embed_packed
+from sempa_st.packing import unpadded
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.train.prefixes import shared_states
 
@@ -66,9 +67,16 @@ def _closing_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) 
     return ReadStates(ordered[0], ordered[1][:reference_rows])
 
 
-def embed_with_gradients(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states of :func:`last_states`: the ``embed_rows`` of a module whose ``forward`` is trained through."""
-    return last_states(module, input_ids, attention_mask).states
+class TrainingForward:
+    """The ``forward_rows`` of a module whose ``forward`` is trained through."""
+
+    def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the states of :func:`last_states`."""
+        return last_states(module, input_ids, attention_mask).states
+
+    def packs_batches(self, module: PromptEOL) -> bool:
+        """Return False: the trainer's batches are drawn at random."""
+        return False
 
 
 def alike(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from trl import DPOTrainer
 
+from sempa_st.embed import embed_packed
 from sempa_st.errors import SempaError
 from sempa_st.finite import check_finite
-from sempa_st.packing import embed_packed
 from sempa_st.peft_models import is_peft_model
 from sempa_st.prompt_eol import PromptEOL
 from sempa_st.runinfo import fingerprint
@@ -87,8 +87,13 @@ class DevScorer:
         """
         from sentence_transformers import SentenceTransformer
 
-        module = PromptEOL(model, self.tokenizer, template=self._template, max_seq_length=self._max_seq_length)
-        module.embed_rows = embed_packed
+        module = PromptEOL(
+            model,
+            self.tokenizer,
+            template=self._template,
+            max_seq_length=self._max_seq_length,
+            forward_rows=embed_packed,
+        )
         embedder = SentenceTransformer(modules=[module], device=str(model.device))
         vectors = embedder.encode(
             self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True

@@ -1,0 +1,13 @@
+"""Files that the package ships beside its code: samples, trained adapters, the model card's template."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+PACKAGE = Path(str(resources.files("sempa_st")))
+
+
+def asset_path(name: str) -> Path:
+    """Return the path of a file or folder in ``assets``, such as ``nli_sample.jsonl`` or ``models``."""
+    return PACKAGE / "assets" / name
