@@ -19,7 +19,7 @@ pytestmark = pytest.mark.names_dtype
 PACKAGE = Path("sempa_st")
 LAYERS = [
     {"errors", "console", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},
-    {"files"},
+    {"files", "jinja_child"},
     {
         "cached",
         "prompts",
