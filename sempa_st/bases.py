@@ -137,7 +137,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
         check_growth(tokenizer)
         tokenizer("A cat.")  # some settings are not looked at before
     give_back_memory()
-    check_chat_templates(tokenizer.chat_template, folder)
+    check_chat_templates(tokenizer.chat_template, folder, tokenizer.special_tokens_map)
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = "right"
     fit_tokens(tokenizer, rows or embedding_rows(Path(folder)))

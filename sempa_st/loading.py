@@ -254,11 +254,10 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
         model = SentenceTransformer(
             str(source.folder), device=device, model_kwargs=model_kwargs, trust_remote_code=False
         )
-    tokenizer: Any = getattr(model, "tokenizer", None)
     if source.kind == "sempa":
-        embedding_settings(source.folder, tokenizer)
-    else:
-        check_chat_templates(getattr(tokenizer, "chat_template", None), source.folder)
+        embedding_settings(source.folder, model.tokenizer)
+    for module in model.modules():
+        _check_templates(module, source.folder)
     try:
         model.encode(["A cat.", "Two cats, and a dog."], show_progress_bar=False)
     except Exception as error:  # what its modules say of each other shows here only
@@ -267,6 +266,17 @@ def _load_plain(source: Source, dtype: Any, device: str) -> SentenceTransformer:
             "settings do not go together; restore or download the folder again."
         ) from error
     return model
+
+
+def _check_templates(module: Any, folder: Path) -> None:
+    """Check the chat templates that a module of sentence-transformers may render; its settings name one, or hold it."""
+    tokenizer, settings = getattr(module, "tokenizer", None), getattr(module, "processing_kwargs", None) or {}
+    known = [getattr(holder, "chat_template", None) for holder in (tokenizer, getattr(module, "processor", None))]
+    asked = (settings.get("chat_template") or {}).get("chat_template")
+    if not any(isinstance(templates, dict) and asked in templates for templates in known):
+        known.append(asked)
+    for templates in known:
+        check_chat_templates(templates, folder, getattr(tokenizer, "special_tokens_map", {}))
 
 
 def _check_plain_weights(folder: Path) -> None:

@@ -22,7 +22,7 @@ def embedding_settings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tupl
         tokenizer: Its tokenizer.
 
     Raises:
-        SempaError: If there is no such template, it cannot be rendered or bounded, or leaves no room for a sentence.
+        SempaError: If there is no such template, it is not fit or cannot be rendered, or leaves no room for a sentence.
     """
     name, length = template_name(folder) or DEFAULT_TEMPLATE, folder_max_seq_length(folder)
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -31,7 +31,7 @@ def embedding_settings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tupl
             f"{folder / SETTINGS} names the template {name!r:.80}, and the tokenizer has only: "
             f"{', '.join(sorted(templates)) or 'none'}. Restore the folder from where it came."
         )
-    check_embedding_template(f"The template {name!r} in {folder}", templates[name])
+    check_embedding_template(f"The template {name!r} in {folder}", templates[name], tokenizer.special_tokens_map)
     try:
         rendered: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}], chat_template=name, tokenize=True, return_dict=True

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import sempa_st
+from sempa_st import jinja_bounds, jinja_child
 from sempa_st.bases import load_tokenizer
 from sempa_st.copying import copy_model
 from sempa_st.errors import SempaError
@@ -37,7 +38,7 @@ HOSTILE = {
     "letters": LAST + "{% for a in s %}{{ s }}{% endfor %}",
     "a repeated text": LAST + "{{ 'a' * 10000000000 }}{{ s }}",
     "a repeated list": LAST + "{{ [0] * 10000000000 }}{{ s }}",
-    "a power": LAST + "{{ 9 ** 9 ** 9 }}{{ s }}",
+    "a power": LAST + "{{ 9 ** (9 ** 9) }}{{ s }}",
     "doubling": LAST + "{% set s = s + s %}" * 60 + "{{ s }}",
     "doubling by two names": LAST + "{% set t = s ~ s %}{% set s = t ~ t %}" * 30 + "{{ s }}",
     "doubling by a list": LAST + "{% set s = [s, s] | join %}" * 60 + "{{ s }}",
@@ -64,75 +65,135 @@ HOSTILE = {
     "depth": "{{ " + "(" * 10_000 + "messages" + ")" * 10_000 + " }}",
     "length": "x" * (2 << 20) + "{{ messages[-1].content }}",
 }
+FOREVER = {
+    "a macro in itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "numbers by a name": "{% set r = range(90000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "a format": '{{ "%9999999999d" % 1 }}',
+    "a format by a method": '{{ "{:>9999999999}".format(1) }}',
+    "letters in letters": "{% for a in messages[-1].content %}{% for b in messages[-1].content %}"
+    "{% for c in messages[-1].content %}{% endfor %}{% endfor %}{% endfor %}",
+    "an answer alone": "{% if add_generation_prompt %}{{ 'a' * 10**10 }}{% endif %}",
+    "doubling by turns": HOSTILE["a namespace"],
+    "much for each sentence": "{% for i in range(90000) %}{% for j in 'abcdefghijklmnop' %}{% endfor %}{% endfor %}",
+    "a special token": "{% for a in bos_token %}{{ bos_token }}{% endfor %}",
+}
+"""Templates that a base could have and no syntax gives away."""
+HARMLESS = {
+    "an indentation": "{% macro show(depth) %}{{ '-' * (depth * 2) }}{% endmacro %}{{ show(3) }}",
+    "short numbers in numbers": "{% for i in range(4) %}{% for j in range(3) %}{{ i * j }}{% endfor %}{% endfor %}",
+    "a power": "{{ 9 ** 9 ** 9 }}",  # from the left, as Jinja reads it: 78 digits
+    "a refusal": "{{ raise_exception('Conversation roles must alternate') }}",
+    "an error": "{{ messages[0].content + 1 }}",
+    "much": "{%- macro show(m, n=1) -%}{{ '  ' * n }}{{ m | tojson(indent=2) }}{%- endmacro -%}"
+    "{%- set n = namespace(i=0) -%}{%- for m in messages -%}{% generation %}{{ show(m) }}{% endgeneration %}"
+    "{%- for part in m.content -%}{% if not part %}{% continue %}{% endif %}{{ part }}{%- endfor -%}"
+    "{%- for i in range(messages | length) -%}{{ i }}{%- endfor -%}{%- set n.i = n.i + 1 -%}{%- endfor -%}",
+    "a date": "{{ strftime_now('%Y') }}",
+    "none": "",
+}
+TOKENS = {"bos_token": "<s>"}
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja_bounds, "_SECONDS", 1)
 
 
 @pytest.mark.parametrize("name", EMBEDDING_TEMPLATES)
-def test_our_own_templates_are_taken(name: str) -> None:
-    for start in ("", "<bos>", "<bos> "):
-        check_embedding_template(name, EMBEDDING_TEMPLATES[name].jinja(start=start))
+def test_our_own_templates_need_no_trial(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [EMBEDDING_TEMPLATES[name].jinja(start=start) for start in ("", "<s>", "<s> ", "another")]
+    check_embedding_template(name, texts[-1], TOKENS)
+    monkeypatch.setattr(jinja_bounds, "_tried", None)
+    for text in texts[:-1]:
+        check_embedding_template(name, text, TOKENS)
 
 
 @pytest.mark.parametrize("name", PLAUSIBLE)
 def test_plausible_templates_are_taken(name: str) -> None:
-    check_embedding_template(name, PLAUSIBLE[name])
-    check_chat_templates({name: PLAUSIBLE[name]}, "here")
+    check_embedding_template(name, PLAUSIBLE[name], TOKENS)
+    check_chat_templates({name: PLAUSIBLE[name]}, "here", TOKENS)
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_could_grow_is_refused(name: str) -> None:
     with pytest.raises(SempaError, match="It") as error:
-        check_embedding_template("It", HOSTILE[name])
+        check_embedding_template("It", HOSTILE[name], TOKENS)
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize(
-    "name", ["numbers in numbers", "numbers", "a repeated text", "a repeated list", "a power", "depth"]
-)
-def test_a_base_of_its_own_may_do_more_but_not_that(name: str) -> None:
-    with pytest.raises(SempaError, match=r"The chat template 'default' in here"):
-        check_chat_templates(HOSTILE[name], "here")
-
-
-def test_a_base_of_its_own_may_do_more() -> None:
-    check_chat_templates(
-        "{%- macro show(m, n=1) -%}{{ '  ' * n }}{{ m | tojson(indent=2) }}{%- endmacro -%}"
-        "{%- set n = namespace(i=0) -%}{%- for m in messages -%}{% generation %}{{ show(m) }}{% endgeneration %}"
-        "{%- for part in m.content -%}{% if not part %}{% continue %}{% endif %}{{ part }}{%- endfor -%}"
-        "{%- for i in range(messages | length) -%}{{ i }}{%- endfor -%}{%- set n.i = n.i + 1 -%}{%- endfor -%}",
-        "here",
-    )
-
-
-PIECES = st.sampled_from(
+    "text",
     [
-        "{% set s = s + '.' %}",
-        "{% set s = s + s %}",
-        "{% set t = s ~ messages[0].content %}",
-        "{% set s = t | string + [s] | string %}",
-        "{% set s = s | replace('a', 'bb') %}",
-        "{% set t %}{{ s }}{{ t }}{% endset %}",
-        "{% set s = (messages | map(attribute='content') | join('--')) if s else t %}",
-        "{% if s and s[-1] == 'a' %}{{ t }}{% else %}{{ s[:3] }}{% endif %}",
-        "{% for m in messages %}{{ s }}{{ m.content }}{% set s = s + m.content %}{% endfor %}",
-        "{{ s | list }}",
-        "{{ [s, t] | join(', ') }}",
-    ]
+        *(HOSTILE[name] for name in ("numbers in numbers", "numbers", "a repeated text", "a repeated list")),
+        *(HOSTILE[name] for name in ("a power", "depth", "no end")),
+        *FOREVER.values(),
+    ],
 )
+def test_a_base_of_its_own_may_do_more_but_not_that(text: str) -> None:
+    with pytest.raises(SempaError, match=r"The chat template 'default' in here"):
+        check_chat_templates(text, "here", {"bos_token": "<s>" * 10_000})
 
 
-@given(st.lists(PIECES, max_size=6), st.text("ab\\'\"\n", max_size=20))
-def test_the_bound_is_one(pieces: list[str], sentence: str) -> None:
-    """No template that is taken writes more than the bound that it is taken for."""
-    text = LAST + "{% set t = '' %}" + "".join(pieces) + "{{ s }}"
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_base_of_its_own_may_do_more(name: str) -> None:
+    check_chat_templates(HARMLESS[name], "here", TOKENS)
+
+
+def test_an_answer_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "{{ messages[0].content }} is asked once"
+    check_embedding_template("It", text, TOKENS)
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    check_embedding_template("It", text, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("executable", "message"),
+    [
+        ("/no/python", r"^It cannot be tried out by '/no/python' in a process of its own \(.*No such file"),
+        ("", r"^It cannot be tried out by '' in a process of its own \("),
+        (shutil.which("false"), r"^It cannot be tried out \(exit code 1"),
+        (shutil.which("true"), r"^It cannot be tried out \(exit code 0"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(executable: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(SempaError, match=message):
+        check_embedding_template("It", "{{ messages[0].content }}" + f" by {executable}", TOKENS)
+
+
+def test_a_process_that_gives_no_answer_is_left_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "{{ messages[0].content }} in no time"
+    with monkeypatch.context() as busy:
+        busy.setattr(jinja_bounds, "_WAIT", 0.01)
+        with pytest.raises(SempaError, match=r"^It cannot be tried out .* timed out after 0.01 seconds"):
+            check_embedding_template("It", text, TOKENS)
+    check_embedding_template("It", text, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *PLAUSIBLE.values(),
+        *HARMLESS.values(),
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% if add_generation_prompt %}\n  {% set x = {'ö': '<'} %}\n  {{ x | tojson }}\n{% endif %}\n",
+    ],
+)
+def test_a_trial_renders_as_transformers_does(text: str) -> None:
+    messages = [{"role": "user", "content": "A cat's\n sleep."}]
+    task = {"template": text, "tokens": TOKENS, "conversations": [(messages, True)], "fixed": 1000, "times": 1}
+    outcome = jinja_child.answer(task)["outcomes"][0]
     try:
-        check_embedding_template("It", text)
-    except SempaError:
-        return
-    messages = [{"role": "system", "content": sentence}, {"role": "user", "content": sentence}]
-    written = ImmutableSandboxedEnvironment().from_string(text).render(messages=messages)
-    assert len(written) <= 100_000 + 64 * 2 * len(sentence)
+        expected, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=True, **TOKENS)
+    except Exception as error:
+        assert outcome == {"error": repr(error)}
+    else:
+        assert outcome == {"text": expected[0]}
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_template_is_looked_at_by_every_route(adapter_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(adapter_folder, tmp_path / "model")
     (folder / "additional_chat_templates" / "prompteol.jinja").write_text(HOSTILE["letters"])
@@ -141,12 +202,29 @@ def test_a_template_is_looked_at_by_every_route(adapter_folder: Path, tiny_base:
         lambda: sempa_st.load(folder, dtype="float32", device="cpu", reader="native"),
         lambda: copy_model(str(folder), tmp_path / "copied"),
     ):
-        with pytest.raises(SempaError, match=r"The template 'prompteol' in .*model has a For in line 1"):
+        with pytest.raises(SempaError, match=r"template 'prompteol' in .*model takes too much"):
             open_it()
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    (base / "chat_template.jinja").write_text(HOSTILE["numbers in numbers"])
-    with pytest.raises(SempaError, match=r"The chat template 'default' in .*base has a loop over numbers"):
-        load_tokenizer(base)
+    (base / "chat_template.jinja").write_text(FOREVER["numbers by a name"])
+    for open_it in (lambda: load_tokenizer(base), lambda: sempa_st.load(base, dtype="float32", device="cpu")):
+        with pytest.raises(SempaError, match=r"The chat template 'default' in .*base takes too much"):
+            open_it()
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("place", ["sentence_bert_config.json", "chat_template.jinja"])
+def test_one_of_a_plain_model_is_looked_at_too(adapter_folder: Path, tmp_path: Path, place: str) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "model")
+    (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 32, "pooling_mode": "mean"}')
+    file = folder / place
+    if file.suffix == ".json":
+        settings = json.loads(file.read_text())
+        settings["processing_kwargs"]["chat_template"]["chat_template"] = FOREVER["a format"]
+        file.write_text(json.dumps(settings))
+    else:
+        file.write_text(FOREVER["a format"])
+    with pytest.raises(SempaError, match=r"The chat template 'default' in .*model takes too much"):
+        sempa_st.load(folder, dtype="float32", device="cpu")
 
 
 def test_a_chat_template_that_fails_is_named(tiny_base: Path) -> None:

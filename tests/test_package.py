@@ -19,8 +19,7 @@ pytestmark = pytest.mark.names_dtype
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"errors", "console", "assets", "patching", "peft_models", "token_rows", "leftovers", "portable", "train.losses"},
-    {"files", "hub"},
+    {"files", "hub", "jinja_child"},
     {
         "cached",
         "prompts",
