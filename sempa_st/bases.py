@@ -14,6 +14,8 @@ from inspect import isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from platformdirs import user_cache_path
+
 from sempa_st.devices import give_back_memory
 from sempa_st.errors import SempaError
 from sempa_st.files import file_sha256, made_once, read_json, write_text
@@ -236,9 +238,7 @@ def load_config(folder: Path) -> Any:
 
 def cache_folder() -> Path:
     """Return this package's cache folder: ``SEMPA_CACHE_DIR``, or ``sempa-st`` in the user's cache."""
-    if chosen := os.environ.get("SEMPA_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sempa-st"
+    return Path(os.environ.get("SEMPA_CACHE_DIR") or user_cache_path("sempa-st", appauthor=False))
 
 
 def write_notice(folder: Path, origin: str, terms: Path) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lay out rows under a header; numbers are set right, floats with two places.
 
     >>> print(table(["task", "score"], [["STS12", 61.5], ["average", 7]]))
-    task     score
-    -------  -----
-    STS12    61.50
-    average      7
+    task       score
+    -------  -------
+    STS12      61.50
+    average        7
     """
     cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     numeric = [all(isinstance(row[index], int | float) for row in rows) for index in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    align = ["right" if right else "left" for right in numeric]
+    # Cells are text by now, and stay as they are even where they look like numbers.
+    return tabulate(cells, list(header), tablefmt="simple", colalign=align, disable_numparse=True)

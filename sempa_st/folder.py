@@ -7,7 +7,6 @@ import string
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from sempa_st.prompt_eol import (
     within_positions,
 )
 from sempa_st.prompts import EmbeddingTemplate
+from sempa_st.token_rows import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -102,7 +102,8 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[in
         SempaError: If there are none but the start token.
     """
     sentences = [*_PROBES, *string.punctuation, *_BEGINNINGS]
-    shared = _common_start([_template_ids(tokenizer, template, sentence) for sentence in sentences])
+    rows = [_template_ids(tokenizer, template, sentence) for sentence in sentences]
+    shared = rows[0][: common_prefix(rows)]
     if not set(shared) - {tokenizer.bos_token_id}:
         raise SempaError(f"Sentences under the template {template!r} do not begin alike with this tokenizer.")
     return shared
@@ -119,15 +120,11 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[in
         SempaError: If there are none.
     """
     sentences = [*_PROBES, *_ENDINGS]
-    shared = _common_start([_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences])
+    rows = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences]
+    shared = rows[0][: common_prefix(rows)]
     if not shared:
         raise SempaError(f"Sentences under the template {template!r} do not end in the same token with this tokenizer.")
     return shared[::-1]
-
-
-def _common_start(rows: list[list[int]]) -> list[int]:
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    return [tokens[0] for tokens in same]
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

@@ -22,6 +22,7 @@ from sempa_st.cached import (
 )
 from sempa_st.flash import ATTENTIONS
 from sempa_st.last_layer import read_at
+from sempa_st.token_rows import common_prefix
 
 _WIDTH, _STEP = 128, 16
 """Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
@@ -168,7 +169,7 @@ def begin_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
     """Run what all rows begin with, and lay out the rest; arguments as for :func:`packed_states`."""
     lists = [row.tolist() for row in rows]
     shortest = min(len(row) for row in lists)
-    opening = 0 if keeps_no_cache(decoder) else min(_alike(min(lists), max(lists)), shortest - 1)
+    opening = 0 if keeps_no_cache(decoder) else min(common_prefix(lists), shortest - 1)
     layout = _lay_out([row[opening:] for row in lists], views=decoder.training)
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
@@ -191,7 +192,7 @@ def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
     """Lay out rows in packs; ``views`` keeps equal rows apart."""
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     pairs = [(rows[one], rows[two]) for one, two in pairwise(order)]
-    alike = [0, *(0 if views and one == two else _alike(one, two) for one, two in pairs)]
+    alike = [0, *(0 if views and pair[0] == pair[1] else common_prefix(pair) for pair in pairs)]
     packs, width = fill_packs([len(rows[row]) for row in order], alike)
     filled: list[list[list[int]]] = []
     found: list[list[int]] = [[]] * len(rows)
@@ -261,12 +262,6 @@ def _fill_longest_first(
     ordered = [sorted(pack) for pack in filled]
     packs = [[(pack[0], 0), *((two, min(alike[one + 1 : two + 1])) for one, two in pairwise(pack))] for pack in ordered]
     return packs, max(sum(sizes[row] - same for row, same in pack) for pack in packs)
-
-
-def _alike(one: Sequence[int], two: Sequence[int]) -> int:
-    """Return how many tokens two rows begin with alike."""
-    differing = (place for place, (first, second) in enumerate(zip(one, two, strict=False)) if first != second)
-    return next(differing, min(len(one), len(two)))
 
 
 def _own_keys(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:

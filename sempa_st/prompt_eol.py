@@ -27,7 +27,7 @@ from .peft_models import (
     keep_activation_apart,
     load_adapter,
 )
-from .token_rows import fitting, pad_rows, sentence_in, tokenize
+from .token_rows import common_prefix, fitting, pad_rows, sentence_in, tokenize
 
 DEFAULT_MAX_SEQ_LENGTH = 512
 SOURCES = ("prompt_eol.py", "peft_models.py", "token_rows.py")
@@ -181,8 +181,7 @@ class PromptEOL(InputModule):
         if self._suffix is None:
             # What two different sentences end in alike: the template's closing tokens, seams included.
             first, second = (ids[::-1] for ids in self._token_ids(["0", "1 2 3 4"], None))
-            same = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-            self._suffix = first[:same][::-1]
+            self._suffix = first[: common_prefix([first, second])][::-1]
         return row[: self.max_seq_length - len(self._suffix)] + self._suffix
 
     def get_config_dict(self) -> dict[str, Any]:

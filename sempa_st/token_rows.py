@@ -15,6 +15,18 @@ import torch
 from torch import Tensor
 
 
+def common_prefix(rows: Sequence[Any]) -> int:
+    """Return the length in tokens of the longest common prefix of rows: lists, or tuples, of token ids.
+
+    >>> common_prefix([[2, 5, 7], [2, 5], [2, 5, 9]])
+    2
+    """
+    # All rows begin as the first and the last one do in lexicographic order.
+    first, last = min(rows), max(rows)
+    differing = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return next(differing, len(first))
+
+
 def sentence_in(value: Any) -> str:
     """Return the sentence that an input of sentence-transformers holds.
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import sempa_st
 from sempa_st.adapters import lora_config
-from sempa_st.bases import Base, load_causal_lm, load_tokenizer, resolve_base
+from sempa_st.bases import Base, cache_folder, load_causal_lm, load_tokenizer, resolve_base
 from sempa_st.devices import give_back_memory, keep_attention_right, pick_device, pick_dtype
 from sempa_st.errors import SempaError
 from sempa_st.hub import model_folder
@@ -218,3 +218,15 @@ def memory_in_use() -> float:
     """Return this process's own memory in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) / 1024
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="other systems have other cache folders")
+def test_the_cache_folder_is_the_one_chosen_or_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SEMPA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "sempa-st"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "sempa-st"
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"

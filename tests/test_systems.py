@@ -57,7 +57,9 @@ def test_the_table_holds_what_evaluate_finds(
     assert set(COLUMNS) == set(rows["mean"])
     markdown = (tmp_path / "table" / "table.md").read_text().splitlines()
     assert len(markdown) == 2 + 3 + len(published())
-    assert f"| mean | {float(rows['mean']['STS12']):.2f} |" in markdown[2]
+    assert [cell.strip() for cell in markdown[0].strip("|").split("|")] == list(COLUMNS)
+    shown = [cell.strip() for cell in markdown[2].strip("|").split("|")]
+    assert shown == ["mean", *(f"{float(rows['mean'][column]):.2f}" for column in COLUMNS[1:])]
     assert "LLaMA2-7B Echo (paper)" in out
 
 

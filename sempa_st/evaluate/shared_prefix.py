@@ -19,6 +19,7 @@ from sempa_st.cached import cache_argument
 from sempa_st.errors import SempaError
 from sempa_st.patching import edited
 from sempa_st.peft_models import invocation_tokens
+from sempa_st.token_rows import common_prefix
 
 _BATCH_TOKENS = 1 << 14
 """Most tokens in the key/value cache of a batch, rows times length: what bounds its memory."""
@@ -208,8 +209,7 @@ class _Scorer:
 def _shared(rows: list[Row]) -> int:
     """Return how many tokens rows in order have in common, of those that may lie in a prefix."""
     most = min(row.free for row in rows)
-    pairs = zip(rows[0].tokens[:most], rows[-1].tokens[:most], strict=True)
-    return next((index for index, (one, other) in enumerate(pairs) if one != other), most)
+    return common_prefix([row.tokens[:most] for row in (rows[0], rows[-1])])
 
 
 def _cells(batch: list[Row], held: int) -> Iterator[tuple[int, int, int, int]]:

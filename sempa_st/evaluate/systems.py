@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from sempa_st.assets import asset_path
 from sempa_st.devices import pick_device
 from sempa_st.errors import SempaError
@@ -157,14 +159,9 @@ def _average(scores: dict[str, float]) -> float:
 def write_tables(output: Path, found: Sequence[dict[str, Any]]) -> None:
     """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
     lines = lines_of(found)
-    cells = [[_shown(cell) for cell in line] for line in lines]
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *cells]
-    write_text(output / "table.md", "".join(f"| {' | '.join(row)} |\n" for row in rows))
+    markdown = tabulate(lines, COLUMNS, tablefmt="pipe", floatfmt=".2f")
+    write_text(output / "table.md", f"{markdown}\n")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
     write_text(output / "table.csv", text.getvalue())
     write_json(output / "table.json", {"systems": list(found), "published": published(), "run": run_info()})
-
-
-def _shown(cell: str | float | None) -> str:
-    return f"{cell:.2f}" if isinstance(cell, float) else cell or ""

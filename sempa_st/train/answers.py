@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.errors import SempaError
 from sempa_st.nli import NliData, Triplet
 from sempa_st.preferences import ranked_answers
+from sempa_st.token_rows import common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> 
     else:
         request = _chat_ids(tokenizer, prompt, add_generation_prompt=True)
         whole = _chat_ids(tokenizer, prompt + answer)
-    shared = next((i for i, (a, b) in enumerate(zip(request, whole, strict=False)) if a != b), len(request))
+    shared = common_prefix([request, whole])
     return request[:shared], whole[shared:]
 
 
