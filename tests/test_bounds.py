@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
-from sempa_st.grid import read_grid
 from sempa_st.methods.registry import parse_method
 from sempa_st.options import load_yaml, option_values
+from sempa_st.sweep_cli import read_grid
 
 FIELDS = dataclasses.fields(TrainConfig)
 FLOATS = [field.name for field in FIELDS if get_type_hints(TrainConfig)[field.name] is float]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ from sempa_st.averaging import average_models
 from sempa_st.cli import main
 from sempa_st.copying import copy_model
 from sempa_st.folder import base_of_adapter
-from sempa_st.grid import make_points, settings_digest
 from sempa_st.portable import portable_command, portable_name, portable_record
+from sempa_st.sweep_cli import make_configs
+from sempa_st.train.ranking import place
+from sempa_st.train.record import settings_digest
 from sempa_st.train.run import train
-from sempa_st.train.sweep import place
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,15 @@ def test_a_sweep_knows_its_finished_runs_by_the_settings_as_given(tmp_path: Path
     """Two bases of one name differ in the grid, though not in what is published of them."""
     bases = [save_base(tmp_path / part / "base", make_llama(seed), make_tokenizer()) for seed, part in enumerate("ab")]
     fixed = {"data": "sample", "output": "o", "dev": "sample", "device": "cpu"}
-    points = make_points(fixed, [{"base": str(base)} for base in bases])
+    configs, varied = make_configs(fixed, [{"base": str(base)} for base in bases])
     config = make_config(bases[1], tmp_path / "runs" / "second", max_triplets=8, checkpoint_samples=4)
-    point = replace(points[1], config=config)
-    train(config)
-    assert [run.folder.name for run in place([points[0], point], tmp_path / "runs")][1] == "second"
-    runs = place([replace(point, config=replace(config, base=str(bases[0]))), point], tmp_path / "runs")
+    record, _ = train(config)
+    names = {record["settings_digest"]: "second"}
+    runs = place([configs[0], config], varied, tmp_path / "runs", names)
     assert runs[0].record is None
-    assert runs[1].record is not None
+    assert runs[1].record == record
+    (tmp_path / "runs" / "second").rename(runs[0].folder)
+    assert place(configs, varied, tmp_path / "runs", {})[0].record is None
 
 
 def test_an_option_of_a_later_version_changes_no_digest() -> None:

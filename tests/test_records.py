@@ -27,9 +27,9 @@ from sempa_st.train import reference
 from sempa_st.train import run as training
 from sempa_st.train.answers import answer_ids, without_too_long
 from sempa_st.train.build import build_trainer
+from sempa_st.train.ranking import RunResult
 from sempa_st.train.record import run_table
 from sempa_st.train.run import gather, train
-from sempa_st.train.sweep import Run
 from sempa_st.train.trainer import DevScored, DevScorer
 from sempa_st.train.workdir import WorkDir
 
@@ -78,7 +78,7 @@ def test_a_step_that_overflowed_spoils_no_run(
     text = (tmp_path / "model" / "sempa_run.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == record
     assert "<- kept" in run_table(record)
-    assert Run(None, tmp_path / "model").record == record  # type: ignore[arg-type]
+    assert RunResult(config, {}, tmp_path / "model").record == record
 
 
 def test_a_table_averages_what_is_a_number(tiny_base: Path, tmp_path: Path) -> None:

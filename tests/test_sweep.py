@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from filelock import FileLock
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from safetensors.torch import load_file
 
 import sempa_st
 from sempa_st.config import TrainConfig
 from sempa_st.errors import SempaError
 from sempa_st.files import write_json
-from sempa_st.grid import SWEEP_OWNED, Point, make_points, read_grid, settings_digest
-from sempa_st.train.ranking import results_table
+from sempa_st.sweep_cli import make_configs, read_grid
+from sempa_st.train.ranking import RunResult, place, results_table
+from sempa_st.train.record import settings_digest
 from sempa_st.train.run import train
-from sempa_st.train.sweep import place, run_sweep
+from sempa_st.train.sweep import run_sweep
 from sempa_st.train.trainer import SempaTrainer
 from sempa_st.train.workdir import WorkDir
 
@@ -27,8 +31,16 @@ Cli = Callable[..., tuple[int, str, str]]
 FIXED: dict[str, Any] = {"data": "sample", "output": "o", "dev": "sample", "device": "cpu"}
 
 
-def points_of(*sets: str, **fixed: Any) -> list[Point]:
-    return make_points({**FIXED, **fixed}, read_grid(None, sets))
+def points_of(*sets: str, **fixed: Any) -> tuple[list[TrainConfig], list[str]]:
+    return make_configs({**FIXED, **fixed}, read_grid(None, sets))
+
+
+def runs_of(*sets: str, **fixed: Any) -> list[RunResult]:
+    return place(*points_of(*sets, **fixed), Path("runs"), {})
+
+
+def names_of(*sets: str, **fixed: Any) -> list[str]:
+    return [run.folder.name for run in runs_of(*sets, **fixed)]
 
 
 def grid_file(tmp_path: Path, text: str) -> str:
@@ -67,7 +79,7 @@ def test_a_mapping_is_a_product_and_a_list_of_them_a_union(tmp_path: Path) -> No
         ("- 1", [], "does not hold options"),
         ("a: [", [], "is not YAML"),
         ("beta: [0.1]", ["beta=0.2"], r"beta is both in .*grid\.yaml and in --set"),
-        ("beta: [0.1]", ["seed=1", "seed=2"], "--set gives seed twice"),
+        ("beta: [0.1]", ["seed=1", "seed=2"], "--set seed=2 gives seed twice"),
         ("beta: [0.1]", ["seed"], "--set seed has no '='"),
         ("beta: [0.1]", ["seed="], "--set seed= has no value for seed"),
         ("beta: [0.1]", ["seed=1.5"], "seed is '1.5'. Expected a value of type int"),
@@ -89,32 +101,30 @@ def test_every_point_is_checked_and_named() -> None:
     with pytest.raises(SempaError, match=r"Point 2 of the grid \(beta=-1.0\): beta is -1.0"):
         points_of("beta=0.1,-1")
     with pytest.raises(SempaError, match=r"Point 1 .*--data is missing"):
-        make_points({"output": "o"}, [{"beta": 0.1}])
+        make_configs({"output": "o"}, [{"beta": 0.1}])
     with pytest.raises(SempaError, match=r"Point 2 .* has the same settings as point 1"):
         points_of("beta=0.1,0.10")
     with pytest.raises(SempaError, match=r"Point 2 .* has the same settings as point 1"):
-        make_points(FIXED, [{"seed": 1}, {"seed": 1, "beta": 0.1}])  # 0.1 is beta's default
-    points = points_of("learning_rate=2e-4,1e-5", "lora_r=8", data="x")
-    assert [point.name for point in points] == ["learning_rate=0.0002", "learning_rate=1e-05"]
-    assert [point.name for point in points_of("lora_r=8")] == ["lora_r=8"]
-    assert points_of("data=/a b/c.csv,d.csv")[0].name == "data=-a-b-c.csv"
-    long = points_of(f"data={'x' * 200},d.csv")
-    assert long[0].name == long[0].digest
+        make_configs(FIXED, [{"seed": 1}, {"seed": 1, "beta": 0.1}])  # 0.1 is beta's default
+    assert names_of("learning_rate=2e-4,1e-5", "lora_r=8", data="x") == ["learning_rate=0.0002", "learning_rate=1e-05"]
+    assert names_of("lora_r=8") == ["lora_r=8"]
+    assert names_of("data=/a b/c.csv,d.csv")[0] == "data=-a-b-c.csv"
+    long = runs_of(f"data={'x' * 200},d.csv")
+    assert long[0].folder.name == long[0].digest
     assert long[0].digest != long[1].digest
 
 
-def test_names_that_fall_together_are_told_apart(tmp_path: Path) -> None:
-    points = points_of("data=a/b,a-b,a b")
-    names = [run.folder.name for run in place(points, tmp_path)]
-    assert names == ["data=a-b", *(f"data=a-b-{point.digest}" for point in points[1:])]
+def test_names_that_fall_together_are_told_apart() -> None:
+    runs = runs_of("data=a/b,a-b,a b")
+    assert [run.folder.name for run in runs] == ["data=a-b", *(f"data=a-b-{run.digest}" for run in runs[1:])]
 
 
 def test_the_digest_is_of_what_decides_the_result() -> None:
-    config = points_of("seed=1")[0]
-    moved = points_of("seed=1", output="elsewhere", device="cuda", data_dir="d", log_steps=5, overwrite=True)[0]
+    config = runs_of("seed=1")[0]
+    moved = runs_of("seed=1", output="elsewhere", device="cuda", data_dir="d", log_steps=5, overwrite=True)[0]
     assert config.digest == moved.digest
     assert settings_digest({"data": "sample", "dev": "sample", "seed": 1, "data_sha256": "x"}) == config.digest
-    assert points_of("seed=2")[0].digest != config.digest
+    assert runs_of("seed=2")[0].digest != config.digest
 
 
 class FakeTrain:
@@ -128,7 +138,7 @@ class FakeTrain:
     def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], bool]:
         self.calls.append(config)
         record = json.loads((self.folder / "sempa_run.json").read_text())
-        record["config"] = {name: value for name, value in vars(config).items() if name not in SWEEP_OWNED}
+        record["config"] = vars(config)
         record["settings_digest"] = settings_digest(vars(config))
         record["dev"]["scores"] = [
             {"step": 0, "samples": 0, "spearman": 50.0},
@@ -174,7 +184,7 @@ def test_runs_go_in_order_and_the_best_model_is_kept(
     fake: FakeTrain, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points = points_of("lora_r=4,16,8", base=str(tiny_base))
-    results = run_sweep(points, tmp_path / "s", train=fake)
+    results = run_sweep(*points, tmp_path / "s", train=fake)
     assert fake.ranks() == [4, 16, 8]
     assert [(run["name"], run["dev_score"], run["step"]) for run in results["runs"]] == [
         ("lora_r=16", 66.0, 2), ("lora_r=8", 58.0, 2), ("lora_r=4", 54.0, 2),
@@ -191,26 +201,26 @@ def test_runs_go_in_order_and_the_best_model_is_kept(
     assert "[2/3] lora_r=16\n" in err
     assert err.count("not run yet") == 2 + 1  # after the first run two are left, after the second one
 
-    assert run_sweep(points, tmp_path / "s", train=fake) == results
+    assert run_sweep(*points, tmp_path / "s", train=fake) == results
     assert fake.ranks() == []
     assert "[3/3] lora_r=8: done before, dev 58.00" in capsys.readouterr().err
 
 
 def test_a_best_run_below_the_base_is_called_that(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
     fake.score = lambda config: 49.0
-    results = run_sweep(points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
+    results = run_sweep(*points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
     assert results["best"] == "lora_r=8"  # of two equals the earlier one
     assert "does not beat its base's own dev score, 50.00" in results_table(results)
 
 
 def test_all_models_are_kept_on_request(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
-    run_sweep(points_of("lora_r=4,8", base=str(tiny_base)), tmp_path / "s", keep_models=True, train=fake)
+    run_sweep(*points_of("lora_r=4,8", base=str(tiny_base)), tmp_path / "s", keep_models=True, train=fake)
     assert models(tmp_path / "s") == ["lora_r=4", "lora_r=8"]
 
 
 def test_a_changed_grid_keeps_what_has_the_same_settings(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
     def again(*sets: str, **fixed: Any) -> dict[str, Any]:
-        return run_sweep(points_of(*sets, base=str(tiny_base), **fixed), tmp_path / "s", train=fake)
+        return run_sweep(*points_of(*sets, base=str(tiny_base), **fixed), tmp_path / "s", train=fake)
 
     again("lora_r=4,8")
     assert [run["name"] for run in again("lora_r=8,6,4", "seed=42,1")["runs"]][:2] == ["lora_r=8", "lora_r=8,seed=1"]
@@ -236,18 +246,18 @@ def test_a_failed_run_is_recorded_and_tried_again_on_request(
 
     fake.score = diverge
     points = points_of("lora_r=8,4", base=str(tiny_base))
-    results = run_sweep(points, tmp_path / "s", train=fake)
+    results = run_sweep(*points, tmp_path / "s", train=fake)
     assert results["best"] == "lora_r=4"
     assert results["runs"][1] == {
         "name": "lora_r=8", "settings": {"lora_r": 8}, "state": "failed", "error": "The dev score is not a number.",
     }  # fmt: skip
     assert "failed: The dev score is not a number." in (tmp_path / "s" / "results.md").read_text()
     assert fake.ranks() == [8, 4]
-    assert run_sweep(points, tmp_path / "s", train=fake) == results
+    assert run_sweep(*points, tmp_path / "s", train=fake) == results
     assert fake.ranks() == []
     assert "[1/2] lora_r=8: has failed before; --retry-failed" in capsys.readouterr().err
     fake.score = lambda config: 61.0
-    assert run_sweep(points, tmp_path / "s", retry_failed=True, train=fake)["best"] == "lora_r=8"
+    assert run_sweep(*points, tmp_path / "s", retry_failed=True, train=fake)["best"] == "lora_r=8"
     assert fake.ranks() == [8]
     assert not list((tmp_path / "s" / "runs").glob("*.failed.json"))
 
@@ -258,7 +268,7 @@ def test_a_sweep_of_which_nothing_ends_well_is_an_error(fake: FakeTrain, tiny_ba
 
     fake.score = diverge
     with pytest.raises(SempaError, match=r"None of the 2 runs ended well.*Diverged.*--retry-failed"):
-        run_sweep(points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
+        run_sweep(*points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
     assert not (tmp_path / "s" / "best").exists()
 
 
@@ -270,7 +280,7 @@ def test_what_would_make_every_run_fail_is_refused_first(
     def refused(message: str, **fixed: Any) -> None:
         points = points_of("lora_r=4,8", **{"base": str(tiny_base), **fixed})
         with pytest.raises(SempaError, match=message):
-            run_sweep(points, target, train=fake)
+            run_sweep(*points, target, train=fake)
 
     refused("Unknown data 'nonsense'", data="nonsense")
     refused("Unknown model 'x'", base="x")
@@ -286,7 +296,7 @@ def test_what_would_make_every_run_fail_is_refused_first(
     (target / "mine").unlink()
     data = tmp_path / "nli.csv"
     data.write_text("sent0,sent1,hard_neg\na,b,c\n")
-    run_sweep(points_of("lora_r=4", base=str(tiny_base), data=str(data)), target, train=fake)
+    run_sweep(*points_of("lora_r=4", base=str(tiny_base), data=str(data)), target, train=fake)
     data.write_text("sent0,sent1,hard_neg\na,b,d\n")
     refused(r"nli\.csv has changed since the sweep", data=str(data))
     with FileLock(target / ".lock"):
@@ -296,6 +306,162 @@ def test_what_would_make_every_run_fail_is_refused_first(
 
 class InterruptError(Exception):
     pass
+
+
+def journal_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials of the only study in a sweep's journal, as a reader that knows nothing of us finds them."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "journal.jsonl")))
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+def test_a_grid_visits_exactly_the_product(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
+    points = points_of("lora_r=4,16", "beta=0.2,0.1,0.3", "stop_words=true,false", base=str(tiny_base))
+    run_sweep(*points, tmp_path / "s", train=fake)
+    product = list(itertools.product((4, 16), (0.2, 0.1, 0.3), (True, False)))
+    assert [(config.lora_r, config.beta, config.stop_words) for config in fake.calls] == product
+    trials = journal_of(tmp_path / "s")
+    assert [tuple(trial.params[name] for name in ("lora_r", "beta", "stop_words")) for trial in trials] == product
+    assert [trial.value for trial in trials] == [50.0 + rank for rank, _, _ in product]
+    assert {trial.user_attrs["config"]["seed"] for trial in trials} == {42}
+
+
+def interrupted_after(fake: FakeTrain, runs: int) -> Callable[[TrainConfig], tuple[dict[str, Any], bool]]:
+    def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
+        if len(fake.calls) == runs:
+            raise InterruptError
+        return fake(config)
+
+    return train
+
+
+def test_an_interrupted_grid_runs_what_is_left(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
+    points = points_of("lora_r=4,16,8", base=str(tiny_base))
+    with pytest.raises(InterruptError):
+        run_sweep(*points, tmp_path / "s", train=interrupted_after(fake, 1))
+    assert [trial.state.name for trial in journal_of(tmp_path / "s")] == ["COMPLETE", "RUNNING"]
+    assert fake.ranks() == [4]
+    run_sweep(*points, tmp_path / "s", train=fake)
+    assert fake.ranks() == [16, 8]
+    assert [(trial.params, trial.value) for trial in journal_of(tmp_path / "s")] == [
+        ({"lora_r": 4}, 54.0), ({"lora_r": 16}, 66.0), ({"lora_r": 8}, 58.0),
+    ]  # fmt: skip
+
+
+def picks(fake: FakeTrain) -> list[tuple[int, float]]:
+    """Return rank and beta of what was trained since the last time this was asked for, in order."""
+    found = [(config.lora_r, config.beta) for config in fake.calls]
+    fake.calls.clear()
+    return found
+
+
+def test_a_search_is_the_same_again_and_after_an_interruption(
+    fake: FakeTrain, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = ("lora_r=2,4,6,8,10", "beta=0.1,0.2,0.3,0.4")
+    points = points_of(*grid, base=str(tiny_base))
+    results = run_sweep(*points, tmp_path / "a", search=14, train=fake)
+    first = picks(fake)
+    assert len(set(first)) == len(first) == len(results["runs"]) == 14
+    assert f"[14/14] lora_r={first[-1][0]}, beta={first[-1][1]}\n" in capsys.readouterr().err
+    assert run_sweep(*points, tmp_path / "b", search=14, train=fake) == results
+    assert picks(fake) == first
+
+    before: list[tuple[int, float]] = []
+    for more in (3, 9):  # stopped among the first ten, which TPE draws at random, and after them
+        with pytest.raises(InterruptError):
+            run_sweep(*points, tmp_path / "c", search=14, train=interrupted_after(fake, more))
+        before += picks(fake)
+    assert run_sweep(*points, tmp_path / "c", search=14, train=fake) == results
+    assert before + picks(fake) == first
+
+
+def test_a_search_goes_on_to_more_and_to_all(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
+    points = points_of("lora_r=2,4,6", "beta=0.1,0.2", base=str(tiny_base))
+    run_sweep(*points, tmp_path / "s", search=2, train=fake)
+    first = picks(fake)
+    results = run_sweep(*points, tmp_path / "s", search=99, train=fake)
+    assert sorted(first + picks(fake)) == list(itertools.product((2, 4, 6), (0.1, 0.2)))
+    assert run_sweep(*points, tmp_path / "s", train=fake)["best"] == results["best"]  # the grid knows all of them
+    assert fake.calls == []
+    reseeded = points_of("lora_r=2,4,6", "beta=0.1,0.2", base=str(tiny_base), seed=7)
+    run_sweep(*reseeded, tmp_path / "t", search=2, train=fake)
+    assert picks(fake) != first
+
+
+def test_a_search_passes_over_what_fails_and_over_what_no_mapping_holds(
+    fake: FakeTrain, tiny_base: Path, tmp_path: Path
+) -> None:
+    def diverge(config: TrainConfig) -> float:
+        if config.beta == 0.2:
+            raise SempaError("The dev score is not a number.")
+        return 60.0
+
+    fake.score = diverge
+    grid = [{"lora_r": 4, "beta": 0.1}, {"lora_r": 8, "beta": 0.2}, {"lora_r": 6, "beta": 0.3}]
+    points = make_configs({**FIXED, "base": str(tiny_base)}, grid)
+    results = run_sweep(*points, tmp_path / "s", search=3, train=fake)
+    assert sorted(picks(fake)) == [(4, 0.1), (6, 0.3), (8, 0.2)]
+    assert [run["state"] for run in results["runs"]] == ["finished", "finished", "failed"]
+    assert sorted(trial.state.name for trial in journal_of(tmp_path / "s")) == ["COMPLETE", "COMPLETE", "FAIL"]
+    assert run_sweep(*points, tmp_path / "s", search=3, train=fake) == results
+    assert fake.calls == []
+
+
+@pytest.fixture
+def begun(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> tuple[Path, Callable[[], dict[str, Any]]]:
+    """The journal of a sweep of which one run is done and one was interrupted, and how to go on with it."""
+    points = points_of("lora_r=4,16", base=str(tiny_base))
+    with pytest.raises(InterruptError):
+        run_sweep(*points, tmp_path / "s", train=interrupted_after(fake, 1))
+    fake.calls.clear()
+    return tmp_path / "s" / "journal.jsonl", lambda: run_sweep(*points, tmp_path / "s", train=fake)
+
+
+def test_a_line_that_was_being_written_loses_no_sweep(
+    begun: tuple[Path, Callable[[], dict[str, Any]]], fake: FakeTrain
+) -> None:
+    journal, go_on = begun
+    lines = journal.read_bytes().splitlines(keepends=True)
+    cuts = [b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2] for count in range(len(lines))]
+    for content in [*cuts, b"".join(lines)[:-1], b"".join(lines) + b"\0\0"]:
+        journal.write_bytes(content)
+        journal.with_name("journal.jsonl.lock").touch()  # and so is the lock of who wrote it
+        assert go_on()["best"] == "lora_r=16"
+        assert all(trial.state.name == "COMPLETE" for trial in journal_of(journal.parent))
+    assert fake.ranks() == [16]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines, b"no JSON\n"],
+        lambda lines: [b"no JSON\n", *lines],
+        lambda lines: [lines[0][:9] + b"\n", *lines[1:]],
+        lambda lines: [*lines, b"[" * 10_000 + b"\n"],
+        lambda lines: [*lines, b"[1]\n"],
+        lambda lines: [*lines, b'{"op_code": 99, "worker_id": "x"}\n'],
+        lambda lines: [*lines, b"\x80\x04\x95 a pickle\n"],
+        lambda lines: [line.replace(b'"name":"lora_r=4"', b'"name":"../../mine"') for line in lines],
+        lambda lines: [line.replace(b'"name":"lora_r=4"', b'"name":".."') for line in lines],
+        lambda lines: [line.replace(b'"digest"', b'"digits"') for line in lines],
+        lambda lines: [line.replace(b"Categorical", b"os.") for line in lines],
+    ],
+)
+def test_a_damaged_journal_is_one_clear_error(
+    begun: tuple[Path, Callable[[], dict[str, Any]]],
+    fake: FakeTrain,
+    damage: Callable[[list[bytes]], list[bytes]],
+) -> None:
+    journal, go_on = begun
+    lines = journal.read_bytes().splitlines(keepends=True)
+    damaged = b"".join(damage(lines))
+    assert damaged != b"".join(lines)
+    journal.write_bytes(damaged)
+    with pytest.raises(SempaError, match=r"journal\.jsonl, the journal of the sweep, is damaged.*another --output"):
+        go_on()
+    assert journal.read_bytes() == damaged
+    assert fake.calls == []
 
 
 def test_an_interrupted_run_is_gone_on_with(
@@ -313,14 +479,15 @@ def test_an_interrupted_run_is_gone_on_with(
 
     monkeypatch.setattr(SempaTrainer, "training_step", fail_later)
     with pytest.raises(InterruptError):
-        run_sweep(points, tmp_path / "s", train=train)
+        run_sweep(*points, tmp_path / "s", train=train)
     assert "the same command goes on" in capsys.readouterr().err
     broken = tmp_path / "s" / "runs" / "learning_rate=0.005"
     assert WorkDir(broken).last_checkpoint()
     assert (tmp_path / "s" / "best" / "adapter_model.safetensors").is_file()
 
     calls = 10
-    results = run_sweep(points[::-1], tmp_path / "s")  # in another order: the settings decide
+    configs, varied = points
+    results = run_sweep(configs[::-1], varied, tmp_path / "s")  # in another order: the settings decide
     assert calls == 11
     assert {run["state"] for run in results["runs"]} == {"finished"}
     # After another run in the same process, with an interruption: what the same settings give on their own.
@@ -350,6 +517,16 @@ def test_the_command_line_from_grid_to_model(run_cli: Cli, tiny_base: Path, tmp_
     kept = load_file(output / "runs" / results["best"] / "adapter_model.safetensors")
     assert kept.keys() == load_file(output / "best" / "adapter_model.safetensors").keys()
     sempa_st.load(output / "best", dtype="float32", device="cpu").encode("A cat sleeps")
+
+    code, out, err = run_cli(*command, "--set", "lora_r=2", "--search", 1, "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["runs"]) == 1
+    assert "done before" in err
+    assert "A new study" not in err
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+    code, _, err = run_cli(*command, "--search", 0)
+    assert code == 2
+    assert "--search is 0. Expected the number of runs" in err
 
     config.write_text(config.read_text() + "resume: true\n")
     code, _, err = run_cli(*command)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from sempa_st.bases import Base
 from sempa_st.config import TrainConfig
 from sempa_st.console import table
 from sempa_st.files import finite
-from sempa_st.grid import settings_digest
 from sempa_st.nli import NliData
 from sempa_st.portable import portable_record
 from sempa_st.runinfo import run_info
 from sempa_st.train.callbacks import DEV_METRIC
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
+_NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
+"""Where and how a run is made, and not what comes out of it."""
 
 
 def run_record(
@@ -76,6 +80,22 @@ def run_record(
         "seconds": round(seconds, 1),
     }
     return portable_record(record)
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Return a short hash of the settings that decide the result of a run.
+
+    Args:
+        settings: Settings of a run, as in a config or a record. What is missing, as in the record of a version that
+            had no such option, stands at its default; what is no setting is not looked at. Nor is what stands at its
+            default, so that an option of a later version changes no digest.
+    """
+    identity = {
+        item.name: settings[item.name]
+        for item in fields(TrainConfig)
+        if item.name not in _NOT_IDENTITY and settings.get(item.name, item.default) != item.default
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _step(line: dict[str, float]) -> dict[str, float | None]:
