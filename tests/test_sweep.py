@@ -377,6 +377,7 @@ def test_a_search_is_the_same_again_and_after_an_interruption(
 
 
 def test_a_search_goes_on_to_more_and_to_all(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
+    fake.score = lambda config: 50.0 + config.lora_r + config.beta  # no two alike
     points = points_of("lora_r=2,4,6", "beta=0.1,0.2", base=str(tiny_base))
     run_sweep(*points, tmp_path / "s", search=2, train=fake)
     first = picks(fake)

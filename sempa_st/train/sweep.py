@@ -38,6 +38,8 @@ from sempa_st.train.run import train
 
 Train = Callable[[TrainConfig], tuple[dict[str, Any], bool]]
 BEST = "best"
+_MOST_ASKED = 100
+"""How often the sampler is asked for a point that is left, before one is drawn at random."""
 
 
 def run_sweep(
@@ -137,9 +139,9 @@ class _Sweep:
         seed = self.points[0].config.seed + len(trials)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
         study.add_trials(trials)
-        chosen = study.ask(self._choices).params
         # It may choose what is done, or a combination that is in no mapping of the grid file.
-        found = next((digest for digest, run in left.items() if run.varied == chosen), None)
+        asked = (study.ask(self._choices).params for _ in range(_MOST_ASKED))
+        found = next((digest for chosen in asked for digest, run in left.items() if run.varied == chosen), None)
         return found or random.Random(seed).choice(list(left))
 
     def _begin(self, run: RunResult) -> None:
