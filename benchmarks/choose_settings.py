@@ -1,6 +1,6 @@
 """Choose how a method reads a decoder on STS-B dev: each setting named is scored at every layer in one pass.
 
-    python benchmarks/choose_settings.py prompteol token-prepending:exit=4 ... --data-dir DIR --output FILE.json
+    python -m benchmarks.choose_settings prompteol token-prepending:exit=4 ... --data-dir DIR --output FILE.json
 
 Settings that the file already holds are not run again. What is best for a method is to be given to ``sempa table``.
 """
@@ -18,21 +18,22 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sempa_st.bases import EMBEDDED_BASE, load_causal_lm, load_tokenizer
-from sempa_st.cached import layers_of
-from sempa_st.console import table
-from sempa_st.devices import keep_attention_right, pick_device
-from sempa_st.digests import folder_digest
+from sempa_st.data.sts import GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json, write_json
-from sempa_st.methods.layers import states_in
+from sempa_st.folder.digests import folder_digest
+from sempa_st.folder.resolve import find_model
+from sempa_st.forward.batching import in_batches
+from sempa_st.forward.decoder import layers_of, states_in
 from sempa_st.methods.method import Method, mean_of
 from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
-from sempa_st.runinfo import run_info
-from sempa_st.sources import find_model
-from sempa_st.stsdata import GradedPairs, local_files, read_pairs
-from sempa_st.train.reference import in_batches
+from sempa_st.model.base_model import load_causal_lm
+from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.tokenizer import load_tokenizer
+from sempa_st.utils.devices import keep_attention_right, pick_device
+from sempa_st.utils.files import read_json, write_json
+from sempa_st.utils.run_info import run_info
+from sempa_st.utils.tables import table
 
 _TOKENS = 1500
 

@@ -1,7 +1,7 @@
 """Draw what the recipe costs and gains: the frontier of STS against perplexity, and the data-size curve.
 
-    python benchmarks/plot_recipe.py frontier benchmarks/results/frontier.json benchmarks/results/frontier.png
-    python benchmarks/plot_recipe.py curve benchmarks/results/data-size.json benchmarks/results/data-size.png
+    python -m benchmarks.plot_recipe frontier benchmarks/results/frontier.json benchmarks/results/frontier.png
+    python -m benchmarks.plot_recipe curve benchmarks/results/data-size.json benchmarks/results/data-size.png
 
 The first file holds rows with ``name``, ``dev`` (STS-B dev) and ``perplexity``, the second rows with ``triplets`` and
 ``dev``; both hold ``base``, the row of the untrained model.
@@ -20,8 +20,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from sempa_st.console import table
-from sempa_st.files import atomic_file, read_json
+from sempa_st.utils.files import atomic_file, read_json
+from sempa_st.utils.tables import table
 
 _DEV = "STS-B dev, Spearman x 100"
 

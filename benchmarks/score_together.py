@@ -5,7 +5,7 @@ of all but the template's closing tokens, and plain adapters that leave the lowe
 the base's states below their first layer. A plain adapter of all layers shares nothing and is run packed. The scores
 are those of ``sempa evaluate --protocol senteval``.
 
-    python benchmarks/score_together.py MODEL ... --data-dir DIR --output FILE.json
+    python -m benchmarks.score_together MODEL ... --data-dir DIR --output FILE.json
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from sempa_st.bases import load_causal_lm, load_tokenizer
-from sempa_st.closing import OpenRows
-from sempa_st.console import table
-from sempa_st.embed import embed_packed
+from sempa_st.data.sts import STS_TASKS, GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.files import read_json, write_json
-from sempa_st.folder import closing_tokens, invocation_of, is_adapter_folder, template_name
-from sempa_st.peft_models import ADAPTER_CONFIG
-from sempa_st.prompt_eol import PromptEOL
-from sempa_st.runinfo import run_info
-from sempa_st.sources import adapter_base, find_model
-from sempa_st.stsdata import STS_TASKS, GradedPairs, local_files, read_pairs
-from sempa_st.train.reference import in_batches
+from sempa_st.folder.layout import invocation_of, is_adapter_folder, template_name
+from sempa_st.folder.resolve import adapter_base, find_model
+from sempa_st.forward.batching import in_batches
+from sempa_st.forward.embed import embed_packed
+from sempa_st.forward.prefix_cache import OpenRows
+from sempa_st.model.base_model import load_causal_lm
+from sempa_st.model.peft_models import ADAPTER_CONFIG
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.tokenizer import closing_tokens, load_tokenizer
+from sempa_st.utils.files import read_json, write_json
+from sempa_st.utils.run_info import run_info
+from sempa_st.utils.tables import table
 
 _TOKENS = 3000
 _BASE = "base"

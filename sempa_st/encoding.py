@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.data.rows import ROW_SUFFIXES, iter_rows, list_rows
 from sempa_st.errors import SempaError
-from sempa_st.files import ROW_SUFFIXES, UTF8, atomic_file, check_output_file, is_text, iter_rows, list_rows
-from sempa_st.finite import NotFiniteError, check_finite
+from sempa_st.utils.files import UTF8, atomic_file, check_output_file, is_text
+from sempa_st.utils.finite import NotFiniteError, check_finite
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -153,7 +154,7 @@ def _encode_once(
     """Return the vectors of a window's sentences, a few batches of neighbours at a time."""
     import numpy as np
 
-    from sempa_st.embedder import batches_alike, characters_of_batch
+    from sempa_st.forward.batching import batches_alike, characters_of_batch
 
     times = Counter(texts)
     different = list(times)

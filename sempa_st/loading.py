@@ -6,32 +6,32 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.adapter_kinds import check_native
-from sempa_st.bases import EMBEDDED_BASE, Base, embedding_rows, load_causal_lm, load_tokenizer
-from sempa_st.devices import keep_attention_right, pick_device, pick_dtype
-from sempa_st.digests import combined_digest
-from sempa_st.embed import embed_packed
+from sempa_st.checks.inspection import CONFIG, read_settings, settings_if_any
+from sempa_st.checks.library_errors import readable
+from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
+from sempa_st.data.nli import load_nli
 from sempa_st.errors import SempaError
-from sempa_st.folder import (
-    CONFIG,
+from sempa_st.folder.digests import combined_digest
+from sempa_st.folder.layout import (
     MODULES,
     ST_CONFIG,
+    embedding_settings,
     folder_format,
-    install_template,
     is_activated,
     is_adapter_folder,
 )
-from sempa_st.inspection import read_settings, settings_if_any
-from sempa_st.jinja_bounds import check_chat_templates
+from sempa_st.folder.resolve import Source, adapter_base, adapters_over_base, bare_adapter, find_model, source_digest
+from sempa_st.forward.embed import embed_packed
 from sempa_st.methods.registry import methods_for, parse_method
-from sempa_st.nli import load_nli
-from sempa_st.peft_models import is_peft_model
-from sempa_st.prompt_eol import PromptEOL
-from sempa_st.prompts import DEFAULT_TEMPLATE, embedding_template
-from sempa_st.readable import readable
-from sempa_st.settings import embedding_settings
-from sempa_st.sources import Source, adapter_base, adapters_over_base, bare_adapter, find_model, source_digest
-from sempa_st.weights import check_finite_weights, check_whole, loaded_with_info
+from sempa_st.model.adapter_kinds import check_native
+from sempa_st.model.base_model import Base, load_causal_lm
+from sempa_st.model.chat_templates import check_chat_templates
+from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.peft_models import is_peft_model
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
+from sempa_st.utils.devices import keep_attention_right, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -58,7 +58,7 @@ def load(
     Args:
         model: Shipped model (``sempa-gemma3-270m``), SemPA folder or Hub id, a base (embedded, folder or Hub id; read
             with PromptEOL), or any sentence-transformers model.
-        dtype: ``auto`` (see :func:`sempa_st.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (see :func:`sempa_st.utils.devices.pick_dtype`), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ...; the best there is when None.
         template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
         method: Another way to embed with the decoder of a base, a SemPA folder or a folder with a bare LoRA adapter,
@@ -66,8 +66,9 @@ def load(
         base: Base to put the folder's adapter on, where the one it names has moved; for a bare adapter it may be an
             adapter itself.
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
-        int8: Round what most linear layers multiply to integers (:func:`sempa_st.int8.quantize`): faster on a CPU, and
-            no longer exact. It is computed in float32 on a CPU, which an ``auto`` dtype and a device of None then are.
+        int8: Round what most linear layers multiply to integers (:func:`sempa_st.model.int8.quantize`): faster on a
+            CPU, and no longer exact. It is computed in float32 on a CPU, which an ``auto`` dtype and a device of None
+            then are.
 
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
@@ -105,8 +106,8 @@ def load(
 
 def _quantize(opened: SentenceTransformer) -> None:
     """Round a model's linear layers to integers, balanced on sentences of the sample; a plain adapter is merged."""
-    from sempa_st.int8 import check_quantizable, quantize
     from sempa_st.methods.module import MethodModule
+    from sempa_st.model.int8 import check_quantizable, quantize
 
     module = opened[0]
     if not isinstance(module, PromptEOL | MethodModule):
@@ -156,7 +157,7 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
     """Return the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
-    from sempa_st.adapters import merge_adapters
+    from sempa_st.model.adapter import merge_adapters
 
     if source.kind == "adapter":
         folders, below = adapters_over_base(source.folder, base)
@@ -179,7 +180,7 @@ def _load_tokenizer(source: Source, base: Base | None) -> PreTrainedTokenizerBas
 
 
 def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
-    from sempa_st.adapters import attach_adapter
+    from sempa_st.model.adapter import attach_adapter
 
     model = load_causal_lm((base or source).folder, dtype, whole=False)
     return attach_adapter(model, source.folder, base.name) if base else model.eval()
@@ -188,7 +189,7 @@ def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
 def _load_method(
     source: Source, method: str, template: str | None, base: str | None, reader: str, dtype: Any, device: str
 ) -> SentenceTransformer:
-    from sempa_st.embedder import SentenceTransformer
+    from sempa_st.forward.sentence_transformer import SentenceTransformer
     from sempa_st.methods.module import MethodModule
 
     if template or reader != "sempa":
@@ -217,7 +218,7 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
 
 
 def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
-    from sempa_st.embedder import SentenceTransformer
+    from sempa_st.forward.sentence_transformer import SentenceTransformer
 
     config = settings_if_any(source.folder, ST_CONFIG) or {}
     return SentenceTransformer(

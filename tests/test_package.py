@@ -10,99 +10,85 @@ from pathlib import Path
 
 import pytest
 
-from sempa_st.assets import asset_path
-from sempa_st.files import read_rows
-from sempa_st.nli import load_nli
-from sempa_st.stsdata import read_pairs
+from sempa_st.data.nli import load_nli
+from sempa_st.data.rows import read_rows
+from sempa_st.data.sts import read_pairs
+from sempa_st.utils.assets import asset_path
 
 pytestmark = pytest.mark.names_dtype
 
 PACKAGE = Path("sempa_st")
 LAYERS = [
-    {"files", "hub", "jinja_child"},
-    {
-        "cached",
-        "prompts",
-        "devices",
-        "runinfo",
-        "options",
-        "names",
-        "tokens",
-        "patterns",
-        "prompt_eol",
-        "objectives",
-        "words",
-        "last_layer",
-    },
-    {"flash", "schemas", "jinja_bounds"},
-    {"inspection"},
-    {"readable"},
-    {"weights"},
-    {"finite", "nli", "bases", "closing", "packing", "methods.layers"},
-    {"embed"},
-    {"adapter_kinds"},
-    {"methods.method"},
-    {"methods.pooling", "methods.templates", "methods.echo", "methods.encoders"},
-    {"methods.contrastive_prompting", "methods.token_prepending", "methods.llm2vec"},
-    {"methods.registry"},
-    {"methods.module"},
-    {"preferences", "stsdata", "gendata", "adapters", "folder", "embedder", "config"},
-    {"digests"},
-    {"settings", "card", "encoding", "evaluate.shared_prefix", "evaluate.once"},
-    {"shipped", "int8"},
-    {"sources"},
-    {"loading"},
-    {
-        "copying",
-        "train.callbacks",
-        "train.scores",
-        "train.answers",
-        "train.prefixes",
-        "train.reference",
-        "train.passages",
-    },
-    {"train.objectives", "train.batches", "train.forwards", "averaging"},
-    {"train.checkpoints"},
-    {"train.trainer", "train.workdir", "train.record", "evaluate.sts", "evaluate.generation"},
-    {"train.alignment", "train.contrastive", "train.ranking", "train.journal"},
-    {"train.parts"},
-    {"train.build"},
-    {"train.run"},
-    {"demo", "train.sweep", "evaluate.systems"},
-    {"sweep_cli", "generation_cli", "table_cli", "copy_cli"},
+    {"errors"},
+    {"utils"},
+    {"checks"},
+    {"model"},
+    {"data", "forward"},
+    {"folder", "methods", "encoding"},
+    {"training", "loading", "prompt_eol"},
+    {"evaluation"},
     {"cli"},
     {"__main__"},
 ]
-
-
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level == 1:  # only what is copied into model folders is imported so, from the top
-            names.add(str(node.module))
-        elif (node.module or "").startswith("sempa_st."):
-            names.add(str(node.module).removeprefix("sempa_st."))
-    return names
+"""A file imports its own folder, and those of the layers above it in this list."""
 
 
 def modules() -> dict[str, Path]:
-    found = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in PACKAGE.rglob("*.py")}
-    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in names.items() if name != "__init__"}
 
 
-def test_imports_point_downwards_only() -> None:
+def imported(name: str, path: Path) -> set[str]:
+    """Return the modules of this package that a module imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:  # what is copied into model folders
+            found.add(f"{name.rpartition('.')[0]}.{node.module}")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sempa_st."):
+            below = str(node.module).removeprefix("sempa_st.")
+            inner = {f"{below}.{alias.name}" for alias in node.names}
+            found |= {below} if below in modules() else inner & set(modules()) or {f"{below}.__init__"}
+    return found
+
+
+def test_folders_import_only_those_below_them() -> None:
     level = {name: index for index, names in enumerate(LAYERS) for name in names}
-    assert set(level) == set(modules())
     for name, path in modules().items():
-        for other in imported(path):
-            assert level[other] < level[name], f"{name} imports {other}"
+        folder = name.partition(".")[0]
+        for other in imported(name, path):
+            target = other.partition(".")[0]
+            assert target == folder or level[target] < level[folder], f"{name} imports {other}"
 
 
-def test_the_module_file_needs_nothing_of_the_package() -> None:
-    assert imported(PACKAGE / "prompt_eol.py") == {"peft_models", "token_rows"}
-    assert imported(PACKAGE / "peft_models.py") == imported(PACKAGE / "token_rows.py") == set()
+def test_no_import_leads_back() -> None:
+    waiting = {name: imported(name, path) for name, path in modules().items()}
+    while leaves := {name for name, others in waiting.items() if not others & set(waiting)}:
+        waiting = {name: others for name, others in waiting.items() if name not in leaves}
+    assert waiting == {}
+
+
+def test_nothing_private_is_imported_from_another_file() -> None:
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("sempa_st")):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert set(private) <= {"__version__"}, (name, private)
+
+
+def test_the_module_file_needs_nothing_else_of_the_package() -> None:
+    names = {
+        name: imported(name, PACKAGE / "model" / f"{name.partition('.')[2]}.py")
+        for name in ("model.prompt_eol", "model.peft_models", "model.token_rows")
+    }
+    assert names == {
+        "model.prompt_eol": {"model.peft_models", "model.token_rows"},
+        "model.peft_models": set(),
+        "model.token_rows": set(),
+    }
+
+
+def test_the_top_of_the_package_is_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
 def test_importing_the_package_is_light() -> None:
@@ -119,7 +105,8 @@ def test_importing_everything_changes_no_global_state() -> None:
 import logging, os, sys
 import torch, trl, mteb, sentence_transformers
 before = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
-import sempa_st.train.run, sempa_st.evaluate.sts, sempa_st.evaluate.generation, sempa_st.loading, sempa_st.copying
+import sempa_st.training.run, sempa_st.evaluation.sts, sempa_st.evaluation.generation
+import sempa_st.loading, sempa_st.folder.copying
 after = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
 assert before == after, (before, after)
 """

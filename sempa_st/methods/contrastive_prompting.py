@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sempa_st.cached import layers_of
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import attention_output, ending_after, entering, states_after
+from sempa_st.forward.decoder import attention_output, ending_after, entering, layers_of, states_after
+from sempa_st.forward.packing import begin_packs, can_pack, last_places, run_packs, unpadded
 from sempa_st.methods.method import Method, Rendered, Rows, of_32
-from sempa_st.packing import begin_packs, can_pack, last_places, run_packs, unpadded
-from sempa_st.prompts import EmbeddingTemplate, embedding_template
+from sempa_st.model.templates import EmbeddingTemplate, embedding_template
 
 _AUXILIARY = EmbeddingTemplate("auxiliary", 'The irrelevant information of this sentence : "', '" means in one word:"')
 VARIANTS = ("norm", "scaled", "scaled-norm", "head-norm")

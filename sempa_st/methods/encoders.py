@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.methods.method import MASK, Method, Rendered, Rows, mean_of
-from sempa_st.prompts import normalize_sentence
+from sempa_st.model.templates import normalize_sentence
 
 
 @dataclass(frozen=True)

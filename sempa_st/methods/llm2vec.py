@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import states_after
+from sempa_st.forward.decoder import states_after
+from sempa_st.forward.packing import OWN_MASKS, added_to_scores
 from sempa_st.methods.method import Method, Rendered, Rows, mean_of
-from sempa_st.packing import OWN_MASKS, added_to_scores
-from sempa_st.prompts import normalize_sentence
+from sempa_st.model.templates import normalize_sentence
 
 
 @dataclass(frozen=True)

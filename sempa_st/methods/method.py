@@ -9,10 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sempa_st.cached import layers_of
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import ending_after, states_after
-from sempa_st.packing import can_pack, packed_states, unpadded
+from sempa_st.forward.decoder import ending_after, layers_of, states_after
+from sempa_st.forward.packing import can_pack, packed_states, unpadded
 
 MASK = "[MASK]"
 """Stands for the tokenizer's mask token in a text."""

@@ -12,20 +12,15 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sempa_st.bases import load_tokenizer, save_tokenizer
 from sempa_st.errors import SempaError
+from sempa_st.forward.packing import can_pack
 from sempa_st.methods.encoders import PromptBERT
 from sempa_st.methods.method import MASK, Method, Rendered, Rows
 from sempa_st.methods.registry import parse_method
-from sempa_st.packing import can_pack
-from sempa_st.peft_models import ADAPTER_CONFIG, is_peft_model, load_adapter
-from sempa_st.prompt_eol import (
-    DEFAULT_MAX_SEQ_LENGTH,
-    embedding_width,
-    position_limit,
-    save_model,
-)
-from sempa_st.token_rows import fitting, sentence_in, tokenize
+from sempa_st.model.peft_models import ADAPTER_CONFIG, is_peft_model, load_adapter
+from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width, position_limit, save_model
+from sempa_st.model.token_rows import fitting, sentence_in, tokenize
+from sempa_st.model.tokenizer import load_tokenizer, save_tokenizer
 
 
 class MethodModule(InputModule):

@@ -10,14 +10,12 @@ import yaml
 
 from sempa_st.errors import SempaError
 from sempa_st.methods.contrastive_prompting import ContrastivePrompting
-from sempa_st.methods.echo import Echo
 from sempa_st.methods.encoders import EncoderMean, PromptBERT
 from sempa_st.methods.llm2vec import LLM2Vec
 from sempa_st.methods.method import Method
-from sempa_st.methods.pooling import LastToken, MeanPooling
-from sempa_st.methods.templates import KnowledgeEnhancement, OneWordTemplate, PretendedCoT
+from sempa_st.methods.prompting import Echo, KnowledgeEnhancement, LastToken, MeanPooling, OneWordTemplate, PretendedCoT
 from sempa_st.methods.token_prepending import TokenPrepending
-from sempa_st.options import convert_option
+from sempa_st.utils.options import convert_option
 
 METHODS: dict[str, type[Method]] = {
     "mean": MeanPooling,
@@ -32,8 +30,6 @@ METHODS: dict[str, type[Method]] = {
     "bert-avg": EncoderMean,
     "promptbert": PromptBERT,
 }
-
-
 _PARTS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^:])+""")
 """What stands between colons; one inside quotes does not count."""
 

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sempa_st.cached import layers_of
 from sempa_st.errors import SempaError
-from sempa_st.methods.layers import at_tokens, entering, states_after
+from sempa_st.forward.decoder import at_tokens, entering, layers_of, states_after
 from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
-from sempa_st.prompts import embedding_template
+from sempa_st.model.templates import embedding_template
 
 
 @dataclass(frozen=True)

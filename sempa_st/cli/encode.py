@@ -1,0 +1,29 @@
+"""``sempa encode``: embed the sentences of a file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sempa_st.cli.arguments import add_command, add_model_options, load_model
+
+
+def add_encode(commands: Any) -> None:
+    """Add ``sempa encode``."""
+    parser = add_command(commands, "encode", _encode, "Embed the sentences of a file.")
+    add_model_options(parser)
+    parser.add_argument("input", help="txt (a sentence a line), csv, jsonl, json or parquet file")
+    parser.add_argument("--output", required=True, help="npy or parquet file to write")
+    parser.add_argument("--column", help="column with the sentences, where there are several")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count empty sentences")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    from sempa_st.encoding import OUTPUT_SUFFIXES, encode_to_file, read_sentences
+    from sempa_st.utils.files import check_output_file
+
+    check_output_file(args.output, OUTPUT_SUFFIXES)
+    sentences = read_sentences(args.input, column=args.column, skip_bad_rows=args.skip_bad_rows)
+    rows, width = encode_to_file(load_model(args), sentences, args.output, batch_size=args.batch_size)
+    skipped = f", {sentences.skipped} empty rows skipped" if sentences.skipped else ""
+    print(f"Wrote {rows} vectors of width {width} to {args.output}{skipped}.")

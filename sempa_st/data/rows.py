@@ -1,0 +1,91 @@
+"""Rows of csv, jsonl, json and parquet files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sempa_st.errors import SempaError
+from sempa_st.utils.files import UTF8, read_json
+
+_MAX_LISTED = 10
+_PARQUET_ROWS = 8192
+ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+
+
+def list_rows(numbers: Sequence[int]) -> str:
+    """Name rows in an error message: the first ten, and whether there are more.
+
+    >>> list_rows(range(1, 13))
+    '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
+    """
+    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Return all rows of :func:`iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a csv, jsonl, json (a list of objects, read whole) or parquet file as one dict a row.
+
+    Raises:
+        SempaError: If the file is missing, of another kind, or cannot be parsed; at the row where it shows.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+        ".csv": _iter_csv,
+        ".jsonl": _iter_jsonl,
+        ".json": _iter_json,
+        ".parquet": _iter_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise SempaError(f"{path} has an unknown ending {path.suffix!r}. Expected one of: {', '.join(ROW_SUFFIXES)}.")
+    if not path.is_file():
+        raise SempaError(f"The file {path} does not exist. Check the path.")
+    try:
+        for row in reader(path):
+            if not isinstance(row, dict):
+                raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object a row.")
+            yield row
+    except SempaError:
+        raise
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise SempaError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _iter_csv(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding=UTF8, newline="") as handle:
+        for number, row in enumerate(csv.DictReader(handle, strict=True), 1):
+            if None in row:
+                raise ValueError(f"row {number} has more fields than the header; quote fields that hold a comma")
+            yield row
+
+
+def _iter_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding=UTF8) as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON ({error})") from error
+
+
+def _iter_json(path: Path) -> Iterator[Any]:
+    rows = read_json(path)
+    yield from rows if isinstance(rows, list) else [None]
+
+
+def _iter_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            yield from batch.to_pylist()

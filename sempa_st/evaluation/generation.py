@@ -1,0 +1,290 @@
+"""How well a model still generates: accuracy and perplexity by lm-evaluation-harness's own task definitions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.errors import SempaError
+from sempa_st.evaluation.generation_data import (
+    FILES,
+    MMLU_SHOTS,
+    Splits,
+    by_subject,
+    check_local_files,
+    read_splits,
+    subset,
+)
+from sempa_st.model.tokenizer import own_chat_template
+
+if TYPE_CHECKING:
+    from sempa_st.model.prompt_eol import PromptEOL
+
+if find_spec("lm_eval") is None:
+    raise SempaError("Measuring generation needs the lm-eval package. Install it with: pip install 'sempa-st[eval]'")
+_FEWSHOT_SEED = 1234  # the harness's own default, for the tasks whose examples are drawn
+_SPLIT_KEYS = {"training_split": "train", "validation_split": "validation"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the harness scores a task.
+
+    Args:
+        folder: Folder of the harness with the task's definition.
+        harness_task: The harness's name; MMLU is a task a subject.
+        shots: Solved examples in the prompt.
+        key: Metric and filter in the harness's results.
+        metric: Name for people.
+        percent: Whether it is a share, told times 100 and averaged with the others.
+    """
+
+    folder: str
+    harness_task: str
+    shots: int
+    key: str
+    metric: str
+    percent: bool = True
+
+
+MEASURES: dict[str, Measure] = {
+    "mmlu": Measure("mmlu/default", "mmlu", MMLU_SHOTS, "acc,none", "accuracy"),
+    "truthfulqa_mc1": Measure("truthfulqa", "truthfulqa_mc1", 0, "acc,none", "accuracy"),
+    "gsm8k": Measure("gsm8k", "gsm8k_cot", 8, "exact_match,strict-match", "exact match"),
+    "hellaswag": Measure("hellaswag", "hellaswag", 0, "acc_norm,none", "accuracy (norm.)"),
+    "drop": Measure("drop", "drop", 3, "f1,none", "F1"),
+    "wikitext": Measure("wikitext", "wikitext", 0, "word_perplexity,none", "word perplexity", percent=False),
+}
+"""The paper's five tasks with its numbers of examples, and WikiText-2."""
+
+
+@dataclass(frozen=True)
+class GenerationScore:
+    """One cell of a table of generation scores.
+
+    Args:
+        task: One of :data:`MEASURES`.
+        metric: What ``score`` is.
+        n: Number of documents scored.
+        shots: Solved examples in the prompt.
+        score: Times 100, or a perplexity (the only metrics in which lower is better).
+        stderr: Standard error of ``score``, where the harness gives one.
+        percent: Whether ``score`` is a share times 100 and goes into the average.
+    """
+
+    task: str
+    metric: str
+    n: int
+    shots: int
+    score: float
+    stderr: float | None
+    percent: bool
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its data at hand.
+
+    Args:
+        name: One of :data:`MEASURES`.
+        group: The harness's group of the parts, which puts their scores together where there are several.
+        parts: The harness's tasks.
+        chosen: Numbers of the documents to score, by part.
+    """
+
+    name: str
+    group: Any
+    parts: dict[str, Any]
+    chosen: dict[str, list[int]]
+
+
+def expand_tasks(names: str) -> list[str]:
+    """Split a comma-separated list of tasks.
+
+    >>> expand_tasks("mmlu, wikitext")
+    ['mmlu', 'wikitext']
+
+    Raises:
+        SempaError: If there is none, or one is unknown.
+    """
+    tasks = list(dict.fromkeys(filter(None, (part.strip() for part in names.split(",")))))
+    for name in tasks or [names]:
+        if name not in MEASURES:
+            raise SempaError(f"Unknown generation task {name!r}. Expected some of: {', '.join(MEASURES)}.")
+    return tasks
+
+
+def load_tasks(
+    names: Sequence[str], *, data_dir: str | None = None, limits: Mapping[str, int | None] | None = None
+) -> list[LoadedTask]:
+    """Load the harness's tasks with their data, and choose the documents to score.
+
+    Args:
+        names: Some of :data:`MEASURES`.
+        data_dir: Folder with the files of :data:`sempa_st.evaluation.generation_data.FILES`; the Hub when None.
+        limits: How many documents to score, by task; all when missing or None.
+
+    Raises:
+        SempaError: If the data of a task cannot be had or read.
+    """
+    if data_dir:
+        check_local_files(data_dir, names)
+    return [_load(name, data_dir, (limits or {}).get(name)) for name in names]
+
+
+def _load(name: str, data_dir: str | None, limit: int | None) -> LoadedTask:
+    import lm_eval
+    from lm_eval.config.group import AggMetricConfig
+    from lm_eval.tasks import TaskManager
+
+    measure = MEASURES[name]
+    folder = Path(lm_eval.__file__).parent / "tasks" / measure.folder
+    with _quiet():
+        manager = TaskManager(include_defaults=False, include_path=folder)
+        parts = _local_parts(name, data_dir) if data_dir else _hub_parts(name, manager.all_subtasks)
+        unknown = [part["task"] for part in parts if part["task"] not in manager.all_subtasks]
+        if unknown:
+            raise SempaError(
+                f"{data_dir}/{FILES[name]['test']} has the unknown subject {unknown[0].removeprefix('mmlu_')!r}."
+            )
+        try:
+            loaded = manager.load([{"group": f"sempa_{name}", "task": parts}])
+        except Exception as error:  # datasets raises many unrelated types for one cause: it cannot be had
+            where = f"taken from {data_dir}" if data_dir else "loaded from the Hub"
+            raise SempaError(
+                f"The data of {name} cannot be {where} ({type(error).__name__}: {error}). Check the network, or give "
+                "local files with --data-dir."
+            ) from error
+        group = loaded["groups"][f"sempa_{name}"]
+        chosen = subset({part: len(task.eval_docs) for part, task in loaded["tasks"].items()}, limit)
+    for part in loaded["tasks"].keys() - chosen.keys():
+        group.pop(part)
+    metric, kind = measure.key.split(",")
+    group.aggregate_metric_list = [AggMetricConfig(metric, [kind])] if len(parts) > 1 else None
+    return LoadedTask(name, group, {part: loaded["tasks"][part] for part in chosen}, chosen)
+
+
+def _hub_parts(name: str, known: Sequence[str]) -> list[dict[str, Any]]:
+    measure = MEASURES[name]
+    names = [task for task in known if task.startswith("mmlu_")] if name == "mmlu" else [measure.harness_task]
+    return [{"task": task, "num_fewshot": measure.shots} for task in names]
+
+
+def _local_parts(name: str, data_dir: str) -> list[dict[str, Any]]:
+    """Return the harness's task names, each with local data in place of its own."""
+    splits = read_splits(data_dir, name)
+    parts = {MEASURES[name].harness_task: splits}
+    if name == "mmlu":
+        parts = {f"mmlu_{subject}": rows for subject, rows in by_subject(splits, data_dir).items()}
+    absent = {key: None for key, split in _SPLIT_KEYS.items() if split not in splits}
+    common = {"num_fewshot": MEASURES[name].shots, **absent}
+    return [{"task": task, "custom_dataset": _dataset(rows), **common} for task, rows in parts.items()]
+
+
+def _dataset(splits: Splits) -> Callable[..., Any]:
+    def build(**_: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+    return build
+
+
+class Generator:
+    """A model as the harness sees it.
+
+    Args:
+        module: First module of what :func:`sempa_st.load` returns.
+        batch_size: Prompts a batch.
+        chat: Whether prompts go through the tokenizer's chat template; when it has one, if None.
+
+    Raises:
+        SempaError: If ``chat`` is asked for and there is no chat template.
+    """
+
+    def __init__(self, module: PromptEOL, *, batch_size: int = 32, chat: bool | None = None) -> None:
+        from sempa_st.evaluation.shared_prefix import SharedPrefixLM
+
+        has_template = own_chat_template(module.tokenizer) is not None
+        self.chat = has_template if chat is None else chat
+        if self.chat and not has_template:
+            raise SempaError("The tokenizer has no chat template of its own. Leave out --chat.")
+        with _quiet():
+            self.lm = SharedPrefixLM(
+                pretrained=module.model,
+                tokenizer=module.tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype="float32",
+            )
+
+    def score(self, task: LoadedTask) -> list[GenerationScore]:
+        """Score one task; WikiText gives two scores, the perplexity per word and per token."""
+        from lm_eval.evaluator import evaluate
+
+        for part in task.parts.values():
+            part.set_fewshot_seed(_FEWSHOT_SEED)
+        groups = {task.group.name: task.group} if task.group.has_aggregation else {}
+        with _quiet():
+            results = evaluate(
+                lm=self.lm,
+                task_dict={"tasks": task.parts, "groups": groups},
+                samples=task.chosen,
+                log_samples=False,
+                apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.chat,
+            )
+        measure = MEASURES[task.name]
+        found = results["results"][task.group.name if groups else measure.harness_task]
+        metric, kind = measure.key.split(",")
+        error = found.get(f"{metric}_stderr,{kind}")
+        scale = 100 if measure.percent else 1
+        score = GenerationScore(
+            task=task.name,
+            metric=measure.metric,
+            n=sum(map(len, task.chosen.values())),
+            shots=measure.shots,
+            score=scale * float(found[measure.key]),
+            stderr=scale * float(error) if isinstance(error, int | float) else None,
+            percent=measure.percent,
+        )
+        return [score] if measure.percent else [score, self._token_perplexity(task, score)]
+
+    def _token_perplexity(self, task: LoadedTask, words: GenerationScore) -> GenerationScore:
+        instances = [instance for part in task.parts.values() for instance in part.instances]
+        total = sum(instance.resps[0] for instance in instances)
+        tokens = sum(len(self.lm.tok_encode(instance.args[0])) for instance in instances)
+        return GenerationScore(
+            words.task, "token perplexity", words.n, words.shots, math.exp(-total / tokens), None, percent=False
+        )
+
+
+def average(scores: Sequence[GenerationScore]) -> float | None:
+    """Return the plain mean of the scores that are shares, or None where there are fewer than two."""
+    shares = [score.score for score in scores if score.percent]
+    return sum(shares) / len(shares) if len(shares) > 1 else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
+    from lm_eval.api import task as harness
+
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, harness.tqdm
+    logger.setLevel(logging.ERROR)
+    harness.tqdm = lambda rows, **_: rows
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        harness.tqdm = bar

@@ -1,0 +1,205 @@
+"""STS scores by MTEB's own task classes, from the Hub or from local files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
+from sempa_st.errors import SempaError
+from sempa_st.evaluation.encode_cache import Tally, encoded_once
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_HUB_SPLITS = {"test": "test", "dev": "validation"}
+_PROTOCOLS_DIFFER = ("SICK-R",)
+_SENTEVAL_FROM_HUB = set(STS_TASKS).difference(_PROTOCOLS_DIFFER)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of an STS table.
+
+    Args:
+        task: MTEB's name of the task.
+        split: ``test`` or ``dev``.
+        protocol: ``mteb`` or ``senteval``.
+        pairs: Number of sentence pairs scored.
+        spearman: Spearman correlation of the cosine with the grade, times 100.
+    """
+
+    task: str
+    split: str
+    protocol: str
+    pairs: int
+    spearman: float
+
+
+def expand_tasks(names: str) -> list[str]:
+    """Split a comma-separated list of tasks; ``sts`` stands for the paper's seven.
+
+    >>> expand_tasks("STSBenchmark,STS12")
+    ['STSBenchmark', 'STS12']
+    """
+    tasks: list[str] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        tasks += list(STS_TASKS) if name.lower() == "sts" else [name]
+    if not tasks:
+        raise SempaError(f"No task in {names!r}. Expected names such as STSBenchmark, or sts for all seven.")
+    return list(dict.fromkeys(tasks))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task with its data at hand, and what of it is to be scored."""
+
+    task: Any
+    split: str
+    protocol: str
+
+
+def load_tasks(
+    tasks: Sequence[str],
+    *,
+    split: str = "test",
+    protocols: Sequence[str] = ("mteb",),
+    data_dir: str | None = None,
+) -> list[Cell]:
+    """Load MTEB's task classes with their data.
+
+    Args:
+        tasks: MTEB names; see :func:`expand_tasks`.
+        split: ``test`` or ``dev``.
+        protocols: Any of ``mteb`` and ``senteval``.
+        data_dir: Folder with ``sts/*.parquet``; the Hub when None.
+
+    Raises:
+        SempaError: On an unknown task, split or protocol, or data that cannot be had.
+    """
+    if split not in SPLITS:
+        raise SempaError(f"Unknown split {split!r}. Expected one of: {', '.join(SPLITS)}.")
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise SempaError(f"Unknown protocol {protocol!r}. Expected one of: {', '.join(PROTOCOLS)}.")
+    return [Cell(_task(task, split, protocol, data_dir), split, protocol) for task in tasks for protocol in protocols]
+
+
+def score_tasks(
+    model: SentenceTransformer,
+    cells: Sequence[Cell],
+    *,
+    output: Path,
+    batch_size: int = 32,
+    report: Callable[[Score, Tally], None] | None = None,
+) -> list[Score]:
+    """Score a model on loaded tasks; a sentence that stands in several places is encoded once.
+
+    Args:
+        model: Any SentenceTransformer.
+        cells: What :func:`load_tasks` returned.
+        output: Folder for MTEB's own result files.
+        batch_size: Sentences a batch.
+        report: Called with each score as it is found, and what encoding has cost until then.
+    """
+    done: dict[tuple[str, str, str], Score] = {}
+    scores = []
+    with encoded_once(model) as tally:
+        for cell in cells:
+            name = cell.task.metadata.name
+            key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
+            if key not in done:
+                done[key] = _score(model, cell, output, batch_size)
+            scores.append(replace(done[key], protocol=cell.protocol))
+            if report:
+                report(scores[-1], tally)
+    return scores
+
+
+def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
+    import mteb
+
+    with _quiet():
+        try:
+            task = mteb.get_task(name, eval_splits=[_HUB_SPLITS[split]])
+        except KeyError as error:
+            raise SempaError(f"MTEB has no task {name!r}. The paper's tasks: {', '.join(STS_TASKS)}.") from error
+        except ValueError as error:
+            raise SempaError(f"MTEB's task {name} has no {split} split: {error}") from error
+    if task.metadata.type != "STS":
+        raise SempaError(f"{name} is a task of type {task.metadata.type}. Expected an STS task.")
+    if task.metadata.is_multilingual:
+        raise SempaError(
+            f"{name} has subsets in several languages, which this command does not score. Use mteb itself."
+        )
+    if data_dir:
+        _put_local_data(task, name, split, protocol, data_dir)
+    elif protocol == "senteval" and name not in _SENTEVAL_FROM_HUB:
+        raise SempaError(f"The Hub's {name} does not mark SentEval's rows. Give local files with --data-dir.")
+    else:
+        _load_from_hub(task, name)
+    if _HUB_SPLITS[split] not in task.dataset:
+        raise SempaError(f"MTEB's {name} has no {split} split, only: {', '.join(task.dataset)}.")
+    return task
+
+
+def _put_local_data(task: Any, name: str, split: str, protocol: str, data_dir: str) -> None:
+    from datasets import Dataset, DatasetDict
+
+    pairs = read_pairs(local_files(data_dir, name, split, protocol))
+    columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
+    task.dataset = DatasetDict({_HUB_SPLITS[split]: Dataset.from_dict(columns)})
+    task.data_loaded = True
+
+
+def _load_from_hub(task: Any, name: str) -> None:
+    try:
+        task.load_data()
+    except Exception as error:  # datasets raises many unrelated types for one cause: it cannot be had
+        raise SempaError(
+            f"The data of {name} cannot be loaded from the Hub ({type(error).__name__}). Check the network, or give "
+            "local files with --data-dir."
+        ) from error
+
+
+def _score(model: SentenceTransformer, cell: Cell, output: Path, batch_size: int) -> Score:
+    import mteb
+
+    task = cell.task
+    with _quiet():
+        result = mteb.evaluate(
+            model,
+            task,
+            cache=mteb.ResultCache(output / "mteb" / cell.protocol),
+            overwrite_strategy="always",
+            co2_tracker=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
+            show_progress_bar=False,
+        )
+    hub_split = _HUB_SPLITS[cell.split]
+    spearman = 100 * result.task_results[0].scores[hub_split][0]["cosine_spearman"]
+    return Score(task.metadata.name, cell.split, cell.protocol, len(task.dataset[hub_split]), spearman)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep MTEB's information and deprecation lines off the screen for the time of a call."""
+    logger = logging.getLogger("mteb")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def average(scores: Sequence[Score]) -> float:
+    """Return the plain mean of the Spearman scores."""
+    return sum(score.spearman for score in scores) / len(scores)

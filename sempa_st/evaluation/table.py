@@ -1,0 +1,167 @@
+"""Many systems on the seven STS sets under both protocols: what is finished is kept, and a table beside the paper's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from sempa_st.data.sts import PROTOCOLS, STS_TASKS
+from sempa_st.errors import SempaError
+from sempa_st.evaluation.encode_cache import Tally
+from sempa_st.evaluation.sts import Cell, Score, load_tasks, score_tasks
+from sempa_st.folder.resolve import find_model, source_digest
+from sempa_st.loading import load
+from sempa_st.utils.assets import asset_path
+from sempa_st.utils.devices import pick_device
+from sempa_st.utils.files import read_json, write_json, write_text
+from sempa_st.utils.run_info import run_info
+
+_SHORT = {"STSBenchmark": "STS-B"}
+COLUMNS = (
+    "system",
+    *(_SHORT.get(task, task) for task in STS_TASKS),
+    "average",
+    "SICK-R (MTEB)",
+    "average (MTEB)",
+    "tokens a sentence",
+    "sentences/s",
+)
+"""SentEval's protocol, then what MTEB's changes (all rows of SICK-R), then the cost on this machine."""
+Line = list[str | float | None]
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table.
+
+    Args:
+        model: Base, SemPA folder or any sentence-transformers model.
+        method: Way to embed with its decoder; the model's own when None.
+    """
+
+    model: str
+    method: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the row is called."""
+        return self.method or Path(self.model).name
+
+
+def score_systems(
+    systems: Sequence[System],
+    output: Path,
+    *,
+    data_dir: str | None,
+    dtype: str = "auto",
+    device: str | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Score systems on all sets, those that ``output`` already holds left out.
+
+    Args:
+        systems: Rows of the table.
+        output: Folder for a file a system, written after each score.
+        data_dir: Folder with ``sts/*.parquet``; the Hub when None.
+        dtype: As for :func:`sempa_st.load`.
+        device: As for :func:`sempa_st.load`.
+        batch_size: Sentences a batch.
+
+    Returns:
+        What each system's file holds.
+
+    Raises:
+        SempaError: If a model, a method or data cannot be used; what was scored before is kept.
+    """
+    names = [system.name for system in systems]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SempaError(f"Two systems have the name {twice[0]!r}. Expected names of their own: rename a folder.")
+    cells = load_tasks(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
+    found = []
+    for system in systems:
+        file = output / "systems" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', system.name)}.json"
+        print(f"{system.name}:", file=sys.stderr, flush=True)
+        found.append(_score(system, file, cells, dtype=dtype, device=device, batch_size=batch_size))
+    return found
+
+
+def _score(
+    system: System, file: Path, cells: Sequence[Cell], *, dtype: str, device: str | None, batch_size: int
+) -> dict[str, Any]:
+    source = find_model(system.model, for_method=True)
+    identity = {
+        "digest": source_digest(source),
+        "method": system.method,
+        "dtype": dtype,
+        "device": pick_device(device),
+    }
+    held: dict[str, Any] = read_json(file) if file.is_file() else {}
+    if held.get("identity") != identity:
+        held = {"system": system.name, "model": source.name, "identity": identity, "scores": {}}
+    missing = [cell for cell in cells if cell.task.metadata.name not in held["scores"].get(cell.protocol, {})]
+    if not missing:
+        return held
+    model = load(system.model, method=system.method, dtype=dtype, device=device)
+    held["tokens"] = _tokens(model, cells[0].task.dataset["test"]["sentence1"])
+
+    def keep(score: Score, tally: Tally) -> None:
+        held["scores"].setdefault(score.protocol, {})[score.task] = score.spearman
+        if tally.encoded:
+            held["speed"] = tally.encoded / tally.seconds
+        held["run"] = run_info()
+        write_json(file, held)
+
+    score_tasks(model, missing, output=file.parent.parent, batch_size=batch_size, report=keep)
+    return held
+
+
+def _tokens(model: Any, sentences: Sequence[str]) -> float:
+    """Return the mean number of tokens that are run for a sentence, over all of a method's texts."""
+    chosen = list(sentences)[:500]
+    features = model.preprocess(chosen)
+    masks = [tensor for name, tensor in features.items() if name.startswith("attention_mask")]
+    return float(sum(mask.sum() for mask in masks) / len(chosen))
+
+
+def published() -> list[dict[str, Any]]:
+    """Return the rows of the paper's main table (arXiv 2601.05075): ``system`` and ``scores`` by task."""
+    rows: list[dict[str, Any]] = read_json(asset_path("published.json"))
+    return rows
+
+
+def lines_of(found: Sequence[dict[str, Any]]) -> list[Line]:
+    """Return the lines under :data:`COLUMNS` for systems scored here, then for the published ones."""
+    lines = []
+    for system in found:
+        scores, mteb = (system["scores"][protocol] for protocol in ("senteval", "mteb"))
+        cost = [system["tokens"], system.get("speed")]
+        lines.append([*_line(system["system"], scores), mteb["SICK-R"], _average(mteb), *cost])
+    return [*lines, *([*_line(f"{row['system']} (paper)", row["scores"]), *[None] * 4] for row in published())]
+
+
+def _line(name: str, scores: dict[str, float]) -> Line:
+    return [name, *(scores[task] for task in STS_TASKS), _average(scores)]
+
+
+def _average(scores: dict[str, float]) -> float:
+    return sum(scores[task] for task in STS_TASKS) / len(STS_TASKS)
+
+
+def write_tables(output: Path, found: Sequence[dict[str, Any]]) -> None:
+    """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
+    lines = lines_of(found)
+    markdown = tabulate(lines, COLUMNS, tablefmt="pipe", floatfmt=".2f")
+    write_text(output / "table.md", f"{markdown}\n")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
+    write_text(output / "table.csv", text.getvalue())
+    write_json(output / "table.json", {"systems": list(found), "published": published(), "run": run_info()})

@@ -1,0 +1,1 @@
+"""How a model lies on disk: layout, card, names, copies."""

@@ -1,0 +1,1 @@
+"""Fast forward passes: varlen attention, packing, prefix sharing."""

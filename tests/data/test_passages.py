@@ -1,0 +1,124 @@
+"""Ordinary text from a file for the KL term."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import make_config, make_llama, make_tokenizer, sample_sentences
+from tokenizers.processors import TemplateProcessing
+
+from sempa_st.data.nli import load_nli
+from sempa_st.data.passages import PASSAGE_TOKENS, Passages, read_passages
+from sempa_st.errors import SempaError
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.templates import EMBEDDING_TEMPLATES
+from sempa_st.model.tokenizer import install_template
+from sempa_st.training.alignment import batch_parts
+from sempa_st.training.run import train
+from sempa_st.training.run_folder import WorkDir
+
+pytestmark = pytest.mark.names_dtype
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(sample_sentences()[:120]), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_passages_are_the_text_in_pieces_that_begin_as_any_text_does(text: Path, bos: bool) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    passages = read_passages(str(text), tokenizer).rows
+    assert len(passages) > 5 and {len(passage) for passage in passages} == {PASSAGE_TOKENS}
+    start = [tokenizer.bos_token_id] if bos else []
+    assert all(passage[: len(start)] == start for passage in passages)
+    joined = [token for passage in passages for token in passage[len(start) :]]
+    assert text.read_text(encoding="utf-8").startswith(tokenizer.decode(joined))
+
+
+@pytest.mark.parametrize(("single", "beginning"), [("<eos> $A", [2]), ("$A <eos>", []), ("<bos> $A <eos>", [1])])
+def test_what_a_tokenizer_puts_behind_a_text_is_no_beginning(text: Path, single: str, beginning: list[int]) -> None:
+    tokenizer = make_tokenizer(bos=False)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    row = read_passages(str(text), tokenizer).rows[0]
+    assert row[: len(beginning)] == beginning and not {1, 2} & set(row[len(beginning) :])
+
+
+def test_a_text_that_is_too_short_or_no_text_is_refused(text: Path) -> None:
+    text.write_text("Too short.", encoding="utf-8")
+    with pytest.raises(SempaError, match=r"text\.txt has \d+ tokens of text\. Expected at least 127"):
+        read_passages(str(text), make_tokenizer())
+    text.write_bytes(b"\xff\xfe\xff")
+    for name in (text, text.with_name("absent.txt")):
+        with pytest.raises(SempaError, match=f"The text .*{name.name} cannot be read"):
+            read_passages(str(name), make_tokenizer())
+
+
+@pytest.mark.parametrize(("positions", "wanted"), [(96, 1), (129, 2), (600, 5)])
+def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
+    text: Path, tiny_base: Path, tmp_path: Path, positions: int, wanted: int
+) -> None:
+    config = make_config(tiny_base, tmp_path / "model", objective="contrastive", kl=1.0, kl_positions=positions)
+    tokenizer, data = make_tokenizer(), load_nli("sample")
+    embedder = make_tokenizer()
+    install_template(embedder, EMBEDDING_TEMPLATES["prompteol"])
+    module = PromptEOL(make_llama(), embedder)
+
+    def rows(indices: list[int], passages: Passages | None) -> torch.Tensor:
+        makers = batch_parts(config, data, tokenizer, module, "base", passages)
+        made = [maker(indices, [data.triplets[index] for index in indices]) for maker in makers]
+        return next(part["plain_input_ids"] for part in made if "plain_input_ids" in part)
+
+    passages = read_passages(str(text), tokenizer)
+    count = len(passages.rows)
+    assert rows([0, 3, 5], passages).tolist() == [passages.rows[number % count] for number in range(wanted)]
+    firsts = {tuple(rows([index], passages)[0].tolist()) for index in range(len(data.triplets))}
+    assert firsts == {tuple(row) for row in passages.rows}
+    premises = rows([7, 3, 5], None)
+    assert len(premises) == 3 and tokenizer.decode(premises[1], skip_special_tokens=True) == data.triplets[3].premise
+
+
+def test_a_run_learns_with_it_and_records_it(text: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_base, tmp_path / "model", objective="contrastive", kl=0.1, kl_text=str(text))
+    record, _ = train(config)
+    assert record["training"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert record["training"][-1]["kl"] > 0
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert record["data"]["kl_text_sha256"] == digest
+    assert "kl_text_sha256" not in train(make_config(tiny_base, tmp_path / "other", objective="contrastive"))[0]["data"]
+
+
+def test_a_text_that_is_gone_or_too_short_is_refused_before_anything_is_touched(
+    text: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "model"
+    earlier = WorkDir(output).path
+    earlier.mkdir()
+    (earlier / "mine").touch()
+    text.write_text("Too short.", encoding="utf-8")
+    for file, message in ((text, "Expected at least"), (tmp_path / "absent.txt", "cannot be read")):
+        settings = {"objective": "contrastive", "kl": 0.1, "kl_text": str(file), "overwrite": True}
+        with pytest.raises(SempaError, match=message):
+            train(make_config(tiny_base, output, **settings))
+        assert not output.exists() and (earlier / "mine").is_file()
+
+
+def test_a_text_inside_the_output_is_not_overwritten(text: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    inside = output / "text.txt"
+    inside.write_bytes(text.read_bytes())
+    with pytest.raises(SempaError, match=r"text\.txt"):
+        train(make_config(tiny_base, output, objective="contrastive", kl=0.1, kl_text=str(inside), overwrite=True))
+    assert inside.is_file()
+
+
+def test_a_text_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SempaError, match=r"kl_text is 'text\.txt'.*without --kl nothing reads it"):
+        make_config(tmp_path, tmp_path / "model", kl_text="text.txt")

@@ -1,0 +1,154 @@
+"""Vectors that are no numbers never leave the package, and half characters never reach a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import make_llama, make_tokenizer, save_base, save_sts
+from sentence_transformers import SentenceTransformer as PlainTransformer
+
+import sempa_st
+from sempa_st.data.sts import GradedPairs
+from sempa_st.errors import SempaError
+from sempa_st.evaluation.encode_cache import encoded_once
+from sempa_st.folder.copying import copy_model
+from sempa_st.model.templates import EMBEDDING_TEMPLATES
+from sempa_st.model.tokenizer import install_template
+from sempa_st.training.dev_score import DevScorer
+from sempa_st.utils.finite import check_finite, check_texts
+
+Cli = Callable[..., tuple[int, str, str]]
+TEXTS = ["A cat sleeps.", "Why?", "Snow"]
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose weights float16 can hold, and whose states it cannot."""
+    model = make_llama()
+    model.model.norm.weight.data.fill_(6e4)
+    return save_base(tmp_path_factory.mktemp("bases") / "overflowing", model, make_tokenizer())
+
+
+def test_encode_names_the_rows(overflowing: Path, tmp_path: Path, run_cli: Cli) -> None:
+    (tmp_path / "texts.csv").write_text('s\n""\n' + "\n".join(TEXTS) + "\n")
+    command = ("encode", overflowing, tmp_path / "texts.csv", "--output", tmp_path / "out.npy", "--skip-bad-rows")
+    code, _, err = run_cli(*command, "--dtype", "float16", "--device", "cpu")
+    assert code == 2
+    assert "3 of 3 vector(s) hold infinite values or no numbers: of row 2 ('A cat sleeps.'), row 3" in err
+    assert "choose dtype float32" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.csv"]
+    code, _, err = run_cli(*command, "--dtype", "float32", "--device", "cpu")
+    assert code == 0, err
+
+
+def test_evaluate_names_the_sentences(overflowing: Path, tmp_path: Path, run_cli: Cli) -> None:
+    code, out, err = run_cli(
+        "evaluate", overflowing, "--tasks", "STSBenchmark", "--split", "dev", "--data-dir", save_sts(tmp_path),
+        "--output", tmp_path / "out", "--dtype", "float16", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    assert "hold infinite values or no numbers: of text 0 (" in err
+
+
+def test_a_dev_score_of_no_numbers_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
+    scorer = DevScorer(
+        GradedPairs(["a", "b"], ["c", "d"], [1.0, 2.0]),
+        tokenizer,
+        template="prompteol",
+        max_seq_length=64,
+        batch_size=2,
+    )
+    model = make_llama()
+    assert np.isfinite(scorer(model))
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(SempaError, match=r"diverged: lower the learning rate.*of text 0 \('a'\)"):
+        scorer(model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("form", [lambda v: v, torch.from_numpy, lambda v: v.astype("float16")])
+def test_vectors_that_are_no_numbers_are_named(form: Callable[[Any], Any], value: float) -> None:
+    vectors = np.ones((3, 4), dtype="float32")
+    check_finite(form(vectors), TEXTS)
+    vectors[1, 2] = value
+    with pytest.raises(SempaError, match=r"^1 of 3 vector\(s\).*of text 1 \('Why\?'\)\."):
+        check_finite(form(vectors), TEXTS)
+
+
+def test_large_numbers_are_numbers() -> None:
+    check_finite(np.full((3, 4), 3e38, dtype="float32"), TEXTS)
+    check_finite(np.full((3, 4), 6e4, dtype="float16"), TEXTS)
+    check_finite(np.ones((3, 4), dtype="int8"), TEXTS)
+
+
+def test_scores_of_no_numbers_are_not_remembered(overflowing: Path) -> None:
+    model = sempa_st.load(overflowing, dtype="float16", device="cpu")
+    with encoded_once(model) as tally:
+        with pytest.raises(SempaError, match="hold infinite values"):
+            model.encode(TEXTS)
+        assert tally.encoded == 0
+
+
+def test_half_a_character_is_named_by_its_place() -> None:
+    check_texts(["", "😀", 3])
+    with pytest.raises(SempaError, match=r"^2 of 3 text\(s\) .*: text 0 \('\\ud800'\), text 2 \("):
+        check_texts(["\ud800", "b", "c\udfff"])
+
+
+@pytest.mark.parametrize("scale", [1e40, 1e300])
+def test_a_scale_that_overflows_is_refused(adapter_folder: Path, tmp_path: Path, scale: float) -> None:
+    with pytest.raises(SempaError, match=r"takes the tensor base_model\..* beyond what its type can hold"):
+        copy_model(str(adapter_folder), tmp_path / "scaled", scale=scale)
+    assert not (tmp_path / "scaled").exists()
+
+
+def test_merged_weights_that_overflow_are_refused(adapter_folder: Path, tmp_path: Path) -> None:
+    strong = copy_model(str(adapter_folder), tmp_path / "strong", scale=1e7)
+    with pytest.raises(SempaError, match=r"infinite or no number, in the tensor .*float16"):
+        copy_model(str(strong), tmp_path / "merged", merge=True, dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda texts: np.array(texts, dtype=object)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"convert_to_tensor": True}, {"convert_to_numpy": False}, {"precision": "binary"}, {"precision": "uint8"},
+        {"output_value": "token_embeddings"}, {"output_value": None}, {"normalize_embeddings": True}, {"batch_size": 2},
+    ],
+)  # fmt: skip
+def test_no_kind_of_vector_leaves_that_is_no_number(
+    overflowing: Path, form: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
+    model = sempa_st.load(overflowing, dtype="float16", device="cpu")
+    with pytest.raises(SempaError, match=r"infinite values or no numbers: of text 0 \('A cat sleeps.'\)"):
+        model.encode(form(TEXTS), **options)
+    with pytest.raises(SempaError, match="infinite values or no numbers"):
+        model.encode(TEXTS[0], **options)
+    if "output_value" not in options:
+        exact, plain = (kind.encode(form(TEXTS), **options) for kind in both(overflowing))
+        assert type(exact) is type(plain)
+        # Integers are ranges of what is in the batch.
+        np.testing.assert_allclose(np.stack(list(exact)), np.stack(list(plain)), rtol=1e-3, atol=1)
+
+
+def both(base: Path) -> tuple[Any, Any]:
+    """The model in float32, and the same module under sentence-transformers' own class."""
+    model = sempa_st.load(base, dtype="float32", device="cpu")
+    return model, PlainTransformer(modules=[model[0]], device="cpu")
+
+
+@pytest.mark.parametrize("texts", [("ok", "\ud800"), [{"text": "\ud800"}], "\ud800", {"text": "\ud800"}])
+def test_no_half_character_reaches_a_tokenizer(tiny_base: Path, texts: Any) -> None:
+    model = sempa_st.load(tiny_base, dtype="float32", device="cpu")
+    with pytest.raises(SempaError, match="hold half a character"):
+        model.encode(texts)
+    with pytest.raises(SempaError, match="hold half a character"):
+        model.encode(["ok"], prompt="\ud800")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from sempa_st.errors import SempaError
+from sempa_st.training.config import TrainConfig
+from sempa_st.utils.options import add_options, read_options, shipped_configs
+
+REQUIRED = ["--data", "d", "--output", "o"]
+
+
+def parse(*argv: str) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainConfig)
+    return read_options(TrainConfig, vars(parser.parse_args(argv)))
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("beta: 0.5\nlearning-rate: 1e-5\nresume: true\nmax_triplets: null\ndata: from-file\n")
+    config = parse("--config", str(file), "--output", "o", "--beta", "0.3", "--no-resume")
+    assert (config.beta, config.learning_rate, config.resume, config.data) == (0.3, 1e-5, False, "from-file")
+    assert (config.lora_r, config.lora_alpha, config.batch_size * config.gradient_accumulation) == (8, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("betta: 1", "unknown key 'betta'.*Known keys: base, data"),
+        ("beta: high", "beta is 'high'. Expected a value of type float"),
+        ("epochs: yes", "epochs is True. Expected a value of type float"),
+        ("lora_r: 1.5", "lora_r is 1.5. Expected a value of type int"),
+        ("resume: 1", "resume is 1. Expected a value of type bool"),
+        ("output:", "output is None. Expected a value of type str"),
+        ("data: [a, b]", "data is .*Expected a value of type str"),
+        ("- a", "does not hold keys and values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_files_name_the_key(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(SempaError, match=message):
+        parse("--config", str(file), *REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta", "0"], "beta is 0.0"),
+        (["--beta", "nan"], "beta is nan"),
+        (["--warmup-ratio", "1"], "warmup_ratio is 1.0"),
+        (["--max-triplets", "0"], "max_triplets is 0"),
+        (["--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_values_out_of_range_are_named(flags: list[str], message: str) -> None:
+    with pytest.raises(SempaError, match=message):
+        parse(*REQUIRED, *flags)
+
+
+def test_data_and_output_are_needed() -> None:
+    with pytest.raises(SempaError, match="--data is missing"):
+        parse("--output", "o")
+    with pytest.raises(SempaError, match=r"nowhere.*cannot be read.*gemma3-270m-cpu, .*llama2-7b, llama3-8b"):
+        parse("--config", "nowhere", *REQUIRED)
+
+
+def test_shipped_files_are_valid_and_the_papers() -> None:
+    papers = {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
+    ours = {"gemma3-270m", "gemma3-270m-activated", "gemma3-270m-closing"}
+    assert set(shipped_configs()) == papers | ours
+    for name in ours:
+        assert "contrastive" in parse("--config", name, *REQUIRED).objective_weights
+    for name in papers:
+        config = parse("--config", name, *REQUIRED)
+        assert (config.beta, config.learning_rate, config.warmup_ratio) == (0.1, 1e-4, 0.05)
+    config = parse("--config", "llama3-8b", "--output", "o")
+    gpus = 4
+    assert config.batch_size * config.gradient_accumulation * gpus == 256
+    assert config.checkpoint_samples == 78 * 256
+    assert (config.lora_r, config.lora_alpha, config.max_length, config.dtype) == (8, 32, 1024, "bfloat16")
