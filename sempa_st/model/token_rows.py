@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain, compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def common_prefix(rows: Sequence[Any]) -> int:
@@ -98,6 +98,8 @@ def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = N
 
     ``rows`` are the rows' token ids, ``side`` the padding's (``left`` or ``right``, or None for the tokenizer's own).
     """
+    import torch  # here: the command line reads settings that need this file, and no tensor
+
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     places = torch.arange(int(lengths.max()))
     kept = places.flip(0) < lengths if (side or tokenizer.padding_side) == "left" else places < lengths
