@@ -28,7 +28,7 @@ from sempa_st.nli import sample_path
 pytestmark = pytest.mark.names_dtype  # each test says what "auto" means
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(str(page.relative_to(ROOT)) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\S*).*?\n(.*?)^\1```$", re.M | re.S)
 MARK = re.compile(r"<!-- (not run: \S.*|real base) -->\s*\Z")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
