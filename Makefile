@@ -3,12 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types tests unit unit-bfloat16 unit-float32 integration clean
+.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
 
 test: lint types tests
+
+# The documentation site, in site/; a broken link or reference is an error, and nothing is fetched.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # ruff and mypy run before anything slow.
 lint: $(VENV)/.ready
@@ -41,4 +45,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

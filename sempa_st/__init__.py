@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
+    from sempa_st.encoding import encode_file
+    from sempa_st.evaluation import evaluate
     from sempa_st.loading import load
+    from sempa_st.training import TrainResult, train
+    from sempa_st.training.config import TrainConfig
 
 __version__ = "0.1.0"
-__all__ = ["SempaError", "__version__", "load"]
+__all__ = ["SempaError", "TrainConfig", "TrainResult", "__version__", "encode_file", "evaluate", "load", "train"]
+_HOMES = {
+    "load": "loading",
+    "train": "training",
+    "TrainConfig": "training.config",
+    "TrainResult": "training",
+    "evaluate": "evaluation",
+    "encode_file": "encoding",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loading imports torch; `import sempa_st` does not.
-    if name == "load":
-        from sempa_st.loading import load
+    # Each imports torch; `import sempa_st` does not.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"sempa_st.{_HOMES[name]}"), name)
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -98,6 +98,40 @@ def _find_column(path: Path, column: str | None) -> str:
     return column
 
 
+def encode_file(
+    model: str | SentenceTransformer,
+    input: str | Path,
+    output: str | Path,
+    *,
+    column: str | None = None,
+    batch_size: int = 32,
+    skip_bad_rows: bool = False,
+) -> tuple[int, int]:
+    """Embed the sentences of a file into a file: ``sempa encode`` from Python.
+
+    Args:
+        model: What :func:`sempa_st.load` takes, or a model that it returned.
+        input: File with sentences; see :func:`read_sentences`.
+        output: ``.npy`` or ``.parquet`` file to write; see :func:`encode_to_file`.
+        column: Column with the sentences, where there are several.
+        batch_size: Sentences a batch.
+        skip_bad_rows: Leave out empty sentences.
+
+    Returns:
+        Number of vectors, and their width.
+
+    Raises:
+        SempaError: If the model, the input or the output cannot be used.
+    """
+    check_output_file(output, OUTPUT_SUFFIXES)
+    sentences = read_sentences(input, column=column, skip_bad_rows=skip_bad_rows)
+    if isinstance(model, str):
+        from sempa_st.loading import load
+
+        model = load(model)
+    return encode_to_file(model, sentences, output, batch_size=batch_size)
+
+
 def encode_to_file(
     model: SentenceTransformer, sentences: Sentences, output: str | Path, *, batch_size: int = 32
 ) -> tuple[int, int]:

@@ -24,9 +24,9 @@ LAYERS = [
     {"checks"},
     {"model"},
     {"data", "forward"},
-    {"folder", "methods", "encoding"},
+    {"folder", "methods"},
     {"training", "loading", "prompt_eol"},
-    {"evaluation"},
+    {"evaluation", "encoding"},
     {"cli"},
     {"__main__"},
 ]

@@ -44,13 +44,13 @@ def run_demo(output: Path) -> None:
     """
     started = time.monotonic()
     from sempa_st.folder.layout import read_record
+    from sempa_st.training import train
     from sempa_st.training.record import run_table
-    from sempa_st.training.run import train
 
     earlier = (read_record(output) or {}).get("data", {}).get("source") == "sample"
 
     _say(f"1/4  Train {EMBEDDED_BASE} by {_OBJECTIVE} on {_TRIPLETS} of the shipped triplets")
-    record, _ = train(
+    record = train(
         TrainConfig(
             base=EMBEDDED_BASE,
             data="sample",
@@ -64,7 +64,7 @@ def run_demo(output: Path) -> None:
             dev="sample",
             overwrite=earlier,
         )
-    )
+    ).record
     print(f"Spearman x 100 on the {record['dev']['pairs']} shipped pairs, before (0 triplets) and after:")
     print(run_table(record))
 

@@ -18,10 +18,10 @@ def add_train(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     config = read_options(TrainConfig, vars(args))
+    from sempa_st.training import train
     from sempa_st.training.record import run_table
-    from sempa_st.training.run import train
 
-    record, to_report = train(config)
-    if to_report:
-        print(run_table(record))
-        print(f"Wrote {config.output} in {record['seconds']:.0f} s.")
+    result = train(config)
+    if result.is_main_process:
+        print(run_table(result.record))
+        print(f"Wrote {config.output} in {result.record['seconds']:.0f} s.")

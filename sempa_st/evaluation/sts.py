@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import Tally, encoded_once
+from sempa_st.loading import load
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -20,6 +22,42 @@ if TYPE_CHECKING:
 _HUB_SPLITS = {"test": "test", "dev": "validation"}
 _PROTOCOLS_DIFFER = ("SICK-R",)
 _SENTEVAL_FROM_HUB = set(STS_TASKS).difference(_PROTOCOLS_DIFFER)
+
+
+def evaluate(
+    model: str | SentenceTransformer,
+    tasks: str | Sequence[str] = "sts",
+    *,
+    split: str = "test",
+    protocol: str = "mteb",
+    data_dir: str | None = None,
+    output: str | Path | None = None,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Score a model on STS tasks: ``sempa evaluate`` from Python.
+
+    Args:
+        model: What :func:`sempa_st.load` takes, or any SentenceTransformer.
+        tasks: MTEB names of tasks, or ``sts`` for the paper's seven.
+        split: ``test`` or ``dev``.
+        protocol: ``mteb`` or ``senteval``; they differ in SICK-R.
+        data_dir: Folder with ``sts/*.parquet``; the Hub when None.
+        output: Folder for MTEB's own result files; none are kept when None.
+        batch_size: Sentences a batch.
+
+    Returns:
+        Spearman correlation of the cosine with the grades, times 100, by task.
+
+    Raises:
+        SempaError: On an unknown model, task, split or protocol, or data that cannot be had.
+    """
+    names = expand_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
+    cells = load_tasks(names, split=split, protocols=[protocol], data_dir=data_dir)
+    if isinstance(model, str):
+        model = load(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        scores = score_tasks(model, cells, output=Path(output or scratch), batch_size=batch_size)
+    return {score.task: score.spearman for score in scores}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,31 @@ from sempa_st.utils.files import atomic_folder, check_apart, check_output_folder
 _MODEL_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG)
 
 
-def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run left.
+
+    Args:
+        folder: The finished model folder.
+        record: The run record, as written to the folder.
+        is_main_process: Whether this process is the one to report it, where there are several.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    is_main_process: bool = True
+
+    @property
+    def score(self) -> float:
+        """Dev score of the model that was kept: Spearman correlation, times 100."""
+        scores = {score["step"]: score["spearman"] for score in self.record["dev"]["scores"]}
+        return float(scores[self.record["best_step"]])
+
+
+def train(config: TrainConfig) -> TrainResult:
     """Train an adapter by the objective of ``config`` and write the model folder at ``config.output``.
 
     What can be refused is refused before anything is written; the folder appears whole, at the end.
-
-    Returns:
-        The run record, as written to the folder, and whether this process is the one to report it.
 
     Raises:
         SempaError: On bad settings, data, base or output folder.
@@ -80,7 +98,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], bool]:
             _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
     finally:
         work.close()
-    return record, state.is_main_process
+    return TrainResult(Path(config.output), record, state.is_main_process)
 
 
 def _base_score(parts: Ingredients, model: Any) -> float:

@@ -37,7 +37,7 @@ from sempa_st.utils.files import atomic_folder, check_apart, check_output_folder
 from sempa_st.utils.leftovers import InUseError, held
 from sempa_st.utils.run_info import fingerprint
 
-Train = Callable[[TrainConfig], tuple[dict[str, Any], bool]]
+Train = Callable[[TrainConfig], object]
 BEST = "best"
 _MOST_ASKED = 100
 """How often the sampler is asked for a point that is left, before one is drawn at random."""
@@ -62,7 +62,7 @@ def run_sweep(
         search: Train this many of the points, picked by Optuna's TPE sampler with the seed of the first one.
         keep_models: Keep the model of every run, and not only that of the best one.
         retry_failed: Try again what has failed in an earlier call.
-        train: Does one run and returns its record.
+        train: Does one run, and writes its model folder.
 
     Returns:
         The results, as written to ``results.json``.

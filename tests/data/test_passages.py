@@ -86,12 +86,15 @@ def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
 
 def test_a_run_learns_with_it_and_records_it(text: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = make_config(tiny_base, tmp_path / "model", objective="contrastive", kl=0.1, kl_text=str(text))
-    record, _ = train(config)
+    record = train(config).record
     assert record["training"][0]["kl"] == pytest.approx(0, abs=1e-6)
     assert record["training"][-1]["kl"] > 0
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     assert record["data"]["kl_text_sha256"] == digest
-    assert "kl_text_sha256" not in train(make_config(tiny_base, tmp_path / "other", objective="contrastive"))[0]["data"]
+    assert (
+        "kl_text_sha256"
+        not in train(make_config(tiny_base, tmp_path / "other", objective="contrastive")).record["data"]
+    )
 
 
 def test_a_text_that_is_gone_or_too_short_is_refused_before_anything_is_touched(

@@ -44,7 +44,7 @@ def test_bases_that_differ_in_the_middle_are_two(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     losses = []
     for base in make_pair(tmp_path):
-        record, _ = train(make_config(base, tmp_path / f"of-{base.name}", max_triplets=8, warmup_ratio=0.9))
+        record = train(make_config(base, tmp_path / f"of-{base.name}", max_triplets=8, warmup_ratio=0.9)).record
         losses.append(record["training"][0]["loss"])
     assert losses == pytest.approx([np.log(2)] * 2, abs=1e-3)
     names = {sempa_st.load(tmp_path / name).model_card_data.model_name.split("-")[-1] for name in ("first", "second")}

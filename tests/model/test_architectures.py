@@ -48,7 +48,7 @@ def test_linear_layers_of_every_make_are_adapted(family: str, layers: list[str])
 @pytest.mark.parametrize("family", ["gpt2", "mamba"])
 def test_a_run_from_data_to_vectors(family: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_causal_lm(family), make_tokenizer())
-    record, _ = train(make_config(base, tmp_path / "model", max_triplets=8, objective="contrastive"))
+    record = train(make_config(base, tmp_path / "model", max_triplets=8, objective="contrastive")).record
     assert len(record["training"]) == 2
     assert sempa_st.load(tmp_path / "model", device="cpu", dtype="float32").encode(["A cat."]).shape == (1, 32)
 

@@ -91,7 +91,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, data: Path) -
     @cache
     def trained(name: str) -> tuple[Path, dict[str, Any]]:
         output = tmp_path_factory.mktemp("runs") / "model"
-        return output, train(config_of(name, tiny_base, data, output))[0]
+        return output, train(config_of(name, tiny_base, data, output)).record
 
     return trained
 
@@ -144,7 +144,7 @@ def test_the_record_names_the_objective(run: Runs, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "all at once"])
 def test_half_precision_trains_too(run: Runs, name: str, tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    record, _ = train(config_of(name, tiny_base, data, tmp_path / "model", dtype="bfloat16", epochs=0.5))
+    record = train(config_of(name, tiny_base, data, tmp_path / "model", dtype="bfloat16", epochs=0.5)).record
     losses = [step["loss"] for step in record["training"]]
     assert len(losses) == 3
     assert losses[0] == pytest.approx(run(name)[1]["training"][0]["loss"], rel=0.02)
@@ -175,7 +175,7 @@ def test_resume_ends_where_an_unbroken_run_ends(
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
         patch.setattr(trainer, "training_step", fail_later)
         train(config)
-    record, _ = train(replace(config, resume=True))
+    record = train(replace(config, resume=True)).record
     assert [step["loss"] for step in record["training"]] == [step["loss"] for step in expected["training"]]
     assert record["dev"]["scores"] == expected["dev"]["scores"]
     tensors = [load_file(path / "adapter_model.safetensors") for path in (unbroken, tmp_path / "model")]
@@ -186,7 +186,7 @@ def test_two_processes_take_the_steps_of_one(tiny_base: Path, data: Path, tmp_pa
     """Two processes with one batch each see what one process sees in two batches: the gradients must be averaged."""
     shared = {"max_triplets": 16, "batch_size": 2, "epochs": 1, "checkpoint_samples": 16, "learning_rate": 1e-3}
     config = config_of("one-word-listwise", tiny_base, data, tmp_path / "one", gradient_accumulation=2, **shared)
-    record = train(config)[0]
+    record = train(config).record
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shared.items())
     arguments = (
         f"-m torch.distributed.run --standalone --nproc_per_node 2 -m sempa_st train --objective one-word-listwise "

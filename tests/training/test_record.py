@@ -72,7 +72,7 @@ def test_a_step_that_overflowed_spoils_no_run(
         train(config)
     state = next((tmp_path / "model.training" / "checkpoints").glob("*/trainer_state.json"))
     assert str(value).lower()[:3] in state.read_text().lower()
-    record, _ = train(replace(config, resume=True))
+    record = train(replace(config, resume=True)).record
     norms = [step["gradient_norm"] for step in record["training"]]
     assert norms[1] is None
     assert all(norm > 0 for norm in norms[:1] + norms[2:])
@@ -135,7 +135,7 @@ def test_rows_that_are_too_long_are_left_out_by_every_trainer(
     settings: dict[str, Any] = {"data": with_long_rows, "max_length": 300, "max_triplets": None}
     first_losses = []
     for number, objective in enumerate(order):
-        record, _ = train(make_config(base, tmp_path / str(number), objective=objective, **settings))
+        record = train(make_config(base, tmp_path / str(number), objective=objective, **settings)).record
         assert (record["data"]["triplets"], record["data"]["too_long"], record["data"]["skipped"]) == (16, 8, 0)
         assert record["dev"]["scores"][-1]["samples"] == 16
         assert len(record["training"]) == 4

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.names_dtype
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("trained") / "tiny-sempa"
-    return output, train(make_config(tiny_base, output, epochs=3))[0]
+    return output, train(make_config(tiny_base, output, epochs=3)).record
 
 
 def test_loss_falls_and_reward_accuracy_rises(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -101,7 +101,7 @@ def test_patience_ends_a_run_whose_dev_score_has_stopped_rising(
     values = [score["spearman"] for score in whole]
     stop = next(n for n in range(2, len(values)) if values[n] <= max(values[1:n]))
     assert stop < len(values) - 1, "the whole run rises all the time, so this test shows nothing"
-    record, _ = train(make_config(tiny_base, tmp_path / "model", epochs=3, patience=1))
+    record = train(make_config(tiny_base, tmp_path / "model", epochs=3, patience=1)).record
     assert record["dev"]["scores"] == whole[: stop + 1]
     assert record["best_step"] == max(whole[1 : stop + 1], key=lambda score: score["spearman"])["step"]
 
@@ -140,7 +140,7 @@ def test_resume_ends_where_an_unbroken_run_ends(
     with pytest.raises(SempaError, match=r"started with learning_rate = 0.005, now it is 0.1"):
         train(replace(config, resume=True, learning_rate=0.1))
 
-    record, _ = train(replace(config, resume=True))
+    record = train(replace(config, resume=True)).record
     assert [step["loss"] for step in record["training"]] == [step["loss"] for step in trained[1]["training"]]
     assert record["dev"]["scores"] == trained[1]["dev"]["scores"]
     unbroken = load_file(trained[0] / "adapter_model.safetensors")
@@ -164,7 +164,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
 def test_every_run_ends_with_an_adapter_that_loads(tiny_base: Path, tmp_path: Path, triplets: int) -> None:
     """However short: a first warm-up step of rate 0 must not be all there is."""
     config = make_config(tiny_base, tmp_path / "model", max_triplets=triplets, checkpoint_samples=4)
-    record, _ = train(replace(config, dev_batch_size=128))
+    record = train(replace(config, dev_batch_size=128)).record
     assert record["best_step"] >= 1
     sempa_st.load(tmp_path / "model", dtype="float32", device="cpu")
 
@@ -321,7 +321,7 @@ def test_the_dev_score_is_scipys_on_the_embeddings(tiny_base: Path) -> None:
 def test_lengths_are_cut_to_the_positions_of_the_base(objective: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_causal_lm("opt", max_position_embeddings=96), make_tokenizer(chat=None))
     config = make_config(base, tmp_path / "out", objective=objective, kl=0.1 if objective == "listwise" else 0.0)
-    record, _ = train(replace(config, max_seq_length=512, max_length=1024))
+    record = train(replace(config, max_seq_length=512, max_length=1024)).record
     assert record["config"]["max_length"] == 1024
     settings = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
     assert settings["max_seq_length"] == 96

@@ -44,7 +44,7 @@ class InterruptError(Exception):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("unbroken") / "model"
-    return output, train(make_config(tiny_base, output, epochs=2))[0]
+    return output, train(make_config(tiny_base, output, epochs=2)).record
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_so(
     if not sealed:
         unseal(config)
     DAMAGES[damage](newest / file)
-    record, _ = train(replace(config, resume=True))
+    record = train(replace(config, resume=True)).record
     err = capsys.readouterr().err
     assert f"checkpoint-6 is damaged ({file}" in err
     assert f"Going on from {older.name}." in err
@@ -162,7 +162,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
     state["best_model_checkpoint"] = str(best)
     (newest / "trainer_state.json").write_text(json.dumps(state))
     DAMAGES["emptied"](best / "adapter_model.safetensors")
-    record, _ = train(replace(config, resume=True))
+    record = train(replace(config, resume=True)).record
     err = capsys.readouterr().err
     assert f"The best checkpoint, {best.name}, is damaged or gone; checkpoint-6 is the best" in err
     scores = {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
@@ -173,7 +173,7 @@ def test_a_folder_that_was_moved_is_gone_on_with(
     tiny_base: Path, tmp_path: Path, interrupted: Path, unbroken: tuple[Path, dict[str, Any]]
 ) -> None:
     shutil.copytree(interrupted, tmp_path / "other.training")
-    record, _ = train(make_config(tiny_base, tmp_path / "other", epochs=2, resume=True))
+    record = train(make_config(tiny_base, tmp_path / "other", epochs=2, resume=True)).record
     assert record["best_step"] == unbroken[1]["best_step"]
 
 

@@ -19,7 +19,7 @@ from sempa_st.errors import SempaError
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dpo import SempaTrainer
 from sempa_st.training.record import settings_digest
-from sempa_st.training.run import train
+from sempa_st.training.run import TrainResult, train
 from sempa_st.training.run_folder import WorkDir
 from sempa_st.training.run_results import RunResult, place, results_table
 from sempa_st.training.sweep import run_sweep
@@ -135,7 +135,7 @@ class FakeTrain:
         self.score: Callable[[TrainConfig], float] = lambda config: 50.0 + config.lora_r
         self.calls: list[TrainConfig] = []
 
-    def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], bool]:
+    def __call__(self, config: TrainConfig) -> TrainResult:
         self.calls.append(config)
         record = json.loads((self.folder / "sempa_run.json").read_text())
         record["config"] = vars(config)
@@ -147,7 +147,7 @@ class FakeTrain:
         record |= {"best_step": 2, "seconds": 3.4}
         shutil.copytree(self.folder, config.output, dirs_exist_ok=True)
         write_json(Path(config.output) / "sempa_run.json", record)
-        return record, True
+        return TrainResult(Path(config.output), record)
 
     def ranks(self) -> list[int]:
         """Return the ranks that were trained since the last time this was asked for, in order."""

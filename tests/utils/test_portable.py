@@ -149,7 +149,7 @@ def test_a_sweep_knows_its_finished_runs_by_the_settings_as_given(tmp_path: Path
     fixed = {"data": "sample", "output": "o", "dev": "sample", "device": "cpu"}
     configs, varied = make_configs(fixed, [{"base": str(base)} for base in bases])
     config = make_config(bases[1], tmp_path / "runs" / "second", max_triplets=8, checkpoint_samples=4)
-    record, _ = train(config)
+    record = train(config).record
     names = {record["settings_digest"]: "second"}
     runs = place([configs[0], config], varied, tmp_path / "runs", names)
     assert runs[0].record is None
