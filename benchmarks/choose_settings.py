@@ -22,15 +22,15 @@ from sempa_st.data.sts import GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.digests import folder_digest
 from sempa_st.folder.resolve import find_model
-from sempa_st.forward.batching import in_batches
+from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.forward.decoder import layers_of, states_in
-from sempa_st.methods.method import Method, mean_of
+from sempa_st.methods.method import Method, mean_pooled
 from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.utils.devices import keep_attention_right, pick_device
+from sempa_st.utils.devices import avoid_broken_sdpa, pick_device
 from sempa_st.utils.files import read_json, write_json
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
@@ -57,7 +57,7 @@ def main() -> None:
         raise SempaError(f"{output} holds scores of another base or device. Choose another output.")
     found: dict[str, dict[str, float]] = held["scores"]
     model: Any = load_causal_lm(folder, torch.float32).eval()
-    keep_attention_right(model, device)
+    avoid_broken_sdpa(model, device)
     model, tokenizer = model.to(device), load_tokenizer(folder)
     for name in args.methods:
         if parse_method(name).layer is not None:
@@ -83,7 +83,7 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     lengths = [len(module.tokenizer(method.render(text)[0].text)["input_ids"]) for text in sentences]
     width = module.get_embedding_dimension()
     vectors = {layer: torch.empty(len(sentences), width) for layer in range(1, depth + 1)}
-    for batch in in_batches(lengths, _TOKENS, name):
+    for batch in batches_within_tokens(lengths, _TOKENS, name):
         features = module.preprocess([sentences[index] for index in batch])
         features = {name: tensor.to(decoder.device) for name, tensor in features.items()}
         rows = rows_in(features)
@@ -116,7 +116,7 @@ def read_at_layers(decoder: Any, read: Tensor) -> Iterator[dict[int, Tensor]]:
     def keep(layer: int, output: Any) -> None:
         states = states_in(output)
         if states.shape[:2] == read.shape:  # another text of the method may be of another width
-            found[layer] = mean_of(states, read)
+            found[layer] = mean_pooled(states, read)
 
     handles = [
         layer.register_forward_hook(lambda _, inputs, output, number=number: keep(number, output))

@@ -25,13 +25,13 @@ from sempa_st.data.sts import STS_TASKS, GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.layout import invocation_of, is_adapter_folder, template_name
 from sempa_st.folder.resolve import adapter_base, find_model
-from sempa_st.forward.batching import in_batches
-from sempa_st.forward.embed import embed_packed
-from sempa_st.forward.prefix_cache import OpenRows
+from sempa_st.forward.batching import batches_within_tokens
+from sempa_st.forward.embed import embed_rows_fast
+from sempa_st.forward.prefix_cache import PrefixCache
 from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.model.tokenizer import closing_tokens, load_tokenizer
+from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
 from sempa_st.utils.files import read_json, write_json
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
@@ -93,7 +93,7 @@ def load_together(folders: list[Path]) -> Together:
     """
     template = str(template_name(folders[0]))
     tokenizer = load_tokenizer(folders[0])
-    closing = closing_tokens(tokenizer, template)
+    closing = suffix_tokens(tokenizer, template)
     first_layers: list[int | None] = []
     for folder in folders:
         invocation = invocation_of(folder) if is_adapter_folder(folder) else None
@@ -117,7 +117,7 @@ def score_pairs(together: Together, pairs: GradedPairs, task: str) -> list[float
     module = together.module
     rows = module.token_rows(pairs.sentences)
     vectors = [torch.empty(len(rows), module.get_embedding_dimension()) for _ in [_BASE, *together.first_layers]]
-    for batch in in_batches([len(row) for row in rows], _TOKENS, task):
+    for batch in batches_within_tokens([len(row) for row in rows], _TOKENS, task):
         for store, states in zip(vectors, continued(together, [rows[index] for index in batch]), strict=True):
             store[batch] = states
     return [pairs.spearman(found) for found in vectors]
@@ -130,7 +130,7 @@ def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
     activated = [str(number) for number, first in enumerate(together.first_layers) if first is None]
     module.model.set_adapter(activated[0] if activated else "0")
     with caught_below(together):
-        open_rows = OpenRows(module, padded["input_ids"], padded["attention_mask"], closing=together.closing)
+        open_rows = PrefixCache(module, padded["input_ids"], padded["attention_mask"], closing=together.closing)
         yield open_rows.base_states()
     for number, first in enumerate(together.first_layers):
         module.model.set_adapter(str(number))
@@ -139,7 +139,7 @@ def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
         elif first:
             yield go_on_above(together, open_rows, first)
         else:
-            yield embed_packed(module, padded["input_ids"], padded["attention_mask"])
+            yield embed_rows_fast(module, padded["input_ids"], padded["attention_mask"])
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def caught_below(together: Together) -> Iterator[None]:
             handle.remove()
 
 
-def go_on_above(together: Together, open_rows: OpenRows, first: int) -> Tensor:
+def go_on_above(together: Together, open_rows: PrefixCache, first: int) -> Tensor:
     """Return the last token's states under the active adapter, run from its first layer on."""
     decoder: Any = together.module.decoder
     states = torch.cat([piece.expand(len(open_rows.mask), -1, -1) for piece in together.below[first]], dim=1)

@@ -188,14 +188,14 @@ def _encode_once(
     """Return the vectors of a window's sentences, a few batches of neighbours at a time."""
     import numpy as np
 
-    from sempa_st.forward.batching import batches_alike, characters_of_batch
+    from sempa_st.forward.batching import batches_by_length, min_batch_characters
 
     times = Counter(texts)
     different = list(times)
     parts: list[Any] = []
     numbers: dict[str, int] = {}
     size = _BATCHES * batch_size
-    for places in batches_alike(different, size, characters_of_batch(model, size)):
+    for places in batches_by_length(different, size, min_batch_characters(model, size)):
         part = [different[place] for place in places]
         parts.append(model.encode(part, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
         numbers |= {text: len(numbers) + number for number, text in enumerate(part)}

@@ -21,7 +21,7 @@ from sempa_st.folder.layout import (
     is_adapter_folder,
 )
 from sempa_st.folder.resolve import Source, adapter_base, adapters_over_base, bare_adapter, find_model, source_digest
-from sempa_st.forward.embed import embed_packed
+from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.adapter_kinds import check_native
 from sempa_st.model.base_model import Base, load_causal_lm
@@ -31,7 +31,7 @@ from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
-from sempa_st.utils.devices import keep_attention_right, pick_device, pick_dtype
+from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -96,7 +96,7 @@ def load(
             opened = _load_sempa(source, base, torch_dtype, device)
         else:
             opened = _load_plain(source, torch_dtype, device)
-    keep_attention_right(opened, device)
+    avoid_broken_sdpa(opened, device)
     if int8:
         _quantize(opened)
     asked = {"method": method, "reader": reader, "dtype": str(torch_dtype), "int8": int8}
@@ -142,7 +142,7 @@ def _load_base(source: Source, template: str, dtype: Any, device: str) -> Senten
     tokenizer = load_tokenizer(source.folder)
     install_template(tokenizer, definition)
     decoder = load_causal_lm(source.folder, dtype, whole=False).eval()
-    return _assemble(PromptEOL(decoder, tokenizer, template=template, forward_rows=embed_packed), source, device)
+    return _assemble(PromptEOL(decoder, tokenizer, template=template, forward_rows=embed_rows_fast), source, device)
 
 
 def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
@@ -151,7 +151,7 @@ def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> Se
     tokenizer = _load_tokenizer(source, below)
     template, length = embedding_settings(source.folder, tokenizer)
     model = _load_weights(source, below, dtype)
-    module = PromptEOL(model, tokenizer, template=template, max_seq_length=length, forward_rows=embed_packed)
+    module = PromptEOL(model, tokenizer, template=template, max_seq_length=length, forward_rows=embed_rows_fast)
     return _assemble(module, source, device)
 
 

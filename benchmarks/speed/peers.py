@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.varlen import can_flash, last_flash_states
+from sempa_st.forward.varlen import last_states_varlen, supports_varlen
 from sempa_st.model.tokenizer import load_tokenizer, save_tokenizer
 
 Render = Callable[[str], str]
@@ -82,7 +82,7 @@ def flash_rows(folder: Path, device: str, batch_size: int, render: Render) -> Ca
         .to(device)
     )
     tokenizer = load_tokenizer(folder)
-    if not can_flash(decoder):
+    if not supports_varlen(decoder):
         raise SempaError(f"FlashAttention does not run on {device}")
 
     @torch.inference_mode()
@@ -92,7 +92,7 @@ def flash_rows(folder: Path, device: str, batch_size: int, render: Render) -> Ca
         for start in range(0, len(order), batch_size):
             texts = [render(sentences[place]) for place in order[start : start + batch_size]]
             batch = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
-            vectors.append(last_flash_states(decoder, **batch).float().cpu())
+            vectors.append(last_states_varlen(decoder, **batch).float().cpu())
         return torch.cat(vectors)[torch.tensor(order).argsort()].numpy()
 
     return embed

@@ -17,7 +17,7 @@ from benchmarks.speed.peers import flash_rows, in_other_environment
 from sempa_st.errors import SempaError
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.utils.devices import keep_attention_right
+from sempa_st.utils.devices import avoid_broken_sdpa
 
 _TEMPLATE = embedding_template("prompteol")
 
@@ -52,7 +52,7 @@ def paper(setting: Setting) -> Embed:
         .eval()
         .to(setting.device)
     )
-    keep_attention_right(model, setting.device)
+    avoid_broken_sdpa(model, setting.device)
     tokenizer = load_tokenizer(setting.folder)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ def plain(dtype: torch.dtype) -> Make:
 
     def make(setting: Setting) -> Embed:
         model = SentenceTransformer(str(setting.native), device=setting.device, model_kwargs={"dtype": dtype})
-        keep_attention_right(model, setting.device)
+        avoid_broken_sdpa(model, setting.device)
         return _encode(model, setting.batch_size)
 
     return make

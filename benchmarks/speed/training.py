@@ -28,8 +28,8 @@ from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dev_score import DevScorer
-from sempa_st.training.run import gather
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run import load_inputs
+from sempa_st.training.run_folder import RunFolder
 
 _BATCH = 8
 _COMMON = {"batch_size": _BATCH, "gradient_accumulation": 1, "log_steps": 1, "device": "cpu", "dtype": "float32"}
@@ -72,8 +72,8 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
         config = TrainConfig(
             base=EMBEDDED_BASE, data="sample", dev="sample", output=str(output), warmup_ratio=0.0, **_COMMON, **settings
         )
-        parts = replace(gather(config, "cpu"), data=data)
-        work = WorkDir(output)
+        parts = replace(load_inputs(config, "cpu"), data=data)
+        work = RunFolder(output)
         work.checkpoints.mkdir(parents=True, exist_ok=True)
         with (
             mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}),

@@ -89,14 +89,14 @@ def generation_command(args: argparse.Namespace) -> None:
 def _score(
     name: str, method: str, tasks: Sequence[LoadedTask], base: str | None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    from sempa_st.evaluation.generation import Generator, average
+    from sempa_st.evaluation.generation import GenerationEvaluator, average
     from sempa_st.loading import load
     from sempa_st.model.prompt_eol import PromptEOL
 
     model = load(name, dtype=args.dtype, device=args.device, base=base)
     module = model[0]
     assert isinstance(module, PromptEOL)
-    generator = Generator(module, batch_size=args.batch_size, chat=args.chat)
+    generator = GenerationEvaluator(module, batch_size=args.batch_size, chat=args.chat)
     scores = []
     for task in tasks:
         print(f"{name}: {task.name}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            _calm_libraries(args.debug)
+            silence_libraries(args.debug)
             command: Callable[[argparse.Namespace], None] = args.command
             command(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _calm_libraries(debug: bool) -> None:
+def silence_libraries(debug: bool) -> None:
     """Silence the libraries' chatter for this process; our own messages and their errors stay."""
     if debug:
         return

@@ -10,7 +10,7 @@ from typing import Any
 from sempa_st.data.rows import ROW_SUFFIXES, list_rows, read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.assets import asset_path
-from sempa_st.utils.files import half_characters, is_text
+from sempa_st.utils.files import is_text, lone_surrogates
 from sempa_st.utils.run_info import fingerprint
 
 _TRIPLET_COLUMNS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"))
@@ -128,7 +128,7 @@ def _from_triplets(
     for number, row in enumerate(rows, 1):
         premise, entailed, contradicted = (row.get(name) for name in names)
         neutral = row.get("neutral")
-        broken = isinstance(neutral, str) and half_characters(neutral)
+        broken = isinstance(neutral, str) and lone_surrogates(neutral)
         if is_text(premise) and is_text(entailed) and is_text(contradicted) and not broken:
             triplets.append(Triplet(premise, entailed, contradicted, neutral if is_text(neutral) else None))
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.data.nli import Triplet
 from sempa_st.errors import SempaError
-from sempa_st.model.templates import look_up
+from sempa_st.model.templates import look_up_name
 from sempa_st.model.tokenizer import own_chat_template
 
 if TYPE_CHECKING:
@@ -88,4 +88,4 @@ DEFAULT_PARAPHRASE = "keep"
 
 def paraphrase_prompt(name: str, sentence: str) -> str:
     """Fill the paraphrase template called ``name`` with ``sentence``; raises :class:`SempaError` if unknown."""
-    return look_up(PARAPHRASE_TEMPLATES, name, "paraphrase template").replace("{sentence}", sentence)
+    return look_up_name(PARAPHRASE_TEMPLATES, name, "paraphrase template").replace("{sentence}", sentence)

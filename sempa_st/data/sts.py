@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.data.rows import read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.assets import asset_path
-from sempa_st.utils.files import half_characters
+from sempa_st.utils.files import lone_surrogates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def _checked(rows: Sequence[dict[str, Any]], source: str) -> Iterable[tuple[str,
             grade = float(score)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             grade = math.nan
-        texts = all(isinstance(text, str) and not half_characters(text) for text in (one, two))
+        texts = all(isinstance(text, str) and not lone_surrogates(text) for text in (one, two))
         if not (texts and math.isfinite(grade)):
             raise SempaError(f"{source}, row {number}: expected two sentences and a number, got {row!a:.200}.")
         yield one, two, grade  # type: ignore[misc]

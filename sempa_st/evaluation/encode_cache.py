@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Tally:
+class EncodeCost:
     """What encoding has cost so far.
 
     Attributes:
@@ -32,7 +32,7 @@ class Tally:
 
 
 @contextmanager
-def encoded_once(model: SentenceTransformer) -> Iterator[Tally]:
+def encode_cache(model: SentenceTransformer) -> Iterator[EncodeCost]:
     """Let ``model.encode`` remember the vectors of lists of sentences, for the time of a block.
 
     Args:
@@ -43,7 +43,7 @@ def encoded_once(model: SentenceTransformer) -> Iterator[Tally]:
     """
     original = model.encode
     known: dict[tuple[str, str], Any] = {}
-    tally = Tally()
+    tally = EncodeCost()
 
     def encode(sentences: Any, *args: Any, **kwargs: Any) -> Any:
         if args or isinstance(sentences, str) or not _asks_for_array(kwargs):

@@ -197,7 +197,7 @@ def _dataset(splits: Splits) -> Callable[..., Any]:
     return build
 
 
-class Generator:
+class GenerationEvaluator:
     """A model as the harness sees it.
 
     Args:

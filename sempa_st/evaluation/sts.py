@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.encode_cache import Tally, encoded_once
+from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.loading import load
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def score_tasks(
     *,
     output: Path,
     batch_size: int = 32,
-    report: Callable[[Score, Tally], None] | None = None,
+    report: Callable[[Score, EncodeCost], None] | None = None,
 ) -> list[Score]:
     """Score a model on loaded tasks; a sentence that stands in several places is encoded once.
 
@@ -147,7 +147,7 @@ def score_tasks(
     """
     done: dict[tuple[str, str, str], Score] = {}
     scores = []
-    with encoded_once(model) as tally:
+    with encode_cache(model) as tally:
         for cell in cells:
             name = cell.task.metadata.name
             key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")

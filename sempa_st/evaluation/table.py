@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.encode_cache import Tally
+from sempa_st.evaluation.encode_cache import EncodeCost
 from sempa_st.evaluation.sts import Cell, Score, load_tasks, score_tasks
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
@@ -113,7 +113,7 @@ def _score(
     model = load(system.model, method=system.method, dtype=dtype, device=device)
     held["tokens"] = _tokens(model, cells[0].task.dataset["test"]["sentence1"])
 
-    def keep(score: Score, tally: Tally) -> None:
+    def keep(score: Score, tally: EncodeCost) -> None:
         held["scores"].setdefault(score.protocol, {})[score.task] = score.spearman
         if tally.encoded:
             held["speed"] = tally.encoded / tally.seconds

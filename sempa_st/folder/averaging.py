@@ -17,7 +17,7 @@ from sempa_st.folder.write import copy_files
 from sempa_st.model.adapter import check_adapter
 from sempa_st.model.adapter_kinds import check_mean
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from sempa_st.utils.files import check_apart, check_output_folder, write_json
+from sempa_st.utils.files import check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_name
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def average_models(
     ranks = [int(each["r"]) for each in settings]
     if rank is not None and not 0 < rank <= sum(ranks):
         raise SempaError(f"--rank is {rank}. Expected 1 to {sum(ranks)}, the sum of the models' ranks.")
-    check_apart(output, [source.folder for source in sources])
+    check_not_inside(output, [source.folder for source in sources])
     base = adapter_base(sources[0].folder)
     for source in sources:
         check_adapter(base, source.folder)

@@ -37,9 +37,9 @@ from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolv
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
-from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer, opening_tokens
+from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer, prefix_tokens
 from sempa_st.utils.devices import pick_dtype
-from sempa_st.utils.files import atomic_folder, check_apart, check_output_folder, write_json
+from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_record
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def copy_model(
     if source.kind == "sempa" and template:
         raise SempaError(f"{model} brings its own template; --template {template!r} is for bare bases only.")
     origin = _origin(source, adapter, base)
-    check_apart(output, [source.folder, origin.folder])
+    check_not_inside(output, [source.folder, origin.folder])
     if adapter:
         check_adapter(origin, source.folder)
     tokenizer, template, length = _embedding_settings(source, origin, template)
@@ -123,7 +123,7 @@ def copy_model(
                     set_invocation(folder, None)
                     (folder / CONFIG).unlink()  # it refused the readers that can open the copy
                 if activate:
-                    opening = opening_tokens(tokenizer, template)
+                    opening = prefix_tokens(tokenizer, template)
                     set_invocation(folder, opening)
                     check_activated(origin, model, folder)
                 rewrite_tensors(origin, folder, scale)
@@ -182,7 +182,7 @@ def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
             f"The adapter of {model} is an activated one, which cannot be merged. If it acts on whole sentences, "
             "a copy with --format native can be."
         )
-    if invocation_of(folder) != opening_tokens(load_tokenizer(folder), template_name(folder) or DEFAULT_TEMPLATE):
+    if invocation_of(folder) != prefix_tokens(load_tokenizer(folder), template_name(folder) or DEFAULT_TEMPLATE):
         raise SempaError(
             f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. In the format "
             "native it would act on every token or on none. Expected format custom."

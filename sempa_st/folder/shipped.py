@@ -30,7 +30,7 @@ from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import install_template, load_tokenizer
 from sempa_st.utils.assets import PACKAGE, asset_path
-from sempa_st.utils.files import atomic_folder, cache_folder, check_apart, made_once, write_json
+from sempa_st.utils.files import atomic_folder, build_once, cache_folder, check_not_inside, write_json
 from sempa_st.utils.portable import portable_record
 
 SHIPPED_MODELS = asset_path("models")
@@ -62,7 +62,7 @@ def shipped_model(name: str) -> Path:
         raise SempaError(f"The model {name!r} needs its base. {error}") from error
     packed = SHIPPED_MODELS / name
     target = cache_folder() / "models" / f"{name}-{_digest(packed, base)[:12]}"
-    return made_once(target, MODULES, lambda folder: _complete(packed, base, folder))
+    return build_once(target, MODULES, lambda folder: _complete(packed, base, folder))
 
 
 def _digest(packed: Path, base: Base) -> str:
@@ -125,7 +125,7 @@ def pack_model(
     base = resolve_base(base_of_adapter(folder))
     if base.name != EMBEDDED_BASE:
         raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")
-    check_apart(target, [folder, base.folder])
+    check_not_inside(target, [folder, base.folder])
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     with atomic_folder(target, overwrite=overwrite) as packed, tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(folder / ADAPTER_CONFIG, packed / ADAPTER_CONFIG)

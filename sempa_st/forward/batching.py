@@ -13,7 +13,7 @@ _FILLS_GPU = 65_536
 """Characters of a batch from which on a GPU computes for longer than its work takes to hand out."""
 
 
-def characters_of_batch(model: sentence_transformers.SentenceTransformer, size: int) -> int:
+def min_batch_characters(model: sentence_transformers.SentenceTransformer, size: int) -> int:
     """Return how many characters a batch of ``size`` texts holds at the least, in texts beyond these where it must.
 
     It takes no longer then than a batch of long texts, and on a GPU no more memory than one of the longest.
@@ -24,7 +24,7 @@ def characters_of_batch(model: sentence_transformers.SentenceTransformer, size: 
     return max(size * _LONG, min(size * 2 * (model.max_seq_length or 0), _FILLS_GPU))
 
 
-def batches_alike(texts: Sequence[str], size: int, characters: int) -> Iterator[list[int]]:
+def batches_by_length(texts: Sequence[str], size: int, characters: int) -> Iterator[list[int]]:
     """Yield the numbers of texts in batches: the long ones first, and neighbours that begin alike.
 
     Args:
@@ -32,7 +32,7 @@ def batches_alike(texts: Sequence[str], size: int, characters: int) -> Iterator[
         size: Texts of a batch, at the least.
         characters: Characters of a batch, at the least.
 
-    >>> list(batches_alike(["A cat sleeps.", "Snow." * 60, "A cat runs."], 1, 256))
+    >>> list(batches_by_length(["A cat sleeps.", "Snow." * 60, "A cat runs."], 1, 256))
     [[1], [0, 2]]
     """
     batch: list[int] = []
@@ -74,7 +74,7 @@ def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
     yield group
 
 
-def in_batches(lengths: Sequence[int], tokens: int, desc: str) -> Iterator[list[int]]:
+def batches_within_tokens(lengths: Sequence[int], tokens: int, desc: str) -> Iterator[list[int]]:
     """Yield the numbers of rows of similar length, at most ``tokens`` padded tokens a batch, under a progress bar.
 
     Args:

@@ -34,7 +34,9 @@ def last_hidden_states(decoder: Any, **inputs: Any) -> Tensor:
     return states
 
 
-def run_on(decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+def forward_with_cache(
+    decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
     """Run tokens after those in the cache, which takes them up.
 
     Args:
@@ -63,25 +65,25 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def window_covers(decoder: Any, width: int) -> bool:
+def within_sliding_window(decoder: Any, width: int) -> bool:
     """Whether rows of ``width`` tokens may hold padding in their middle: a sliding window counts it as distance."""
     window = getattr(decoder.config.get_text_config(), "sliding_window", None)
     return window is None or width <= window
 
 
-def takes_positions(decoder: Any) -> bool:
+def accepts_position_ids(decoder: Any) -> bool:
     """Whether a decoder can be told positions, which padding or another row before a token would shift."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
 
 
-def only_attends(decoder: Any) -> bool:
+def attention_only(decoder: Any) -> bool:
     """Whether all layers attend: convolution or recurrence would carry one row's tokens over into the next row."""
     config = decoder.config.get_text_config()
     kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
     return kinds <= _ATTENTION
 
 
-def keeps_no_cache(decoder: Any) -> bool:
+def gradient_checkpointing_enabled(decoder: Any) -> bool:
     """Whether layers are run again for their gradients (gradient checkpointing), with which no cache is kept."""
     return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
 
@@ -130,7 +132,7 @@ def attention_output(layer: nn.Module) -> nn.Module:
     return found
 
 
-def states_after(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def states_after_layers(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the states after some of the layers, of shape (rows, tokens, hidden); later layers are not run.
 
     Args:
@@ -142,14 +144,14 @@ def states_after(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tens
     """
     padding = attention_mask if attention_mask.dim() == 2 else (attention_mask[:, 0].amax(dim=1) == 0).long()
     # Positions count real tokens only, so that padding on the left moves no learned position embedding.
-    positions = {"position_ids": (padding.cumsum(-1) - 1).clamp(min=0)} if takes_positions(decoder) else {}
-    with ending_after(decoder, run):
+    positions = {"position_ids": (padding.cumsum(-1) - 1).clamp(min=0)} if accepts_position_ids(decoder) else {}
+    with truncated(decoder, run):
         return last_hidden_states(
             decoder, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         )
 
 
-def ending_after(decoder: Any, run: int) -> AbstractContextManager[None]:
+def truncated(decoder: Any, run: int) -> AbstractContextManager[None]:
     """Let this thread's passes by :func:`last_hidden_states` end after some of a decoder's layers.
 
     Args:

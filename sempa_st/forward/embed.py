@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sempa_st.forward.packing import can_pack, last_packed_states, unpadded
-from sempa_st.forward.varlen import CannotFlash, can_flash, last_flash_states
-from sempa_st.model.peft_models import activated
+from sempa_st.forward.packing import can_pack, last_states_packed, unpadded
+from sempa_st.forward.varlen import VarlenUnsupported, last_states_varlen, supports_varlen
+from sempa_st.model.peft_models import alora_on_last
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 
 
@@ -42,11 +42,11 @@ class Varlen(Strategy):
 
     def supports(self, decoder: Any, attention_mask: Tensor) -> bool:
         """Whether the decoder is on a GPU, in 16 bits, and asks no more of its attention than the kernel does."""
-        return can_flash(decoder)
+        return supports_varlen(decoder)
 
     def last_states(self, decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the hidden states; raises :class:`CannotFlash` on what only the pass itself shows."""
-        return last_flash_states(decoder, input_ids, attention_mask)
+        """Return the hidden states; raises :class:`VarlenUnsupported` on what only the pass itself shows."""
+        return last_states_varlen(decoder, input_ids, attention_mask)
 
 
 class Packed(Strategy):
@@ -58,7 +58,7 @@ class Packed(Strategy):
 
     def last_states(self, decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the hidden states."""
-        return last_packed_states(decoder, unpadded(input_ids, attention_mask))
+        return last_states_packed(decoder, unpadded(input_ids, attention_mask))
 
 
 class FastForward:
@@ -75,18 +75,18 @@ class FastForward:
         """Return the pooled hidden states, of shape (batch, hidden)."""
         decoder = module.decoder
         # PEFT finds the closing tokens by their place in a row of its own.
-        if not module.closing_only:
-            with activated(module.model, None):
+        if not module.num_suffix_tokens:
+            with alora_on_last(module.model, None):
                 for strategy in self._strategies:
                     if strategy.supports(decoder, attention_mask):
-                        with suppress(CannotFlash):
+                        with suppress(VarlenUnsupported):
                             return strategy.last_states(decoder, input_ids, attention_mask)
         return embed_rows(module, input_ids, attention_mask)
 
     def packs_batches(self, module: PromptEOL) -> bool:
         """Whether sequences of a batch share what they begin with, so that it is best made of such ones."""
-        return not module.closing_only and can_pack(module.decoder, 1)
+        return not module.num_suffix_tokens and can_pack(module.decoder, 1)
 
 
-embed_packed = FastForward()
+embed_rows_fast = FastForward()
 """Varlen attention on a GPU, packs elsewhere, padding where neither can be."""

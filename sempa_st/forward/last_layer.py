@@ -16,11 +16,11 @@ _QUERIES_BY_KEYS = 4
 """Dimensions of a mask that has a row for each query."""
 
 
-class _EnoughComputed(Exception):  # noqa: N818 (it ends a call early and is no error)
+class _KeysValuesDone(Exception):  # noqa: N818 (it ends a call early and is no error)
     pass
 
 
-class _Kept:
+class _RecordingCache:
     """Stands for a key/value cache: takes up what a layer adds, and gives it back to the same layer run again."""
 
     def __init__(self, cache: Cache) -> None:
@@ -30,11 +30,11 @@ class _Kept:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._found is None:
             self._found = self._cache.update(keys, values, *args, **kwargs)
-            raise _EnoughComputed
+            raise _KeysValuesDone
         return self._found
 
 
-def read_at(layer: nn.Module, places: Tensor) -> AbstractContextManager[None]:
+def last_layer_only_at(layer: nn.Module, places: Tensor) -> AbstractContextManager[None]:
     """Let a decoder's last layer return the states at some tokens alone, in this thread's forward pass with a cache.
 
     The others' attention, output projection and MLP are left out: nothing would read what comes of them. A layer that
@@ -50,14 +50,14 @@ def read_at(layer: nn.Module, places: Tensor) -> AbstractContextManager[None]:
         nonlocal narrowed
         narrowed = False
         states = args[0] if args else kwargs.get("hidden_states")
-        caches = {name: _Kept(value) for name, value in kwargs.items() if isinstance(value, Cache)}
+        caches = {name: _RecordingCache(value) for name, value in kwargs.items() if isinstance(value, Cache)}
         mask = kwargs.get("attention_mask")
         if len(args) > 1 or states is None or len(caches) != 1 or mask is None or mask.dim() != _QUERIES_BY_KEYS:
             return args, kwargs
         try:
             # Keys and values of all tokens; the call ends where the attention would begin.
             layer.forward(*args, **{**kwargs, **caches})
-        except _EnoughComputed:
+        except _KeysValuesDone:
             narrowed = True
         if not narrowed:  # it has no keys and values
             return args, kwargs

@@ -12,12 +12,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sempa_st.forward.bin_packing import fill_packs
-from sempa_st.forward.decoder import keeps_no_cache, last_layer_of, only_attends, run_on, takes_positions, window_covers
-from sempa_st.forward.last_layer import read_at
+from sempa_st.forward.decoder import (
+    accepts_position_ids,
+    attention_only,
+    forward_with_cache,
+    gradient_checkpointing_enabled,
+    last_layer_of,
+    within_sliding_window,
+)
+from sempa_st.forward.last_layer import last_layer_only_at
 from sempa_st.forward.varlen import ATTENTIONS
 from sempa_st.model.token_rows import common_prefix
 
-OWN_MASKS = (*ATTENTIONS, *ATTENTIONS.values())
+DENSE_MASK_ATTENTION = (*ATTENTIONS, *ATTENTIONS.values())
 """Implementations of attention that take a mask of queries by keys."""
 
 
@@ -49,7 +56,7 @@ class Packs(NamedTuple):
     opening: Tensor
 
 
-def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
+def states_packed(decoder: Any, rows: Sequence[Tensor]) -> Packed:
     """Run a decoder on rows in packs, with gradients.
 
     What all rows begin with is run once, into a key/value cache; what some rows of a pack begin with beyond that, once
@@ -60,7 +67,7 @@ def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
         rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
     """
-    begun = begin_packs(decoder, rows)
+    begun = prepare_packs(decoder, rows)
     states = run_packs(decoder, begun)
     opening = len(begun.opening)
     there = torch.arange(opening)
@@ -70,9 +77,9 @@ def packed_states(decoder: Any, rows: Sequence[Tensor]) -> Packed:
     )
 
 
-def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
-    """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`packed_states`."""
-    begun = begin_packs(decoder, rows)
+def last_states_packed(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
+    """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`states_packed`."""
+    begun = prepare_packs(decoder, rows)
     width = begun.layout.ids.shape[1]
     packs: list[list[int]] = [[] for _ in begun.layout.ids]
     found = []
@@ -81,16 +88,16 @@ def last_packed_states(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
         packs[last // width].append(last % width)
     read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
     last_layer = last_layer_of(decoder)
-    if last_layer is None or keeps_no_cache(decoder):
+    if last_layer is None or gradient_checkpointing_enabled(decoder):
         states = run_packs(decoder, begun)
         states = states.gather(1, read[:, :, None].expand(-1, -1, states.shape[-1]))
     else:
-        with read_at(last_layer, read):
+        with last_layer_only_at(last_layer, read):
             states = run_packs(decoder, begun)
     return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
 
 
-def last_places(begun: Packs) -> Tensor | None:
+def last_positions(begun: Packs) -> Tensor | None:
     """Return the rows' last tokens' places among all of the packs' tokens, of shape (rows,).
 
     None where another row goes on from one of them, so that no change to it would be the one row's own.
@@ -117,26 +124,26 @@ def can_pack(decoder: Any, longest: int) -> bool:
         longest: Tokens of the longest row.
     """
     return (
-        takes_positions(decoder)
-        and only_attends(decoder)
+        accepts_position_ids(decoder)
+        and attention_only(decoder)
         and decoder.is_backend_compatible()
-        and decoder.config.get_text_config()._attn_implementation in OWN_MASKS
-        and window_covers(decoder, longest)
+        and decoder.config.get_text_config()._attn_implementation in DENSE_MASK_ATTENTION
+        and within_sliding_window(decoder, longest)
     )
 
 
-def begin_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
-    """Run what all rows begin with, and lay out the rest; arguments as for :func:`packed_states`."""
+def prepare_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
+    """Run what all rows begin with, and lay out the rest; arguments as for :func:`states_packed`."""
     lists = [row.tolist() for row in rows]
     shortest = min(len(row) for row in lists)
-    opening = 0 if keeps_no_cache(decoder) else min(common_prefix(lists), shortest - 1)
-    layout = _lay_out([row[opening:] for row in lists], views=decoder.training)
+    opening = 0 if gradient_checkpointing_enabled(decoder) else min(common_prefix(lists), shortest - 1)
+    layout = plan_packs([row[opening:] for row in lists], views=decoder.training)
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
     if opening:
         beginning = rows[0][None, :opening].to(decoder.device)
         there = torch.arange(opening, device=decoder.device)[None]
-        states = run_on(decoder, cache, beginning, torch.ones_like(beginning), there)[0]
+        states = forward_with_cache(decoder, cache, beginning, torch.ones_like(beginning), there)[0]
         cache.batch_repeat_interleave(len(layout.ids))
     return Packs(layout, cache, states)
 
@@ -144,11 +151,13 @@ def begin_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
 def run_packs(decoder: Any, begun: Packs) -> Tensor:
     """Return the states of packs that were begun, of shape (packs, tokens, hidden)."""
     layout, opening, device = begun.layout, len(begun.opening), decoder.device
-    mask = _own_keys(layout.ends.to(device), opening, decoder.dtype)
-    return run_on(decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device))
+    mask = prefix_tree_mask(layout.ends.to(device), opening, decoder.dtype)
+    return forward_with_cache(
+        decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device)
+    )
 
 
-def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
+def plan_packs(rows: list[list[int]], *, views: bool) -> _Layout:
     """Lay out rows in packs; ``views`` keeps equal rows apart."""
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     pairs = [(rows[one], rows[two]) for one, two in pairwise(order)]
@@ -176,7 +185,7 @@ def _lay_out(rows: list[list[int]], *, views: bool) -> _Layout:
     return _Layout(ids, positions, ends, list(places_of_all.split([len(places) for places in found])))
 
 
-def _own_keys(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
+def prefix_tree_mask(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
     """Return what is added to the attention scores, of shape (packs, 1, tokens, opening + tokens).
 
     A token sees the opening and what leads to it in its own row; padding sees padding.
@@ -184,9 +193,9 @@ def _own_keys(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
     there = torch.arange(ends.shape[1], device=ends.device)
     own = (there[:, None] < ends[:, None]).tril()
     seen = torch.cat([own.new_ones(*own.shape[:2], opening), own], dim=2)[:, None]
-    return added_to_scores(seen, dtype)
+    return additive_mask(seen, dtype)
 
 
-def added_to_scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what an attention mask adds to the scores: 0 where a key is seen, and where not the least number."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sempa_st.forward.decoder import run_on, window_covers
-from sempa_st.model.peft_models import activated
+from sempa_st.forward.decoder import forward_with_cache, within_sliding_window
+from sempa_st.model.peft_models import alora_on_last
 from sempa_st.model.prompt_eol import PromptEOL
 
 
-class OpenRows:
+class PrefixCache:
     """Rows that an activated adapter has yet to meet: a key/value cache of all but their closing tokens.
 
     What stands before the closing tokens is the base's, whatever the adapter, so it needs no gradients; and what all
@@ -31,7 +31,7 @@ class OpenRows:
         self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, *, closing: int | None = None
     ) -> None:
         self._module = module
-        self._closing = module.closing_only if closing is None else closing
+        self._closing = module.num_suffix_tokens if closing is None else closing
         self._cache = DynamicCache()
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         shared = self._shared_tokens(input_ids, attention_mask)
@@ -48,7 +48,7 @@ class OpenRows:
 
     def last_states(self) -> Tensor:
         """Return the states at the rows' last tokens, of shape (rows, hidden), under the adapter that is active."""
-        with activated(self._module.model, [self._closing] * len(self._ids)):
+        with alora_on_last(self._module.model, [self._closing] * len(self._ids)):
             return self._close()
 
     def base_states(self, rows: Tensor | None = None) -> Tensor:
@@ -70,12 +70,14 @@ class OpenRows:
 
     def _run(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         seen = self._cache.get_seq_length() + input_ids.shape[1]
-        return run_on(self._module.decoder, self._cache, input_ids, self.mask[: len(input_ids), :seen], positions)
+        return forward_with_cache(
+            self._module.decoder, self._cache, input_ids, self.mask[: len(input_ids), :seen], positions
+        )
 
     def _shared_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> int:
         """Return how many tokens all rows begin with, at least one before the closing tokens left out."""
         width = input_ids.shape[1]
-        if not window_covers(self._module.decoder, width):
+        if not within_sliding_window(self._module.decoder, width):
             return 0
         starts = attention_mask.argmax(dim=1, keepdim=True)
         places = (starts + torch.arange(width, device=starts.device)).clamp(max=width - 1)

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
-from sempa_st.forward.batching import batches_alike, characters_of_batch
+from sempa_st.forward.batching import batches_by_length, min_batch_characters
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.utils.finite import check_finite, check_texts
 
@@ -66,7 +66,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         options.pop("inputs", None)
         found, places = [], []
         with tqdm(total=len(texts), desc="texts", disable=not show, dynamic_ncols=True) as bar:
-            for batch in batches_alike(texts, size, characters_of_batch(self, size)):
+            for batch in batches_by_length(texts, size, min_batch_characters(self, size)):
                 part = [texts[place] for place in batch]
                 found.append(super().encode(part, **{**options, "batch_size": len(part)}))
                 places += batch

@@ -13,59 +13,59 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sempa_st.forward.decoder import last_hidden_states, only_attends, takes_positions
+from sempa_st.forward.decoder import accepts_position_ids, attention_only, last_hidden_states
 
 ATTENTIONS = {"sdpa": "sempa_st_sdpa", "eager": "sempa_st_eager"}
 """Attention functions of transformers, and those of ours that do the same for any pass but one of rows by edges."""
 _OF_ROWS = ("cu_seq_lens_q", "max_length_q")
 """What transformers calls the rows' edges and the longest row's tokens, on their way to an attention function."""
-_FURTHER = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED_KWARGS = ("softcap", "s_aux", "position_bias")
 """What some models ask of an attention function beyond its scale and window."""
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
 _CAPABILITY = (8, 0)
 """Oldest GPUs that have the kernel (Ampere)."""
 
 
-class CannotFlash(Exception):  # noqa: N818 (another way is taken then)
+class VarlenUnsupported(Exception):  # noqa: N818 (another way is taken then)
     """A decoder's attention asks for something that FlashAttention does not do here."""
 
 
-def can_flash(decoder: Any) -> bool:
+def supports_varlen(decoder: Any) -> bool:
     """Whether a decoder is where the kernel is (CUDA, 16-bit floating point) and asks no more of it than it does."""
     return (
         decoder.device.type == "cuda"
         and decoder.dtype in {torch.bfloat16, torch.float16}
         and torch.cuda.get_device_capability(decoder.device) >= _CAPABILITY
         and torch.backends.cuda.is_flash_attention_available()
-        and takes_any_attention(decoder)
+        and attention_is_exchangeable(decoder)
     )
 
 
-def takes_any_attention(decoder: Any) -> bool:
+def attention_is_exchangeable(decoder: Any) -> bool:
     """Whether a decoder's attention can be exchanged for one that knows a scale and a window and nothing else."""
     config = decoder.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         decoder.is_backend_compatible()
         and config._attn_implementation in {*ATTENTIONS, *ATTENTIONS.values()}
-        and takes_positions(decoder)
-        and only_attends(decoder)
+        and accepts_position_ids(decoder)
+        and attention_only(decoder)
         and width <= _LARGEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
     )
 
 
-def last_flash_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_states_varlen(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the states at the rows' last tokens, of shape (rows, hidden).
 
     Args:
-        decoder: Layers without the LM head, for which :func:`can_flash` holds. Its attention becomes ours of
+        decoder: Layers without the LM head, for which :func:`supports_varlen` holds. Its attention becomes ours of
             :data:`ATTENTIONS` for good, with which any other pass, of another thread too, is what it was.
         input_ids: Token ids of shape (rows, tokens).
         attention_mask: 0 on padding, which may stand anywhere, of the same shape.
 
     Raises:
-        CannotFlash: If the decoder's attention asks for more than a scale, a window and the rows' edges.
+        VarlenUnsupported: If the decoder's attention asks for more than a scale, a window and the rows' edges.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(dim=1)
@@ -118,9 +118,9 @@ def _attention(
     """Run :func:`attend` where rows are told by their edges, and else ``plain``, as one of transformers' functions."""
     if any(kwargs.get(name) is None for name in _OF_ROWS):
         return plain(module, query, key, value, attention_mask, **kwargs)
-    size, further = query.shape[-1], [name for name in _FURTHER if kwargs.get(name) is not None]
+    size, further = query.shape[-1], [name for name in _UNSUPPORTED_KWARGS if kwargs.get(name) is not None]
     if further or size % _HEAD_STEP or value.shape[-1] != size:
-        raise CannotFlash(type(module).__name__)
+        raise VarlenUnsupported(type(module).__name__)
     groups = query.shape[1] // key.shape[1]
     keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
     scale = kwargs.get("scaling") or size**-0.5

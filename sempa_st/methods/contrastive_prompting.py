@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import attention_output, ending_after, entering, layers_of, states_after
-from sempa_st.forward.packing import begin_packs, can_pack, last_places, run_packs, unpadded
-from sempa_st.methods.method import Method, Rendered, Rows, of_32
+from sempa_st.forward.decoder import attention_output, entering, layers_of, states_after_layers, truncated
+from sempa_st.forward.packing import can_pack, last_positions, prepare_packs, run_packs, unpadded
+from sempa_st.methods.method import Method, Rendered, Rows, scaled_layer
 from sempa_st.model.templates import EmbeddingTemplate, embedding_template
 
 _AUXILIARY = EmbeddingTemplate("auxiliary", 'The irrelevant information of this sentence : "', '" means in one word:"')
@@ -53,7 +53,7 @@ class ContrastivePrompting(Method):
 
     def default_layer(self, depth: int) -> int:
         """Return the layer at five sixths of the depth (27 of 32); -2 under Knowledge Enhancement."""
-        return -2 if self.template == "knowledge-enhancement" else of_32(depth, 27)
+        return -2 if self.template == "knowledge-enhancement" else scaled_layer(depth, 27)
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
@@ -82,7 +82,7 @@ class ContrastivePrompting(Method):
         attention_output(layers_of(model)[at])
 
     def _at(self, model: Any) -> int:
-        return of_32(len(layers_of(model)), 4) if self.at is None else self.at
+        return scaled_layer(len(layers_of(model)), 4) if self.at is None else self.at
 
     def _contrast(self, normal: Tensor, auxiliary: Tensor, config: Any) -> Tensor:
         scale = 1.0 if self.variant in ("norm", "head-norm") else self.strength
@@ -104,16 +104,16 @@ def _padded(model: Any, run: int, rows: Rows, module: nn.Module, change: _Change
     starts = torch.arange(len(rows.read), device=rows.read.device) * rows.read.shape[1]
     last = starts + rows.read.argmax(dim=1)
     with entering(module, lambda inputs: _put(inputs, last, change)):
-        return states_after(model, run, rows.input_ids, rows.attention_mask).flatten(0, 1)[last]
+        return states_after_layers(model, run, rows.input_ids, rows.attention_mask).flatten(0, 1)[last]
 
 
 def _packed(model: Any, run: int, rows: Rows, module: nn.Module, change: _Change) -> Tensor:
     """Return what :func:`_padded` returns, from packs where that can be."""
     if not can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
         return _padded(model, run, rows, module, change)
-    with ending_after(model, run):
-        packs = begin_packs(model, unpadded(rows.input_ids, rows.attention_mask))
-        places = last_places(packs)
+    with truncated(model, run):
+        packs = prepare_packs(model, unpadded(rows.input_ids, rows.attention_mask))
+        places = last_positions(packs)
         if places is not None:
             last = places.to(rows.input_ids.device)
             with entering(module, lambda inputs: _put(inputs, last, change)):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sempa_st.methods.method import MASK, Method, Rendered, Rows, mean_of
+from sempa_st.methods.method import MASK, Method, Rendered, Rows, mean_pooled
 from sempa_st.model.templates import normalize_sentence
 
 
@@ -39,7 +39,7 @@ class EncoderMean(EncoderMethod):
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the means."""
-        return mean_of(self.states(model, rows, rows.attention_mask), rows.attention_mask)
+        return mean_pooled(self.states(model, rows, rows.attention_mask), rows.attention_mask)
 
 
 _PREFIX, _SUFFIX = 'This sentence of "', f'" means {MASK}.'
@@ -63,7 +63,7 @@ class PromptBERT(EncoderMethod):
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the states at the mask."""
-        found = mean_of(self.states(model, rows, rows.attention_mask), rows.read)
+        found = mean_pooled(self.states(model, rows, rows.attention_mask), rows.read)
         if not self.denoise:
             return found
-        return found - mean_of(self.states(model, rows, rows.attention_mask * (1 - rows.hidden)), rows.read)
+        return found - mean_pooled(self.states(model, rows, rows.attention_mask * (1 - rows.hidden)), rows.read)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import states_after
-from sempa_st.forward.packing import OWN_MASKS, added_to_scores
-from sempa_st.methods.method import Method, Rendered, Rows, mean_of
+from sempa_st.forward.decoder import states_after_layers
+from sempa_st.forward.packing import DENSE_MASK_ATTENTION, additive_mask
+from sempa_st.methods.method import Method, Rendered, Rows, mean_pooled
 from sempa_st.model.templates import normalize_sentence
 
 
@@ -35,12 +35,14 @@ class LLM2Vec(Method):
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the means."""
         mask = rows.attention_mask
-        added = added_to_scores(mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool(), model.dtype)
-        return mean_of(states_after(model, self.layers_run(model), rows.input_ids, added), rows.read)
+        added = additive_mask(mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool(), model.dtype)
+        return mean_pooled(states_after_layers(model, self.layers_run(model), rows.input_ids, added), rows.read)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder's attention takes no mask of its own."""
         super().check(model)
         found = model.config.get_text_config()._attn_implementation
-        if found not in OWN_MASKS:
-            raise SempaError(f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {OWN_MASKS}.")
+        if found not in DENSE_MASK_ATTENTION:
+            raise SempaError(
+                f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {DENSE_MASK_ATTENTION}."
+            )

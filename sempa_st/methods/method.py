@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import ending_after, layers_of, states_after
-from sempa_st.forward.packing import can_pack, packed_states, unpadded
+from sempa_st.forward.decoder import layers_of, states_after_layers, truncated
+from sempa_st.forward.packing import can_pack, states_packed, unpadded
 
 MASK = "[MASK]"
 """Stands for the tokenizer's mask token in a text."""
@@ -80,9 +80,9 @@ class Method(ABC):
         """
         run = self.layers_run(model)
         if self.packs and can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
-            with ending_after(model, run):
+            with truncated(model, run):
                 return _packed_means(model, rows)
-        return mean_of(states_after(model, run, rows.input_ids, rows.attention_mask), rows.read)
+        return mean_pooled(states_after_layers(model, run, rows.input_ids, rows.attention_mask), rows.read)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the method cannot be applied to a model as it is set."""
@@ -113,25 +113,25 @@ class Method(ABC):
         return run
 
 
-def of_32(depth: int, layer: int) -> int:
+def scaled_layer(depth: int, layer: int) -> int:
     """Return the layer of a decoder of ``depth`` layers that stands where ``layer`` does among a paper's 32."""
     return round(depth * layer / 32)
 
 
-def at_read(states: Tensor, read: Tensor) -> Tensor:
+def gather_read(states: Tensor, read: Tensor) -> Tensor:
     """Return the state at each row's one token that is read, of shape (rows, width)."""
     return states[torch.arange(len(states), device=states.device), read.argmax(dim=1)]
 
 
-def mean_of(states: Tensor, read: Tensor) -> Tensor:
+def mean_pooled(states: Tensor, read: Tensor) -> Tensor:
     """Return the mean of the states at the tokens that are read, of shape (rows, hidden)."""
     weights = read.to(states.dtype)[:, :, None]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def _packed_means(model: Any, rows: Rows) -> Tensor:
-    """Return :func:`mean_of` the states at the tokens that are read, the rows run in packs."""
-    packed = packed_states(model, unpadded(rows.input_ids, rows.attention_mask))
+    """Return :func:`mean_pooled` the states at the tokens that are read, the rows run in packs."""
+    packed = states_packed(model, unpadded(rows.input_ids, rows.attention_mask))
     read = unpadded(rows.read, rows.attention_mask)
     chosen = (places[kept.bool()].to(packed.states.device) for places, kept in zip(packed.places, read, strict=True))
     return torch.stack([packed.states[places].mean(dim=0) for places in chosen])

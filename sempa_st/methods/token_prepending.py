@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import at_tokens, entering, layers_of, states_after
-from sempa_st.methods.method import Method, Rendered, Rows, at_read, mean_of, of_32
+from sempa_st.forward.decoder import at_tokens, entering, layers_of, states_after_layers
+from sempa_st.methods.method import Method, Rendered, Rows, gather_read, mean_pooled, scaled_layer
 from sempa_st.model.templates import embedding_template
 
 
@@ -44,20 +44,20 @@ class TokenPrepending(Method):
 
     def default_layer(self, depth: int) -> int:
         """Return the layer at five sixths of the depth (27 of 32)."""
-        return of_32(depth, 27)
+        return scaled_layer(depth, 27)
 
     def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
         """Return the last token's states."""
         layers = layers_of(model)
 
         def prepend(states: Tensor) -> Tensor:
-            return at_tokens(states, rows.placeholder, at_read(states, rows.read))
+            return at_tokens(states, rows.placeholder, gather_read(states, rows.read))
 
         with ExitStack() as stack:
             for layer in layers[self.start : self._exit(len(layers))]:
                 stack.enter_context(entering(layer, prepend))
-            states = states_after(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
-        return mean_of(states, rows.read)
+            states = states_after_layers(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
+        return mean_pooled(states, rows.read)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder has too few layers."""
@@ -70,4 +70,4 @@ class TokenPrepending(Method):
             )
 
     def _exit(self, depth: int) -> int:
-        return max(self.start + 1, of_32(depth, 7)) if self.exit is None else self.exit
+        return max(self.start + 1, scaled_layer(depth, 7)) if self.exit is None else self.exit

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.files import cache_folder, file_sha256, made_once
+from sempa_st.utils.files import build_once, cache_folder, file_sha256
 
 if TYPE_CHECKING:
     pass
@@ -51,7 +51,7 @@ def embedded_base() -> Path:
     Raises:
         SempaError: If the PyPI package is not installed, or its file does not have the expected SHA-256.
     """
-    return made_once(embedded_folder(), "config.json", _materialise)
+    return build_once(embedded_folder(), "config.json", _materialise)
 
 
 def embedded_folder() -> Path:

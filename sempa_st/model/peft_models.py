@@ -40,7 +40,7 @@ def invocation_tokens(model: Any) -> list[int]:
 
 
 @contextmanager
-def activated(model: Any, tokens: list[int] | None) -> Iterator[None]:
+def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
     """Let an activated adapter act on the end of each row, and nowhere else, in this thread's forward passes.
 
     PEFT looks for invocation tokens in what passes through the PEFT model; the decoder alone is run here, and what it

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .peft_models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    activated,
+    alora_on_last,
     invocation_tokens,
     is_peft_model,
     keep_activation_apart,
@@ -98,7 +98,7 @@ class PromptEOL(InputModule):
         return decoder
 
     @property
-    def closing_only(self) -> int:
+    def num_suffix_tokens(self) -> int:
         """Number of the template's closing tokens, where an activated adapter acts on these alone; else 0."""
         invocation = invocation_tokens(self.model)
         opening = invocation and self._token_ids(["0"], None)[0][: len(invocation)] == invocation
@@ -250,11 +250,11 @@ def embed_rows(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> 
 def token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the states of all tokens, of shape (batch, tokens, hidden)."""
     # Positions count real tokens only, so that padding on the left moves no learned position embedding.
-    takes_positions = "position_ids" in inspect.signature(module.decoder.forward).parameters
-    positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
-    closing, width = module.closing_only, attention_mask.shape[1]
+    accepts_position_ids = "position_ids" in inspect.signature(module.decoder.forward).parameters
+    positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if accepts_position_ids else {}
+    closing, width = module.num_suffix_tokens, attention_mask.shape[1]
     behind = width - 1 - _last_places(attention_mask)
-    with activated(module.model, (behind + closing).tolist() if closing else [width] * len(behind)):
+    with alora_on_last(module.model, (behind + closing).tolist() if closing else [width] * len(behind)):
         output = module.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     states: Tensor = output.last_hidden_state
     return states

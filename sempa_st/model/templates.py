@@ -110,10 +110,10 @@ DEFAULT_TEMPLATE = "prompteol"
 
 def embedding_template(name: str) -> EmbeddingTemplate:
     """Return the embedding template called ``name``; raises :class:`SempaError` listing the known names."""
-    return look_up(EMBEDDING_TEMPLATES, name, "embedding template")
+    return look_up_name(EMBEDDING_TEMPLATES, name, "embedding template")
 
 
-def look_up(table: dict[str, Any], name: str, what: str) -> Any:
+def look_up_name(table: dict[str, Any], name: str, what: str) -> Any:
     """Return a template by its name; raises :class:`SempaError` on an unknown one."""
     if name not in table:
         raise SempaError(f"Unknown {what} {name!r}. Expected one of: {', '.join(table)}.")

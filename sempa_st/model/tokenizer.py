@@ -16,7 +16,7 @@ from sempa_st.errors import SempaError
 from sempa_st.model.chat_templates import check_chat_templates
 from sempa_st.model.templates import EmbeddingTemplate
 from sempa_st.model.token_rows import common_prefix
-from sempa_st.utils.devices import give_back_memory
+from sempa_st.utils.devices import trim_malloc
 from sempa_st.utils.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
         tokenizer = _read_tokenizer(Path(folder))
         check_growth(tokenizer)
         tokenizer("A cat.")  # some settings are not looked at before
-    give_back_memory()
+    trim_malloc()
     check_chat_templates(tokenizer.chat_template, folder, tokenizer.special_tokens_map)
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = "right"
@@ -132,7 +132,7 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) 
     return ids
 
 
-def opening_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def prefix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """Return the token ids that every sentence under ``template`` begins with, whatever its own first character.
 
     Args:
@@ -150,7 +150,7 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[in
     return shared
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def suffix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """Return the token ids that every sentence under ``template`` ends in, whatever its own last character.
 
     Args:

@@ -13,15 +13,23 @@ from sempa_st.data.nli import NliData, Triplet
 from sempa_st.data.passages import Passages
 from sempa_st.data.preferences import ranked_answers
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.training.batches import AnswerRows, Batch, Part, ReadingRows, passage_batch_of, picked, premises_of
+from sempa_st.training.batches import (
+    AnswerRows,
+    Batch,
+    BatchMaker,
+    ReadingRows,
+    passage_batches,
+    picked,
+    premise_batches,
+)
 from sempa_st.training.config import READING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES, TrainConfig
-from sempa_st.training.dev_score import DevScored
+from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import answer_log_probabilities, full_logits, last_states, word_logits
 from sempa_st.training.losses import (
-    Outcome,
-    in_batch_outcome,
-    one_word_outcome,
-    ranked_answers_outcome,
+    ObjectiveLoss,
+    in_batch_loss,
+    one_word_loss,
+    ranked_answers_loss,
     reference_kl,
     similarity_score,
     word_score,
@@ -30,7 +38,7 @@ from sempa_st.training.reference import reference_answers, reference_identity, r
 from sempa_st.training.word_bags import WordBags, document_frequencies
 
 
-class AlignmentTrainer(DevScored, Trainer):
+class AlignmentTrainer(DevScoreTrainer, Trainer):
     """Sum of objectives over the batches of a :class:`Collator`; ``evaluate`` is the dev score of the embeddings.
 
     Args:
@@ -86,7 +94,7 @@ class AlignmentTrainer(DevScored, Trainer):
             policy = word_logits(self._module.causal_lm, roles[0], batch["words"])
             reference = word_logits(self._module.causal_lm, reference_states, batch["words"]).detach()
             if weight := weights.get("one-word"):
-                outcome = one_word_outcome(policy, reference, batch["pair_bags"], config.word_beta)
+                outcome = one_word_loss(policy, reference, batch["pair_bags"], config.word_beta)
                 loss = loss + weight * self._note(outcome)
             if weight := weights.get("one-word-listwise"):
                 scores = word_score(policy, reference, batch["bags"], config.word_beta)
@@ -96,14 +104,14 @@ class AlignmentTrainer(DevScored, Trainer):
             loss = loss + weight * self._note(self._in_batch(scores, batch))
         return loss
 
-    def _in_batch(self, scores: Tensor, batch: Batch) -> Outcome:
-        return in_batch_outcome(scores, batch["same"], batch["neutral_known"], neutral=self._config.neutral)
+    def _in_batch(self, scores: Tensor, batch: Batch) -> ObjectiveLoss:
+        return in_batch_loss(scores, batch["same"], batch["neutral_known"], neutral=self._config.neutral)
 
     def _answer_loss(self, batch: Batch) -> Tensor:
         policy = answer_log_probabilities(self._module.causal_lm, batch).view(len(batch["answers"]), -1)
         reference = batch["reference_log_probabilities"]
         name = "listwise" if "listwise" in self._weights else "dpo"
-        outcome = ranked_answers_outcome(policy, reference, batch["answers"], self._config.beta)
+        outcome = ranked_answers_loss(policy, reference, batch["answers"], self._config.beta)
         return self._weights[name] * self._note(outcome)
 
     def _kl(self, batch: Batch) -> Tensor:
@@ -120,7 +128,7 @@ class AlignmentTrainer(DevScored, Trainer):
         self._figures.setdefault("kl", []).append(kl.detach())
         return kl
 
-    def _note(self, outcome: Outcome) -> Tensor:
+    def _note(self, outcome: ObjectiveLoss) -> Tensor:
         self._figures["rewards/accuracies"].append((outcome.margins > 0).float().mean())
         self._figures["rewards/margins"].append(outcome.margins.mean())
         return outcome.loss
@@ -134,14 +142,14 @@ class AlignmentTrainer(DevScored, Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def batch_parts(
+def make_batch_makers(
     config: TrainConfig,
     data: NliData,
     tokenizer: PreTrainedTokenizerBase,
     module: PromptEOL,
     base_digest: str,
     passages: Passages | None = None,
-) -> list[Part]:
+) -> list[BatchMaker]:
     """Return the makers of a run's batches; runs the reference over the data where no earlier run did.
 
     Args:
@@ -154,7 +162,7 @@ def batch_parts(
     """
     weights = config.objective_weights
     identity = reference_identity(data, module.model, module.model.dtype, base_digest)
-    parts: list[Part] = []
+    parts: list[BatchMaker] = []
     if weights.keys() & READING_OBJECTIVES:
         rows = _reading_rows(config, data, module)
         parts.append(lambda _, triplets: rows(triplets))
@@ -171,9 +179,9 @@ def batch_parts(
         parts.append(picked(reference_answers(config, answers, module, identity)))
     if config.kl:
         parts.append(
-            passage_batch_of(tokenizer, passages, config.kl_positions, len(data.triplets))
+            passage_batches(tokenizer, passages, config.kl_positions, len(data.triplets))
             if passages
-            else premises_of(tokenizer, config.max_seq_length)
+            else premise_batches(tokenizer, config.max_seq_length)
         )
     return parts
 

@@ -41,7 +41,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> 
     return request[:shared], whole[shared:]
 
 
-def without_too_long(data: NliData, tokenizer: PreTrainedTokenizerBase, *, paraphrase: str, max_length: int) -> NliData:
+def drop_too_long(data: NliData, tokenizer: PreTrainedTokenizerBase, *, paraphrase: str, max_length: int) -> NliData:
     """Leave out, and count, the triplets whose request leaves no token of ``max_length`` to one of their answers.
 
     Cut to that length they would have nothing left to learn from. TRL's trainer drops such rows too, without a word.

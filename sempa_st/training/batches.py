@@ -117,7 +117,7 @@ class AnswerRows:
         }
 
 
-Part = Callable[[Sequence[int], Sequence[Triplet]], Batch]
+BatchMaker = Callable[[Sequence[int], Sequence[Triplet]], Batch]
 """Makes some tensors of a batch from the numbers of its triplets and the triplets themselves."""
 
 
@@ -129,7 +129,7 @@ class Collator:
         parts: Makers of the tensors.
     """
 
-    def __init__(self, triplets: Sequence[Triplet], parts: Sequence[Part]) -> None:
+    def __init__(self, triplets: Sequence[Triplet], parts: Sequence[BatchMaker]) -> None:
         self._triplets = triplets
         self._parts = parts
 
@@ -140,21 +140,23 @@ class Collator:
         return {key: tensor for part in self._parts for key, tensor in part(indices, triplets).items()}
 
 
-def picked(tensor: dict[str, Tensor]) -> Part:
+def picked(tensor: dict[str, Tensor]) -> BatchMaker:
     """Return a maker that picks the rows of tensors computed before."""
     return lambda indices, _: {name: values[list(indices)] for name, values in tensor.items()}
 
 
-def premises_of(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Part:
+def premise_batches(tokenizer: PreTrainedTokenizerBase, max_length: int) -> BatchMaker:
     """Return a maker of batches of premises as ordinary text."""
 
     def part(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
-        return plain_rows(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
+        return padded_batch(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
 
     return part
 
 
-def passage_batch_of(tokenizer: PreTrainedTokenizerBase, passages: Passages, positions: int, triplets: int) -> Part:
+def passage_batches(
+    tokenizer: PreTrainedTokenizerBase, passages: Passages, positions: int, triplets: int
+) -> BatchMaker:
     """Return the maker of rows from a text: as many passages as it takes for the positions that are looked at.
 
     They begin where the batch's first triplet stands among all, so that over a run the whole text has its turn.
@@ -164,11 +166,11 @@ def passage_batch_of(tokenizer: PreTrainedTokenizerBase, passages: Passages, pos
     def part(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
         first = indices[0] * count // triplets
         wanted = range(first, first + math.ceil(positions / PASSAGE_TOKENS))
-        return plain_rows(tokenizer, [passages.rows[number % count] for number in wanted])
+        return padded_batch(tokenizer, [passages.rows[number % count] for number in wanted])
 
     return part
 
 
-def plain_rows(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Batch:
+def padded_batch(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Batch:
     """Return token ids as the padded batch of ordinary text."""
     return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, rows, "right").items()}

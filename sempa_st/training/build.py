@@ -25,18 +25,18 @@ from sempa_st.folder.digests import folder_digest
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
-from sempa_st.model.tokenizer import closing_tokens, opening_tokens
-from sempa_st.training.alignment import AlignmentTrainer, batch_parts
+from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
+from sempa_st.training.alignment import AlignmentTrainer, make_batch_makers
 from sempa_st.training.batches import Collator
 from sempa_st.training.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.contrastive import ContrastiveTrainer, contrastive_rows
-from sempa_st.training.dev_score import DevScored, DevScorer
-from sempa_st.training.dpo import SempaTrainer
+from sempa_st.training.dev_score import DevScorer, DevScoreTrainer
+from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.forward import TrainingForward
 from sempa_st.training.reference import answers_identity, reference_identity
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_dtype
 
 _ROWS_WORTH_A_BAR = 10_000
@@ -44,7 +44,7 @@ _NOT_IDENTITY = ("resume", "overwrite", "output", "log_steps", "device")
 
 
 @dataclass
-class Ingredients:
+class RunInputs:
     """All that a run is made of, loaded and checked."""
 
     config: TrainConfig
@@ -64,11 +64,11 @@ class Ingredients:
         return settings | texts | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
 
 
-def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
+def build_trainer(parts: RunInputs, work: RunFolder) -> DevScoreTrainer:
     """Return the trainer of the run's objective, its adapter attached and its reference computed.
 
     Args:
-        parts: Ingredients of the run.
+        parts: RunInputs of the run.
         work: Folder for the checkpoints.
     """
     config = parts.config
@@ -77,7 +77,7 @@ def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
     arguments = _arguments(parts, work, rows_per_step)
     with _bars_for(len(parts.data.triplets)):
         if list(config.objective_weights) == ["dpo"] and not config.kl:
-            trainer: DevScored = _dpo_trainer(parts, arguments)
+            trainer: DevScoreTrainer = _dpo_trainer(parts, arguments)
         elif list(config.objective_weights) == ["contrastive"] and config.neutral == "none" and not config.kl:
             trainer = _contrastive_trainer(parts, arguments)
         else:
@@ -90,14 +90,14 @@ def build_trainer(parts: Ingredients, work: WorkDir) -> DevScored:
     return trainer
 
 
-def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
+def _dpo_trainer(parts: RunInputs, arguments: dict[str, Any]) -> PreferenceTrainer:
     config = parts.config
     adapter = {} if config.tuning == "full" else {"peft_config": _adapter_settings(parts)}
     rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
     # Weights that are trained themselves are float32; the arithmetic need not be.
     dtype = pick_dtype(config.dtype, parts.device)
     identity = reference_identity(parts.data, parts.model, dtype, folder_digest(parts.base.folder))
-    return SempaTrainer(
+    return PreferenceTrainer(
         dev_scorer=parts.scorer,
         reference=answers_identity(config, identity, 2),
         model=parts.model,
@@ -108,7 +108,7 @@ def _dpo_trainer(parts: Ingredients, arguments: dict[str, Any]) -> SempaTrainer:
     )
 
 
-def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> ContrastiveTrainer:
+def _contrastive_trainer(parts: RunInputs, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=parts.scorer,
         module=_module(parts, _tuned(parts), TrainingForward()),
@@ -118,12 +118,12 @@ def _contrastive_trainer(parts: Ingredients, arguments: dict[str, Any]) -> Contr
     )
 
 
-def _alignment_trainer(parts: Ingredients, arguments: dict[str, Any]) -> AlignmentTrainer:
+def _alignment_trainer(parts: RunInputs, arguments: dict[str, Any]) -> AlignmentTrainer:
     # The reference is the base as it stands before it gets an adapter; it runs where the training will.
     model: Any = parts.model
     module = _module(parts, model.to(PartialState().device))
     digest = folder_digest(parts.base.folder)
-    makers = batch_parts(parts.config, parts.data, parts.tokenizer, module, digest, parts.passages)
+    makers = make_batch_makers(parts.config, parts.data, parts.tokenizer, module, digest, parts.passages)
     tuned = _tuned(parts)
     return AlignmentTrainer(
         dev_scorer=parts.scorer,
@@ -136,25 +136,25 @@ def _alignment_trainer(parts: Ingredients, arguments: dict[str, Any]) -> Alignme
     )
 
 
-def _tuned(parts: Ingredients) -> Any:
+def _tuned(parts: RunInputs) -> Any:
     """Return the model to train: with an adapter, the base frozen, or the base itself."""
     if parts.config.tuning == "full":
         return parts.model
     if parts.config.activation == "template":
-        activated = _activated(parts, closing_tokens)
+        activated = _activated(parts, suffix_tokens)
         _check_activation(_module(parts, activated))
         return activated
     if parts.config.activation == "sentence":
         # All that is trained on is under the template, where the adapter acts on the whole row like any other. So it
         # is trained as a plain one, from the same start.
         with torch.random.fork_rng():
-            activated = _activated(parts, opening_tokens)
+            activated = _activated(parts, prefix_tokens)
             _check_activation(_module(parts, activated))
             activated.unload()
     return get_peft_model(parts.model, _adapter_settings(parts))
 
 
-def _activated(parts: Ingredients, tokens: Callable[[Any, str], list[int]]) -> Any:
+def _activated(parts: RunInputs, tokens: Callable[[Any, str], list[int]]) -> Any:
     invocation = tokens(parts.scorer.tokenizer, parts.config.template)
     return get_peft_model(parts.model, _adapter_settings(parts, invocation))
 
@@ -172,7 +172,7 @@ def _check_activation(module: PromptEOL) -> None:
         ) from error
 
 
-def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -> Any:
+def _adapter_settings(parts: RunInputs, invocation: list[int] | None = None) -> Any:
     config = parts.config
     return lora_config(
         parts.model,
@@ -184,7 +184,7 @@ def _adapter_settings(parts: Ingredients, invocation: list[int] | None = None) -
     )
 
 
-def _module(parts: Ingredients, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
+def _module(parts: RunInputs, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
     return PromptEOL(
         model,
         parts.scorer.tokenizer,
@@ -207,7 +207,7 @@ def _bars_for(rows: int) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _arguments(parts: Ingredients, work: WorkDir, rows_per_step: int) -> dict[str, Any]:
+def _arguments(parts: RunInputs, work: RunFolder, rows_per_step: int) -> dict[str, Any]:
     """Return the arguments that all of the trainers take."""
     config, dtype = parts.config, pick_dtype(parts.config.dtype, parts.device)
     steps = math.ceil(config.epochs * len(parts.data.triplets) / rows_per_step)

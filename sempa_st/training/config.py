@@ -12,7 +12,7 @@ from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
-from sempa_st.utils.files import half_characters
+from sempa_st.utils.files import lone_surrogates
 from sempa_st.utils.options import option
 
 ACTIVATIONS = ("always", "sentence", "template")
@@ -116,7 +116,7 @@ class TrainConfig:
             if (
                 isinstance(value, str)
                 and name != "lora_layers"
-                and (len(value) > _LONGEST or "\0" in value or half_characters(value))
+                and (len(value) > _LONGEST or "\0" in value or lone_surrogates(value))
             ):
                 raise SempaError(
                     f"{name} is {value!a:.80}. Expected text of {_LONGEST} characters at most, without NUL and lone "

@@ -13,10 +13,10 @@ from transformers import Trainer
 
 from sempa_st.data.nli import Triplet
 from sempa_st.model.prompt_eol import PromptEOL, save_model
-from sempa_st.training.dev_score import DevScored
+from sempa_st.training.dev_score import DevScoreTrainer
 
 
-class ContrastiveTrainer(DevScored, SentenceTransformerTrainer):
+class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
     """InfoNCE over in-batch and hard negatives (arXiv 2307.16645), judged by the dev score.
 
     Args:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 
 from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
-from sempa_st.forward.embed import embed_packed
+from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.utils.finite import check_finite
@@ -64,7 +64,7 @@ class DevScorer:
             self.tokenizer,
             template=self._template,
             max_seq_length=self._max_seq_length,
-            forward_rows=embed_packed,
+            forward_rows=embed_rows_fast,
         )
         embedder = SentenceTransformer(modules=[module], device=str(model.device))
         vectors = embedder.encode(
@@ -84,7 +84,7 @@ class DevScorer:
         return score
 
 
-class DevScored(Trainer):
+class DevScoreTrainer(Trainer):
     """A trainer whose ``evaluate`` is the dev score of the embeddings and not a loss.
 
     Args:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import DPOTrainer
 
 from sempa_st.model.peft_models import is_peft_model
-from sempa_st.training.dev_score import DevScored
+from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import shared_states
 from sempa_st.training.reference import REFERENCE, cached_tensor
 
@@ -37,14 +37,14 @@ def completion_tokens_only() -> Iterator[None]:
         trl.trainer.utils._use_triton = original
 
 
-class SempaTrainer(DevScored, DPOTrainer):
+class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
     """DPO on preference data, judged by the dev score.
 
     The reference is run once, before training, and kept on disk for the next run on the same base and data.
 
     Args:
         reference: All that decides the reference's log-probabilities.
-        **kwargs: Arguments of TRL's trainer, with ``precompute_ref_log_probs`` set; see also :class:`DevScored`.
+        **kwargs: Arguments of TRL's trainer, with ``precompute_ref_log_probs`` set; see also :class:`DevScoreTrainer`.
     """
 
     def __init__(self, *, reference: dict[str, Any], **kwargs: Any) -> None:

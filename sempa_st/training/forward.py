@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.forward.batching import alike
-from sempa_st.forward.embed import embed_packed
-from sempa_st.forward.packing import can_pack, packed_states, unpadded
-from sempa_st.forward.prefix_cache import OpenRows
+from sempa_st.forward.embed import embed_rows_fast
+from sempa_st.forward.packing import can_pack, states_packed, unpadded
+from sempa_st.forward.prefix_cache import PrefixCache
 from sempa_st.model.prompt_eol import PromptEOL
 
 
@@ -36,13 +36,13 @@ def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, re
         reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an adapter that
             acts on the closing tokens alone, to which it comes for the price of these.
     """
-    if module.closing_only:
-        return _closing_states(module, unpadded(input_ids, attention_mask), reference_rows)
-    states = embed_packed(module, input_ids, attention_mask)
+    if module.num_suffix_tokens:
+        return _suffix_states(module, unpadded(input_ids, attention_mask), reference_rows)
+    states = embed_rows_fast(module, input_ids, attention_mask)
     return ReadStates(states, states[:0])
 
 
-def _closing_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) -> ReadStates:
+def _suffix_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) -> ReadStates:
     """Return the states under an adapter of the closing tokens; rows of similar length are run together."""
     device = module.decoder.device
     states: dict[int, Tensor] = {}
@@ -52,7 +52,7 @@ def _closing_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) 
             pad_sequence([make(rows[row]) for row in group], batch_first=True, padding_side="left").to(device)
             for make in (torch.clone, torch.ones_like)
         )
-        open_rows = OpenRows(module, ids, mask)
+        open_rows = PrefixCache(module, ids, mask)
         states |= dict(zip(group, open_rows.last_states(), strict=True))
         wanted = [place for place, row in enumerate(group) if row < reference_rows]
         if wanted:
@@ -140,7 +140,7 @@ def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
-    packed = packed_states(decoder, unpadded(input_ids, attention_mask))
+    packed = states_packed(decoder, unpadded(input_ids, attention_mask))
     places = torch.zeros_like(input_ids)
     places[kept] = torch.cat(packed.places).to(places.device)
     return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)

@@ -95,7 +95,7 @@ def similarity_score(first: Tensor, second: Tensor, temperature: float) -> Tenso
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ObjectiveLoss:
     """What an objective says of a batch.
 
     Args:
@@ -107,7 +107,7 @@ class Outcome:
     margins: Tensor
 
 
-def ranked_answers_outcome(policy: Tensor, reference: Tensor, answers: Tensor, beta: float) -> Outcome:
+def ranked_answers_loss(policy: Tensor, reference: Tensor, answers: Tensor, beta: float) -> ObjectiveLoss:
     """Rank whole answers to a paraphrase request (objectives ``dpo`` and ``listwise``).
 
         loss = - log PL( entailed > neutral > contradicted ),  s(x, y) = beta (log pi(y|x) - log pi_ref(y|x))
@@ -125,10 +125,10 @@ def ranked_answers_outcome(policy: Tensor, reference: Tensor, answers: Tensor, b
     absent = places >= answers[:, None]
     ranking = places[:, :-1].masked_fill(places[:, :-1] >= answers[:, None] - 1, -1)
     worst = scores.gather(1, answers[:, None] - 1).squeeze(1)
-    return Outcome(plackett_luce_loss(scores, ranking, absent), (scores[:, 0] - worst).detach())
+    return ObjectiveLoss(plackett_luce_loss(scores, ranking, absent), (scores[:, 0] - worst).detach())
 
 
-def one_word_outcome(policy: Tensor, reference: Tensor | None, bags: Tensor, beta: float) -> Outcome:
+def one_word_loss(policy: Tensor, reference: Tensor | None, bags: Tensor, beta: float) -> ObjectiveLoss:
     """Prefer the words of the entailed sentence to those of the contradicted one (objective ``one-word``).
 
         loss = - log sigmoid( s(x, y+) - s(x, y-) ),  s as in :func:`sempa_st.training.losses.word_score`
@@ -144,10 +144,10 @@ def one_word_outcome(policy: Tensor, reference: Tensor | None, bags: Tensor, bet
     scores = word_score(policy, reference, bags, beta)
     own = torch.stack([scores[:, :rows].diagonal(), scores[:, rows:].diagonal()], dim=1)
     first = torch.zeros(rows, 1, dtype=torch.long, device=own.device)
-    return Outcome(plackett_luce_loss(own, first), (own[:, 0] - own[:, 1]).detach())
+    return ObjectiveLoss(plackett_luce_loss(own, first), (own[:, 0] - own[:, 1]).detach())
 
 
-def in_batch_outcome(scores: Tensor, same: Tensor, neutral_known: Tensor, *, neutral: str) -> Outcome:
+def in_batch_loss(scores: Tensor, same: Tensor, neutral_known: Tensor, *, neutral: str) -> ObjectiveLoss:
     """Choose a row's entailed sentence among all hypotheses of the batch (``one-word-listwise``, ``contrastive``).
 
         loss = - log ( exp s(x_i, y+_i) / sum_j ( exp s(x_i, y+_j) + exp s(x_i, y-_j) [+ exp s(x_i, n_j)] ) )
@@ -170,7 +170,7 @@ def in_batch_outcome(scores: Tensor, same: Tensor, neutral_known: Tensor, *, neu
     if neutral == "second":
         ranking = torch.cat([own, (own + 2 * rows).masked_fill(~neutral_known[:, None], -1)], dim=1)
     loss = plackett_luce_loss(scores, ranking, absent)
-    return Outcome(loss, (scores[:, :rows].diagonal() - scores[:, rows : 2 * rows].diagonal()).detach())
+    return ObjectiveLoss(loss, (scores[:, :rows].diagonal() - scores[:, rows : 2 * rows].diagonal()).detach())
 
 
 def reference_kl(policy: Tensor, reference: Tensor) -> Tensor:

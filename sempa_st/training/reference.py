@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from sempa_st.data.nli import NliData
 from sempa_st.errors import SempaError
-from sempa_st.forward.batching import in_batches
+from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.training.batches import AnswerRows
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.forward import answer_log_probabilities
 from sempa_st.utils.files import atomic_file, cache_folder
-from sempa_st.utils.leftovers import clear_leftovers, disk_fault
+from sempa_st.utils.leftovers import clear_leftovers, unwritable_reason
 
 REFERENCE = "reference_log_probabilities"
 """Name of the log-probabilities of whole answers, best first, of shape (triplets, answers)."""
@@ -54,7 +54,7 @@ def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Ten
             with atomic_file(path) as scratch:
                 save_file({name: tensor}, scratch, metadata={"identity": json.dumps(identity)})
         except (SafetensorError, SempaError, OSError) as error:
-            warn_uncached(path.parent, disk_fault(error) or str(error))
+            warn_uncached(path.parent, unwritable_reason(error) or str(error))
     return tensor
 
 
@@ -121,7 +121,7 @@ def reference_states(
             return embedding
 
         lengths = [len(row) for row in rows]
-        result = collect(len(rows), in_batches(lengths, _REFERENCE_TOKENS, "reference"), states)
+        result = collect(len(rows), batches_within_tokens(lengths, _REFERENCE_TOKENS, "reference"), states)
         place = {sentence: index for index, sentence in enumerate(distinct)}
         return result[[place[premise] for premise in premises]]
 
@@ -141,7 +141,7 @@ def reference_answers(
             return answer_log_probabilities(module.model, batch).view(len(indices), -1)
 
         lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.rows]
-        batches = in_batches(lengths, 4 * _REFERENCE_TOKENS, "reference")
+        batches = batches_within_tokens(lengths, 4 * _REFERENCE_TOKENS, "reference")
         return collect(len(lengths), batches, log_probabilities)
 
     full = answers_identity(config, identity, answers.answers)

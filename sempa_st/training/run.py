@@ -28,16 +28,16 @@ from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL, within_positions
 from sempa_st.model.templates import embedding_template
-from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, opening_tokens
-from sempa_st.training.answers import without_too_long
-from sempa_st.training.build import Ingredients, build_trainer
+from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, prefix_tokens
+from sempa_st.training.answers import drop_too_long
+from sempa_st.training.build import RunInputs, build_trainer
 from sempa_st.training.config import SEQUENCE_OBJECTIVES, TrainConfig
 from sempa_st.training.dev_score import DevScorer
 from sempa_st.training.record import run_record
 from sempa_st.training.reference import cached_tensor, warn_uncached
-from sempa_st.training.run_folder import WorkDir
-from sempa_st.utils.devices import keep_attention_right, pick_device, pick_dtype
-from sempa_st.utils.files import atomic_folder, check_apart, check_output_folder, write_json
+from sempa_st.training.run_folder import RunFolder
+from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype
+from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 
 _MODEL_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG)
 
@@ -75,9 +75,9 @@ def train(config: TrainConfig) -> TrainResult:
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
     warn_uncached.cache_clear()
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     _on_main_process(work.check_free)
-    parts = gather(config, device)
+    parts = load_inputs(config, device)
     _on_main_process(lambda: work.open(parts.identity, resume=config.resume, overwrite=config.overwrite))
     try:
         with _broken_off(work):
@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(Path(config.output), record, state.is_main_process)
 
 
-def _base_score(parts: Ingredients, model: Any) -> float:
+def _base_score(parts: RunInputs, model: Any) -> float:
     """Return the dev score of an untrained model, kept on disk for the next run on the same base."""
     config = parts.config
     identity = {
@@ -133,7 +133,7 @@ def _pick_device(config: TrainConfig) -> str:
     return device
 
 
-def gather(config: TrainConfig, device: str) -> Ingredients:
+def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     """Load what a run needs, and refuse what it could not use.
 
     Args:
@@ -148,7 +148,7 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
     pairs = dev_pairs(config.dev, data_dir_or_default(config.data_dir))
     base = resolve_base(config.base)
     files = [name for name in (config.data, config.dev, config.kl_text) if name]
-    check_apart(config.output, [base.folder, *(Path(name) for name in files)])
+    check_not_inside(config.output, [base.folder, *(Path(name) for name in files)])
     architecture = load_config(base.folder)
     config = replace(
         config,
@@ -161,11 +161,11 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
     # A tokenizer of its own for the training text, which the embedding template has no place in.
     tokenizer = load_tokenizer(base.folder)
     if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
-        data = without_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
+        data = drop_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
     # Weights that are trained themselves are kept in float32, whatever the arithmetic.
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
     model = load_causal_lm(base.folder, dtype)
-    keep_attention_right(model, device)
+    avoid_broken_sdpa(model, device)
     try:
         PromptEOL(model, embedder, template=config.template, max_seq_length=config.max_seq_length)
     except ValueError as error:
@@ -178,7 +178,7 @@ def gather(config: TrainConfig, device: str) -> Ingredients:
         batch_size=config.dev_batch_size,
     )
     passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
-    return Ingredients(config, device, base, data, tokenizer, model, scorer, passages)
+    return RunInputs(config, device, base, data, tokenizer, model, scorer, passages)
 
 
 def _draw(data: NliData, config: TrainConfig) -> NliData:
@@ -206,7 +206,7 @@ def _on_main_process(action: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _broken_off(work: WorkDir) -> Iterator[None]:
+def _broken_off(work: RunFolder) -> Iterator[None]:
     """When a run breaks off, say how to go on, or remove its folder if it has no checkpoint to go on from."""
     try:
         yield
@@ -216,7 +216,7 @@ def _broken_off(work: WorkDir) -> Iterator[None]:
         raise
 
 
-def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[str, Any]) -> None:
+def _finish(parts: RunInputs, work: RunFolder, best: str | None, record: dict[str, Any]) -> None:
     """Write the model folder from the best checkpoint, and only then remove the run's own folder."""
     if best is None:
         raise SempaError(f"The run has no whole checkpoint with a dev score in {work.path}. Train anew.")
@@ -226,7 +226,7 @@ def _finish(parts: Ingredients, work: WorkDir, best: str | None, record: dict[st
         if is_adapter_folder(folder):
             set_base_reference(folder, parts.base.reference)
         if config.activation == "sentence":
-            set_invocation(folder, opening_tokens(parts.scorer.tokenizer, config.template))
+            set_invocation(folder, prefix_tokens(parts.scorer.tokenizer, config.template))
         write_embedding_files(
             folder,
             parts.scorer.tokenizer,

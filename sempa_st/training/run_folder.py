@@ -31,7 +31,7 @@ _OF_DESKTOPS = (".DS_Store", ".directory")
 """Files that a desktop puts into any folder that it shows."""
 
 
-class WorkDir:
+class RunFolder:
     """``<output>.training``, beside the output folder, until the finished folder stands.
 
     Args:

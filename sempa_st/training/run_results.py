@@ -13,7 +13,7 @@ from sempa_st.folder.layout import read_record
 from sempa_st.model.peft_models import ADAPTER_WEIGHTS
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.record import settings_digest
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.files import read_json
 from sempa_st.utils.tables import table
 
@@ -63,7 +63,7 @@ class RunResult:
 
     def settings(self) -> TrainConfig:
         """Return the settings to start the run with, or to go on with it where it was interrupted."""
-        work = WorkDir(self.folder)
+        work = RunFolder(self.folder)
         started = work.started_with() if work.last_checkpoint() else None
         # A run refuses to go on with other settings, or with pairs from another folder.
         resume = (

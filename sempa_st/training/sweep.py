@@ -33,7 +33,7 @@ from sempa_st.training.journal import JOURNAL, open_journal, open_study
 from sempa_st.training.run import train
 from sempa_st.training.run_results import RunResult, place, results_markdown, results_table, sweep_results
 from sempa_st.utils.devices import pick_device
-from sempa_st.utils.files import atomic_folder, check_apart, check_output_folder, write_json, write_text
+from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json, write_text
 from sempa_st.utils.leftovers import InUseError, held
 from sempa_st.utils.run_info import fingerprint
 
@@ -227,7 +227,7 @@ def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
     pairs = dev_pairs(dev, data_dir_or_default(configs[0].data_dir))
     sources[f"dev {dev}"] = fingerprint(zip(pairs.first, pairs.second, pairs.scores, strict=True))
     for base in dict.fromkeys(config.base for config in configs):
-        check_apart(folder / BEST, [resolve_base(base).folder])
+        check_not_inside(folder / BEST, [resolve_base(base).folder])
     return sources
 
 

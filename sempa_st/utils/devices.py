@@ -66,7 +66,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def keep_attention_right(model: nn.Module, device: str) -> None:
+def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
     """Let decoders run eagerly where a device's faster attention would be wrong.
 
     CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one
@@ -98,7 +98,7 @@ def cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def give_back_memory() -> None:
+def trim_malloc() -> None:
     """Return what was freed to the system, where the C library can (glibc); it would be kept for the process's end.
 
     Reading a large tokenizer leaves more of it behind than the tokenizer itself takes.

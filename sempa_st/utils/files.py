@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from platformdirs import user_cache_path
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.leftovers import clear_leftovers, disk_fault, held, publish, scratch_folder
+from sempa_st.utils.leftovers import clear_leftovers, held, publish, scratch_folder, unwritable_reason
 
 UTF8 = "utf-8-sig"
 """How text of others is read: as UTF-8, and a byte order mark at its beginning is no part of it."""
@@ -59,7 +59,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             publish(partial, target)
 
 
-def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
+def build_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
     """Return the cached folder ``target``; on first use one process makes it, whole, and the others wait.
 
     Args:
@@ -82,7 +82,7 @@ def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
                 with atomic_folder(target, overwrite=True) as partial:
                     make(partial)
     except (SempaError, OSError, SafetensorError) as error:
-        fault = disk_fault(error)
+        fault = unwritable_reason(error)
         if fault is None:
             raise
         raise SempaError(
@@ -92,7 +92,7 @@ def made_once(target: Path, mark: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def check_apart(output: str | Path, used: Sequence[Path]) -> None:
+def check_not_inside(output: str | Path, used: Sequence[Path]) -> None:
     """Raise :class:`SempaError` if replacing ``output`` would delete one of the files or folders that are ``used``."""
     target = Path(output).resolve()
     for path in used:
@@ -193,7 +193,7 @@ def is_text(value: Any) -> TypeGuard[str]:
 
     JSON can hold half of a UTF-16 pair (``"\\ud800"``), which stands for no character.
     """
-    return isinstance(value, str) and bool(value.strip()) and not half_characters(value)
+    return isinstance(value, str) and bool(value.strip()) and not lone_surrogates(value)
 
 
 def file_sha256(path: Path) -> str:
@@ -202,7 +202,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def half_characters(text: str) -> bool:
+def lone_surrogates(text: str) -> bool:
     """Whether a string holds a lone surrogate, half of a character, which no encoding can write."""
     try:
         text.encode()

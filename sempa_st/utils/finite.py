@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.files import half_characters
+from sempa_st.utils.files import lone_surrogates
 
 _TOLD = 3
 
 
 def check_texts(texts: Sequence[Any]) -> None:
     """Raise :class:`SempaError` if a text holds half a character; names the first ones by their place, from 0."""
-    bad = [(place, text) for place, text in enumerate(texts) if isinstance(text, str) and half_characters(text)]
+    bad = [(place, text) for place, text in enumerate(texts) if isinstance(text, str) and lone_surrogates(text)]
     if bad:
         raise SempaError(
             f"{len(bad)} of {len(texts)} text(s) hold half a character (a lone surrogate), which no tokenizer reads: "

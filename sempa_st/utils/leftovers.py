@@ -188,7 +188,7 @@ def _sync_folder(path: Path) -> None:
         os.close(number)
 
 
-def disk_fault(error: BaseException) -> str | None:
+def unwritable_reason(error: BaseException) -> str | None:
     """Return why a disk did not take what was written, or None if ``error`` and its causes are of another kind."""
     from safetensors import SafetensorError
 

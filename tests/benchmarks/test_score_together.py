@@ -13,7 +13,7 @@ import sempa_st
 from benchmarks.score_together import continued, load_together
 from sempa_st.errors import SempaError
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
-from sempa_st.model.tokenizer import closing_tokens, install_template, opening_tokens
+from sempa_st.model.tokenizer import install_template, prefix_tokens, suffix_tokens
 
 pytestmark = pytest.mark.names_dtype
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.names_dtype
 def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
-    closing = closing_tokens(tokenizer, "prompteol")
+    closing = suffix_tokens(tokenizer, "prompteol")
     adapters = ({"layers": [1, 2]}, {"invocation": closing, "format": "custom"}, {"layers": [2]}, {})
     folders = [
         finish_adapter(tmp_path / str(seed), tiny_base, make_llama(), seed=seed, **settings)
@@ -42,7 +42,7 @@ def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> Non
 def test_an_adapter_of_the_whole_template_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
-    opening = opening_tokens(tokenizer, "prompteol")
+    opening = prefix_tokens(tokenizer, "prompteol")
     folder = finish_adapter(tmp_path / "model", tiny_base, make_llama(), invocation=opening, format="custom")
     with pytest.raises(SempaError, match="Expected an adapter, plain or of the closing tokens"):
         load_together([folder])

@@ -16,9 +16,9 @@ from sempa_st.errors import SempaError
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template
-from sempa_st.training.alignment import batch_parts
+from sempa_st.training.alignment import make_batch_makers
 from sempa_st.training.run import train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.names_dtype
 
@@ -71,7 +71,7 @@ def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
     module = PromptEOL(make_llama(), embedder)
 
     def rows(indices: list[int], passages: Passages | None) -> torch.Tensor:
-        makers = batch_parts(config, data, tokenizer, module, "base", passages)
+        makers = make_batch_makers(config, data, tokenizer, module, "base", passages)
         made = [maker(indices, [data.triplets[index] for index in indices]) for maker in makers]
         return next(part["plain_input_ids"] for part in made if "plain_input_ids" in part)
 
@@ -101,7 +101,7 @@ def test_a_text_that_is_gone_or_too_short_is_refused_before_anything_is_touched(
     text: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "model"
-    earlier = WorkDir(output).path
+    earlier = RunFolder(output).path
     earlier.mkdir()
     (earlier / "mine").touch()
     text.write_text("Too short.", encoding="utf-8")

@@ -15,7 +15,7 @@ from helpers.tiny import make_tokenizer
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.generation import Generator, average, load_tasks
+from sempa_st.evaluation.generation import GenerationEvaluator, average, load_tasks
 from sempa_st.evaluation.generation_data import check_local_files, parse_limits, read_splits, subset
 from sempa_st.evaluation.shared_prefix import SharedPrefixLM
 from sempa_st.model.tokenizer import own_chat_template
@@ -55,7 +55,7 @@ def asked(row: dict[str, Any]) -> str:
 
 def test_mmlu_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
     task = load_tasks(["mmlu"], data_dir=str(data_dir))[0]
-    (score,) = Generator(model[0], chat=False).score(task)
+    (score,) = GenerationEvaluator(model[0], chat=False).score(task)
     right = []
     for subject, word in SUBJECTS.items():
         examples = "".join(f"{asked(row)} {'ABCD'[row['answer']]}\n\n" for row in (question(word, n) for n in range(5)))
@@ -70,7 +70,7 @@ def test_mmlu_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None
 
 def test_truthfulqa_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
     task = load_tasks(["truthfulqa_mc1"], data_dir=str(data_dir))[0]
-    (score,) = Generator(model[0], chat=False).score(task)
+    (score,) = GenerationEvaluator(model[0], chat=False).score(task)
     prompts = [task.parts["truthfulqa_mc1"].doc_to_text({"question": row[0]}) for row in TRUTHS]
     assert prompts[0].endswith("The 1992 Olympics were held in Barcelona, Spain.\n\nQ: What do cats drink?\nA:")
     right = [best(model, prompt, row[1]) == row[2].index(1) for prompt, row in zip(prompts, TRUTHS, strict=True)]
@@ -79,7 +79,7 @@ def test_truthfulqa_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -
 
 
 def test_hellaswag_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
-    (score,) = Generator(model[0], chat=False).score(load_tasks(["hellaswag"], data_dir=str(data_dir))[0])
+    (score,) = GenerationEvaluator(model[0], chat=False).score(load_tasks(["hellaswag"], data_dir=str(data_dir))[0])
     per_letter = [
         log_likelihood(model, "Baking: A man stands. He", f" {ending}") / len(ending)
         for ending in ("eats.", "flies away.")
@@ -89,7 +89,7 @@ def test_hellaswag_equals_a_reading_of_the_logits(model: Any, data_dir: Path) ->
 
 
 def test_perplexities_equal_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
-    words, tokens = Generator(model[0]).score(load_tasks(["wikitext"], data_dir=str(data_dir))[0])
+    words, tokens = GenerationEvaluator(model[0]).score(load_tasks(["wikitext"], data_dir=str(data_dir))[0])
     texts = [
         "= The lamp =\n\nA lamp gives light, and it is old.\n\n== Use ==\n\nPeople read by it at night. ",
         '= The boat =\n\nA boat lies in the harbour-side, near "the pier".\n',
@@ -118,7 +118,7 @@ def test_gsm8k_reads_the_answer_off_the_text(model: Any, data_dir: Path, monkeyp
 
     monkeypatch.setattr(SharedPrefixLM, "generate_until", answer)
     task = load_tasks(["gsm8k"], data_dir=str(data_dir))[0]
-    (score,) = Generator(model[0], chat=False).score(task)
+    (score,) = GenerationEvaluator(model[0], chat=False).score(task)
     assert (score.score, score.n, score.shots) == (50, 2, 8)
     assert [prompt.count("\nA:") for prompt in prompts] == [9, 9]
     assert prompts[0].endswith("Q: What is 10 + 1?\nA:")
@@ -140,11 +140,11 @@ def test_a_chat_template_is_used_where_there_is_one(
 
     monkeypatch.setattr(SharedPrefixLM, "generate_until", answer)
     for one in (model, plain):
-        Generator(one[0]).score(load_tasks(["gsm8k"], data_dir=str(data_dir), limits={"gsm8k": 1})[0])
+        GenerationEvaluator(one[0]).score(load_tasks(["gsm8k"], data_dir=str(data_dir), limits={"gsm8k": 1})[0])
     assert prompts[0].count("[assistant]") == 9
     assert "[assistant]" not in prompts[1]
     with pytest.raises(SempaError, match=r"no chat template of its own\. Leave out --chat"):
-        Generator(plain[0], chat=True)
+        GenerationEvaluator(plain[0], chat=True)
 
 
 def test_subsets_are_fixed_nested_and_in_proportion() -> None:
@@ -160,7 +160,7 @@ def test_subsets_are_fixed_nested_and_in_proportion() -> None:
 
 def test_only_chosen_documents_are_scored(model: Any, data_dir: Path) -> None:
     tasks = load_tasks(["mmlu", "truthfulqa_mc1"], data_dir=str(data_dir), limits={"mmlu": 1, "truthfulqa_mc1": 2})
-    scores = [score for task in tasks for score in Generator(model[0]).score(task)]
+    scores = [score for task in tasks for score in GenerationEvaluator(model[0]).score(task)]
     assert [score.n for score in scores] == [1, 2]
     assert scores[0].score in (0, 100)
     assert scores[0].stderr is None
@@ -181,7 +181,7 @@ def test_from_the_hub_all_subjects_are_asked_for(model: Any, monkeypatch: pytest
     task = load_tasks(["mmlu"], limits={"mmlu": 2})[0]
     assert {path for path, _ in asked_for} == {"cais/mmlu"}
     assert len({name for _, name in asked_for}) == 57
-    assert [score.n for score in Generator(model[0], chat=False).score(task)] == [2]
+    assert [score.n for score in GenerationEvaluator(model[0], chat=False).score(task)] == [2]
 
 
 def test_local_data_is_checked(data_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import sempa_st
 from sempa_st.data.rows import read_rows
 from sempa_st.data.sts import STS_TASKS, dev_pairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.encode_cache import encoded_once
+from sempa_st.evaluation.encode_cache import encode_cache
 from sempa_st.evaluation.sts import expand_tasks, load_tasks, score_tasks
 from sempa_st.utils.assets import asset_path
 
@@ -165,7 +165,7 @@ def test_a_sentence_is_encoded_once_and_gets_its_own_vector(model: Any) -> None:
     """Also under a prompt, which changes it; and calls for something else are passed on."""
     expected = model.encode(["A cat", "Two dogs", "Snow"])
     prompted = model.encode(["A cat"], prompt="Topic: ")
-    with encoded_once(model) as tally:
+    with encode_cache(model) as tally:
         first = model.encode(["A cat", "Two dogs", "A cat"])
         second = model.encode(["Snow", "Two dogs"], batch_size=1)
         third = model.encode(["A cat"], prompt="Topic: ")

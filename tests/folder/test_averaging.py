@@ -15,7 +15,7 @@ from sempa_st.folder.averaging import average_models
 from sempa_st.folder.layout import invocation_of
 from sempa_st.model.adapter import merged_model
 from sempa_st.model.base_model import load_causal_lm, resolve_base
-from sempa_st.model.tokenizer import closing_tokens, load_tokenizer
+from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
 from sempa_st.training.run import train
 from sempa_st.utils.files import read_json, write_json
 
@@ -62,7 +62,7 @@ def test_a_rank_keeps_the_largest_singular_values(tiny_base: Path, models: list[
 
 
 def test_activated_adapters_stay_activated(tiny_base: Path, tmp_path: Path) -> None:
-    tokens = closing_tokens(load_tokenizer(tiny_base), "prompteol")
+    tokens = suffix_tokens(load_tokenizer(tiny_base), "prompteol")
     runs = [
         finish_adapter(tmp_path / f"run{seed}", tiny_base, make_llama(), seed=seed, invocation=tokens, format="custom")
         for seed in (1, 2)

@@ -41,7 +41,7 @@ from sempa_st.folder.shipped import pack_model, shipped_model, shipped_names
 from sempa_st.folder.write import write_embedding_files
 from sempa_st.model.gemma import embedded_folder
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
-from sempa_st.model.tokenizer import closing_tokens, install_template, load_tokenizer
+from sempa_st.model.tokenizer import install_template, load_tokenizer, suffix_tokens
 from sempa_st.training.config import TrainConfig
 
 SENTENCES = [*sample_sentences()[:12], "", "word " * 300]
@@ -75,7 +75,7 @@ def train_nothing(folder: Path, base: Path, *, activated: bool) -> Path:
     install_template(tokenizer, EMBEDDING_TEMPLATES["pretended-cot"])
     if activated:
         settings = json.loads((folder / "adapter_config.json").read_text())
-        settings["alora_invocation_tokens"] = closing_tokens(tokenizer, "pretended-cot")
+        settings["alora_invocation_tokens"] = suffix_tokens(tokenizer, "pretended-cot")
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     form = "custom" if activated else "native"
     write_embedding_files(

@@ -15,11 +15,11 @@ from helpers.families import FAMILIES, make_causal_lm
 from helpers.tiny import make_llama, make_tokenizer
 from sentence_transformers import SentenceTransformer
 
-from sempa_st.forward.batching import characters_of_batch
+from sempa_st.forward.batching import min_batch_characters
 from sempa_st.forward.bin_packing import fill_packs
-from sempa_st.forward.embed import embed_packed
-from sempa_st.forward.last_layer import read_at
-from sempa_st.forward.packing import can_pack, last_packed_states, packed_states
+from sempa_st.forward.embed import embed_rows_fast
+from sempa_st.forward.last_layer import last_layer_only_at
+from sempa_st.forward.packing import can_pack, last_states_packed, states_packed
 from sempa_st.forward.sentence_transformer import SentenceTransformer as Reordering
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
@@ -74,7 +74,7 @@ def check_gradients(decoder: Any, found: torch.Tensor, expected: torch.Tensor) -
 
 def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
     """The same for what the last tokens' states alone are run for."""
-    together = last_packed_states(decoder, rows)
+    together = last_states_packed(decoder, rows)
     alone = torch.stack([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     direction = torch.randn(alone.shape, generator=torch.Generator().manual_seed(2))
@@ -83,7 +83,7 @@ def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
 
 def check_equal(decoder: Any, rows: list[torch.Tensor]) -> None:
     assert can_pack(decoder, max(len(row) for row in rows))
-    packed = packed_states(decoder, rows)
+    packed = states_packed(decoder, rows)
     together = [packed.states[places] for places in packed.places]
     alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
@@ -112,7 +112,7 @@ def test_a_layer_that_is_called_by_place_is_run_whole() -> None:
     layer = make_decoder("gpt2").h[0]
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     whole = layer(states, None)
-    with read_at(layer, torch.tensor([[4], [1]])):
+    with last_layer_only_at(layer, torch.tensor([[4], [1]])):
         found = layer(states, None)
     states_of = [output[0] if isinstance(output, tuple) else output for output in (whole, found)]
     torch.testing.assert_close(states_of[1], states_of[0][[0, 1], [4, 1]][:, None], rtol=0, atol=0)
@@ -133,7 +133,7 @@ def test_an_error_leaves_the_last_layer_as_it_was() -> None:
 
     handle = decoder.layers[2].mlp.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        last_packed_states(decoder, rows)
+        last_states_packed(decoder, rows)
     handle.remove()
     check_last(decoder, rows)
     check_equal(decoder, rows)
@@ -144,7 +144,7 @@ def test_two_threads_may_embed_with_one_model() -> None:
     module = make_module()
     batches = [module.preprocess(texts) for texts in (["A cat sleeps", "Snow"], ["Is it red?", "Two", "dogs run"])]
     with torch.no_grad():
-        expected = [embed_packed(module, **batch) for batch in batches]
+        expected = [embed_rows_fast(module, **batch) for batch in batches]
         inside, done = Event(), Event()
         first, calls, started = get_ident(), Counter[int](), list[Any]()
         with ThreadPoolExecutor(1) as pool:
@@ -154,18 +154,18 @@ def test_two_threads_may_embed_with_one_model() -> None:
                 if calls[get_ident()] != 2:  # the opening's pass, or the one after both
                     return
                 if get_ident() == first:
-                    started.append(pool.submit(torch.no_grad()(embed_packed), module, **batches[1]))
+                    started.append(pool.submit(torch.no_grad()(embed_rows_fast), module, **batches[1]))
                     inside.wait(0.5)
                 else:
                     inside.set()
                     done.wait(5)
 
             handle = module.decoder.get_submodule("layers.1").register_forward_pre_hook(meet)
-            found = embed_packed(module, **batches[0])
+            found = embed_rows_fast(module, **batches[0])
             done.set()
             other = started[0].result()
             handle.remove()
-        again = embed_packed(module, **batches[0])
+        again = embed_rows_fast(module, **batches[0])
     torch.testing.assert_close([found, other, again], [*expected, expected[0]], rtol=0, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_the_last_layer_runs_for_what_is_read() -> None:
                 module.register_forward_pre_hook(
                     lambda _, inputs, short=short: seen[short].append(inputs[0].shape[:2].numel())
                 )
-    last_packed_states(decoder, make_rows([6, 6, 6, 6], 5))
+    last_states_packed(decoder, make_rows([6, 6, 6, 6], 5))
     # Layer 1: the opening, then all tokens; layer 2: the opening, all up to the attention, the four last tokens.
     assert seen["down_proj"] == [5, 5, 24, 4]
     assert seen["q_proj"] == [5, 5, 24, 24, 4]
@@ -248,7 +248,7 @@ def test_less_is_run_than_the_rows_hold() -> None:
     seen: list[int] = []
     decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
     rows = make_rows([6] * 12, 5, group=3, begin=20)
-    packed_states(decoder, rows)
+    states_packed(decoder, rows)
     assert seen == [5, 4 * (20 + 18)]
     assert sum(len(row) for row in rows) == 12 * 31
 
@@ -261,9 +261,9 @@ def test_equal_rows_are_run_once_except_in_training() -> None:
     )
     once, twice = (module.preprocess(texts) for texts in (["A cat sleeps", "Snow"], ["Snow", "A cat sleeps", "Snow"]))
     with torch.no_grad():
-        expected = embed_packed(module.eval(), once["input_ids"], once["attention_mask"])
-        found = embed_packed(module, twice["input_ids"], twice["attention_mask"])
-        embed_packed(module.train(), twice["input_ids"], twice["attention_mask"])
+        expected = embed_rows_fast(module.eval(), once["input_ids"], once["attention_mask"])
+        found = embed_rows_fast(module, twice["input_ids"], twice["attention_mask"])
+        embed_rows_fast(module.train(), twice["input_ids"], twice["attention_mask"])
     torch.testing.assert_close(found, expected[[1, 0, 1]], rtol=0, atol=1e-5)
     first, second, third = seen[1::2]
     assert first == second < third
@@ -272,7 +272,7 @@ def test_equal_rows_are_run_once_except_in_training() -> None:
 def test_batches_hold_texts_that_begin_alike_and_vectors_come_in_the_order_of_the_texts() -> None:
     """Against sentence-transformers' own class around the same module, which sorts by length."""
     module = make_module()
-    module.forward_rows = embed_packed
+    module.forward_rows = embed_rows_fast
     starts, ends = ["A cat sleeps", "The dog runs", "Snow"], ["", " here", " and there", " in the red house"]
     texts = [f"{start}{end}" for end in ends for start in starts] * 2 + ["Is it red? " * 40]
     reordering, plain = Reordering(modules=[module], device="cpu"), SentenceTransformer(modules=[module], device="cpu")
@@ -304,4 +304,4 @@ def test_rows_that_are_padded_stay_sorted_by_length() -> None:
 )
 def test_a_gpu_gets_batches_that_keep_it_busy_and_no_larger_ones(device: str, size: int, expected: int) -> None:
     model: Any = SimpleNamespace(device=torch.device(device), max_seq_length=512)
-    assert characters_of_batch(model, size) == expected
+    assert min_batch_characters(model, size) == expected

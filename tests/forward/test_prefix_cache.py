@@ -28,10 +28,10 @@ import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import folder_format, is_activated
-from sempa_st.forward.embed import embed_packed
+from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
-from sempa_st.model.tokenizer import closing_tokens, install_template, load_tokenizer, opening_tokens
+from sempa_st.model.tokenizer import install_template, load_tokenizer, prefix_tokens, suffix_tokens
 from sempa_st.training.forward import TrainingForward, last_states
 from sempa_st.training.run import train
 
@@ -46,7 +46,7 @@ def make_parts(model: Any, *, activated: bool = False) -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     install_template(tokenizer, TEMPLATE)
-    invocation = closing_tokens(tokenizer, "prompteol") if activated else None
+    invocation = suffix_tokens(tokenizer, "prompteol") if activated else None
     return add_random_adapter(model, invocation=invocation), tokenizer
 
 
@@ -101,14 +101,14 @@ def test_an_adapter_of_the_whole_template_is_read_as_a_plain_one(make: Any) -> N
     """At a plain one's price: PEFT's own way gathers the tokens that the adapter acts on in every layer."""
     tokenizer = make_tokenizer()
     install_template(tokenizer, TEMPLATE)
-    model = add_random_adapter(make(), invocation=opening_tokens(tokenizer, "prompteol"))
+    model = add_random_adapter(make(), invocation=prefix_tokens(tokenizer, "prompteol"))
     module = PromptEOL(model, tokenizer, max_seq_length=160)
     batch = module.preprocess(["A cat", "A dog", "Birds"])
     expected = embed_rows(module, **batch)
     logits = model(**batch).logits
-    torch.testing.assert_close(embed_packed(module, **batch), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embed_rows_fast(module, **batch), expected, rtol=0, atol=1e-5)
     with model.disable_adapter():
-        plain = embed_packed(module, **batch)
+        plain = embed_rows_fast(module, **batch)
     assert float((plain - expected).norm(dim=1).min()) > 1e-2
     assert torch.equal(model(**batch).logits, logits)  # and back to PEFT's own way
 
@@ -130,7 +130,7 @@ def check_gradients(module: PromptEOL, first: torch.Tensor, second: torch.Tensor
 def test_every_sentence_ends_in_the_closing_tokens(template: str) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES[template])
-    closing = closing_tokens(tokenizer, template)
+    closing = suffix_tokens(tokenizer, template)
     assert len(closing) > 3
     module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
     marks = [f"x{a}{b}" for a in string.punctuation + " " for b in string.printable]
@@ -142,7 +142,7 @@ def test_every_sentence_ends_in_the_closing_tokens(template: str) -> None:
 def test_every_sentence_begins_with_the_opening_tokens(template: str) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES[template])
-    opening = opening_tokens(tokenizer, template)
+    opening = prefix_tokens(tokenizer, template)
     assert len(opening) > 2
     module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
     marks = [f"{a}{b}x" for a in string.printable for b in string.punctuation + " "]
@@ -174,7 +174,7 @@ def test_training_writes_a_custom_folder(folder: Path) -> None:
     assert (folder_format(folder), is_activated(folder)) == ("custom", True)
     settings = json.loads((folder / "adapter_config.json").read_text())
     tokenizer = load_tokenizer(folder)
-    tokens = {"template": closing_tokens, "sentence": opening_tokens}[folder.name](tokenizer, "prompteol")
+    tokens = {"template": suffix_tokens, "sentence": prefix_tokens}[folder.name](tokenizer, "prompteol")
     assert settings["alora_invocation_tokens"] == tokens
     assert json.loads((folder / "sempa_run.json").read_text())["config"]["activation"] == folder.name
     assert "trust_remote_code=True" in (folder / "README.md").read_text()
@@ -330,9 +330,9 @@ def test_a_template_without_words_of_its_own_is_refused() -> None:
     install_template(tokenizer, TEMPLATE)
     tokenizer.chat_template = {**tokenizer.chat_template, "open": "{{ messages[0]['content'] }}"}
     with pytest.raises(SempaError, match="do not end in the same token"):
-        closing_tokens(tokenizer, "open")
+        suffix_tokens(tokenizer, "open")
     with pytest.raises(SempaError, match="do not begin alike"):
-        opening_tokens(tokenizer, "open")
+        prefix_tokens(tokenizer, "open")
 
 
 def test_an_architecture_that_hides_its_tokens_is_refused(tmp_path: Path) -> None:

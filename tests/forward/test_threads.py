@@ -20,7 +20,7 @@ import sempa_st
 from sempa_st.folder.copying import copy_model
 from sempa_st.forward.patching import edited
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
-from sempa_st.model.tokenizer import closing_tokens, install_template, load_tokenizer
+from sempa_st.model.tokenizer import install_template, load_tokenizer, suffix_tokens
 
 pytestmark = pytest.mark.names_dtype
 
@@ -46,7 +46,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         "native": native,
         "sentence": copy_model(str(native), root / "sentence", activate=True),
         "template": finish_adapter(
-            root / "template", base, make_llama(), format="custom", invocation=closing_tokens(tokenizer, "prompteol")
+            root / "template", base, make_llama(), format="custom", invocation=suffix_tokens(tokenizer, "prompteol")
         ),
     }
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sempa_st.forward import embed, packing, varlen
-from sempa_st.forward.embed import embed_packed
+from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.sentence_transformer import SentenceTransformer
-from sempa_st.forward.varlen import CannotFlash, can_flash, last_flash_states, takes_any_attention
+from sempa_st.forward.varlen import VarlenUnsupported, attention_is_exchangeable, last_states_varlen, supports_varlen
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template
@@ -53,14 +53,14 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_rows_equal_rows_alone(family: str, side: str) -> None:
     decoder = make_causal_lm(family).base_model
-    assert takes_any_attention(decoder)
+    assert attention_is_exchangeable(decoder)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 600, (length,), generator=generator) for length in LENGTHS]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     with torch.inference_mode():
         alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows]
-        found = last_flash_states(decoder, ids, mask)
+        found = last_states_varlen(decoder, ids, mask)
         after = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows]
     torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
     assert all(map(torch.equal, after, alone))
@@ -78,24 +78,24 @@ def test_all_other_passes_are_what_they_were(family: str, implementation: str) -
 
     def passes() -> list[Tensor]:
         generated = model.generate(ids[1:], attention_mask=mask[1:], max_new_tokens=5, do_sample=False)
-        packed = packing.last_packed_states(model.base_model, [ids[1, :3], ids[1]])
+        packed = packing.last_states_packed(model.base_model, [ids[1, :3], ids[1]])
         return [model(input_ids=ids, attention_mask=mask).logits, generated, packed]
 
     with torch.inference_mode():
         before = passes()
-        last_flash_states(model.base_model, ids, mask)
+        last_states_varlen(model.base_model, ids, mask)
         after = passes()
     assert model.config._attn_implementation == varlen.ATTENTIONS[implementation]
     assert all(map(torch.equal, after, before))
 
 
 def test_what_the_kernel_cannot_do_is_left_to_packs() -> None:
-    assert not takes_any_attention(make_causal_lm("gemma2").base_model)  # caps its scores
-    assert not takes_any_attention(make_causal_lm("llama", head_dim=264).base_model)
+    assert not attention_is_exchangeable(make_causal_lm("gemma2").base_model)  # caps its scores
+    assert not attention_is_exchangeable(make_causal_lm("llama", head_dim=264).base_model)
     decoder = make_causal_lm("qwen3").base_model
     decoder.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    assert not takes_any_attention(decoder)  # recurrence would go on from row to row
-    assert not can_flash(make_llama().to(torch.bfloat16).base_model)  # not on CUDA
+    assert not attention_is_exchangeable(decoder)  # recurrence would go on from row to row
+    assert not supports_varlen(make_llama().to(torch.bfloat16).base_model)  # not on CUDA
 
 
 def make_module(model: Any) -> PromptEOL:
@@ -117,11 +117,11 @@ def test_an_attention_that_asks_for_more_is_run_in_packs(
 ) -> None:
     module = make_module(make_causal_lm(family, **changes))
     features = module.preprocess(sample_sentences()[:4])
-    with pytest.raises(CannotFlash):
-        last_flash_states(module.decoder, **features)
-    monkeypatch.setattr(embed, "can_flash", lambda decoder: True)
+    with pytest.raises(VarlenUnsupported):
+        last_states_varlen(module.decoder, **features)
+    monkeypatch.setattr(embed, "supports_varlen", lambda decoder: True)
     with torch.inference_mode():
-        found, expected = (run(module, **features) for run in (embed_packed, embed_rows))
+        found, expected = (run(module, **features) for run in (embed_rows_fast, embed_rows))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -130,15 +130,15 @@ def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> No
     module = make_module(make_llama())
     embedder = SentenceTransformer(modules=[module], device="cpu")
     expected = embedder.encode(sample_sentences(), convert_to_tensor=True)
-    module.forward_rows = embed_packed
+    module.forward_rows = embed_rows_fast
     calls: list[int] = []
 
     def counted(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         calls.append(len(input_ids))
-        return last_flash_states(decoder, input_ids, attention_mask)
+        return last_states_varlen(decoder, input_ids, attention_mask)
 
-    monkeypatch.setattr(embed, "can_flash", lambda decoder: True)
-    monkeypatch.setattr(embed, "last_flash_states", counted)
+    monkeypatch.setattr(embed, "supports_varlen", lambda decoder: True)
+    monkeypatch.setattr(embed, "last_states_varlen", counted)
     found = embedder.encode(sample_sentences(), convert_to_tensor=True)
     assert sum(calls) == len(sample_sentences())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -149,7 +149,7 @@ def test_a_model_that_used_it_goes_to_another_process() -> None:
     model = make_causal_lm("llama")
     ids = torch.tensor([[7, 30, 8, 12]])
     expected = model(input_ids=ids).logits
-    last_flash_states(model.base_model, ids, torch.ones_like(ids))
+    last_states_varlen(model.base_model, ids, torch.ones_like(ids))
     # Whatever unpickles one of our modules imports this one.
     code = "import pickle, sys, torch, sempa_st.forward.embed; model = pickle.load(sys.stdin.buffer); "
     code += f"print(model(torch.tensor({ids.tolist()})).logits.sum().item())"

@@ -30,7 +30,7 @@ from sempa_st.cli.main import build_parser
 from sempa_st.data.rows import read_rows
 from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import attention_output
-from sempa_st.forward.packing import begin_packs, last_places
+from sempa_st.forward.packing import last_positions, prepare_packs
 from sempa_st.methods import contrastive_prompting
 from sempa_st.methods.llm2vec import LLM2Vec
 from sempa_st.methods.method import Rows
@@ -180,8 +180,8 @@ def test_a_change_to_a_row_reaches_no_row_that_goes_on_from_it() -> None:
     model = make_llama().base_model
     # No sentence gives such rows: its double quotes become single ones.
     short, long, other = torch.tensor([1, 7, 8, 9]), torch.tensor([1, 7, 8, 9, 10, 11]), torch.tensor([1, 7, 12, 9])
-    assert last_places(begin_packs(model, [short, long])) is None
-    assert last_places(begin_packs(model, [short, other, short])) is not None
+    assert last_positions(prepare_packs(model, [short, long])) is None
+    assert last_positions(prepare_packs(model, [short, other, short])) is not None
     projection = attention_output(model.layers[1])
     for ids in ([short, long], [short, other, short]):
         width = max(map(len, ids))

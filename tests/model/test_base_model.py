@@ -28,8 +28,8 @@ from sempa_st.errors import SempaError
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base, load_causal_lm, resolve_base
 from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.training.run import gather
-from sempa_st.utils.devices import give_back_memory, keep_attention_right, pick_device, pick_dtype
+from sempa_st.training.run import load_inputs
+from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype, trim_malloc
 from sempa_st.utils.files import cache_folder
 from sempa_st.utils.hub import model_folder
 
@@ -117,7 +117,7 @@ def test_one_broadcast_head_stays_out_of_a_faulty_kernel(
     ids = torch.tensor([[1, 5, 7, 9, 11], [0, 0, 1, 6, 8]])
     before = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, -1]
     whole = get_peft_model(model, lora_config(model, r=2, alpha=4)) if adapted else model
-    keep_attention_right(torch.nn.ModuleList([whole]), device)
+    avoid_broken_sdpa(torch.nn.ModuleList([whole]), device)
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {expected}
     after = whole(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, -1]
     assert torch.allclose(after, before, atol=1e-5)
@@ -137,14 +137,14 @@ def test_every_way_to_open_a_model_sees_to_that(
         return sempa_st.load(folder, dtype="float32", device="cpu", **kwargs)
 
     expected = [opened(*way).encode(sentences) for way in ways]
-    as_on_cuda = lambda model, _: keep_attention_right(model, "cuda")  # noqa: E731
-    monkeypatch.setattr("sempa_st.loading.keep_attention_right", as_on_cuda)
-    monkeypatch.setattr("sempa_st.training.run.keep_attention_right", as_on_cuda)
+    as_on_cuda = lambda model, _: avoid_broken_sdpa(model, "cuda")  # noqa: E731
+    monkeypatch.setattr("sempa_st.loading.avoid_broken_sdpa", as_on_cuda)
+    monkeypatch.setattr("sempa_st.training.run.avoid_broken_sdpa", as_on_cuda)
     for way, vectors in zip(ways, expected, strict=True):
         model = opened(*way)
         assert {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")} == {"eager"}
         assert abs(model.encode(sentences) - vectors).max() < 1e-4
-    parts = gather(make_config(tiny_gemma, tmp_path / "trained"), "cpu")
+    parts = load_inputs(make_config(tiny_gemma, tmp_path / "trained"), "cpu")
     assert parts.model.config._attn_implementation == "eager"
 
 
@@ -211,7 +211,7 @@ def test_freed_memory_is_given_back() -> None:
     kept = pieces[-1]  # above all the others, so that the heap does not shrink by itself
     before = memory_in_use()
     del pieces
-    give_back_memory()
+    trim_malloc()
     assert before - memory_in_use() > 50
     assert kept
 

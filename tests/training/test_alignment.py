@@ -27,8 +27,8 @@ from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.contrastive import ContrastiveTrainer
-from sempa_st.training.run import gather, train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run import load_inputs, train
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.assets import asset_path
 
 pytestmark = pytest.mark.names_dtype
@@ -222,7 +222,7 @@ def test_the_reference_is_run_once(
         """Build a trainer; return how often the reference was run for it, and what it says of four triplets."""
         before = runs
         config = config_of("one-word", tiny_base, data, tmp_path / "m", **{"objective": objective, **kwargs})
-        trainer: Any = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
+        trainer: Any = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "m"))
         found = trainer.data_collator([{"index": index} for index in range(4)])
         return runs - before, {name: tensor for name, tensor in found.items() if name.startswith("reference_")}
 

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from sempa_st.data.nli import Triplet, load_nli
 from sempa_st.data.preferences import DEFAULT_PARAPHRASE, preference_rows, ranked_answers
 from sempa_st.errors import SempaError
-from sempa_st.forward.batching import in_batches
+from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
@@ -28,10 +28,10 @@ from sempa_st.training.batches import AnswerRows, ReadingRows
 from sempa_st.training.config import parse_objective
 from sempa_st.training.forward import answer_log_probabilities, shared_states, word_logits
 from sempa_st.training.losses import (
-    in_batch_outcome,
-    one_word_outcome,
+    in_batch_loss,
+    one_word_loss,
     plackett_luce_loss,
-    ranked_answers_outcome,
+    ranked_answers_loss,
     reference_kl,
     similarity_score,
     word_score,
@@ -168,7 +168,7 @@ def test_two_answers_give_trls_dpo_loss(
         policy = answer_log_probabilities(causal_lm, batch).view(-1, 2)
         with trainer.model.disable_adapter():
             reference = answer_log_probabilities(causal_lm, batch).view(-1, 2)
-    outcome = ranked_answers_outcome(policy, reference, batch["answers"], beta=0.1)
+    outcome = ranked_answers_loss(policy, reference, batch["answers"], beta=0.1)
     assert abs(float(expected) - math.log(2)) > 1e-3  # the adapter says something
     assert float(outcome.loss) == pytest.approx(float(expected), abs=1e-6)
     chosen, rejected = (policy - reference).unbind(1)
@@ -230,7 +230,7 @@ def test_three_ranked_answers_and_rows_that_have_two() -> None:
     batch = answers_of(make_tokenizer(), triplets, 3)
     assert batch["answers"].tolist() == [3, 2]
     policy, reference = numbers(2, 3, seed=1), numbers(2, 3, seed=2)
-    outcome = ranked_answers_outcome(policy, reference, batch["answers"], beta=0.5)
+    outcome = ranked_answers_loss(policy, reference, batch["answers"], beta=0.5)
     scores = (0.5 * (policy - reference)).tolist()
     expected = ranking_probability(scores[0], (0, 1, 2)) * ranking_probability(scores[1], (0, 1), (2,))
     assert float(outcome.loss) == pytest.approx(-math.log(expected) / 2, abs=1e-6)
@@ -282,7 +282,7 @@ def test_one_word_prefers_the_entailed_words() -> None:
     rows, beta = 3, 0.7
     policy, reference = numbers(rows, 9, seed=1), numbers(rows, 9, seed=2)
     bags = numbers(2 * rows, 9, seed=3).softmax(-1)
-    outcome = one_word_outcome(policy, reference, bags, beta)
+    outcome = one_word_loss(policy, reference, bags, beta)
     moved = policy - reference
     margins = [beta * float((moved[i] * (bags[i] - bags[rows + i])).sum()) for i in range(rows)]
     expected = -sum(math.log(1 / (1 + math.exp(-margin))) for margin in margins) / rows
@@ -294,7 +294,7 @@ def test_the_in_batch_choice_of_cosines_is_sentence_transformers_loss() -> None:
     vectors = [numbers(4, 8, seed=seed) for seed in range(3)]
     scores = similarity_score(vectors[0], torch.cat(vectors[1:]), temperature=0.05)
     nothing = torch.zeros(4, 4, dtype=torch.bool)
-    outcome = in_batch_outcome(scores, nothing, torch.zeros(4, dtype=torch.bool), neutral="none")
+    outcome = in_batch_loss(scores, nothing, torch.zeros(4, dtype=torch.bool), neutral="none")
     theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0)  # type: ignore[arg-type]
     expected = theirs.compute_loss_from_embeddings(vectors, torch.empty(0))
     assert float(outcome.loss) == pytest.approx(float(expected), abs=1e-6)
@@ -309,7 +309,7 @@ def test_in_batch_choices_leave_out_what_is_no_negative(neutral: str) -> None:
     scores = numbers(rows, (2 if neutral == "none" else 3) * rows)
     premises, known = ["a", "b", "a", "c"], [True, True, False, False]
     same = torch.tensor([[p == q and i != j for j, q in enumerate(premises)] for i, p in enumerate(premises)])
-    outcome = in_batch_outcome(scores, same, torch.tensor(known), neutral=neutral)
+    outcome = in_batch_loss(scores, same, torch.tensor(known), neutral=neutral)
     expected = 0.0
     for row in range(rows):
         equal = {0: 2, 2: 0}.get(row)
@@ -427,7 +427,7 @@ def test_the_rows_of_a_batch_hold_what_their_names_say() -> None:
 
 def test_results_of_batches_come_back_in_order() -> None:
     lengths = [5, 1, 9, 2, 2, 30, 7]
-    batches = list(in_batches(lengths, 10, "rows"))
+    batches = list(batches_within_tokens(lengths, 10, "rows"))
     assert sorted(itertools.chain(*batches)) == list(range(7))
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 10 for batch in batches)
     assert len(batches) < len(lengths)

@@ -23,13 +23,13 @@ from sempa_st.errors import SempaError
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training import reference
 from sempa_st.training import run as training
-from sempa_st.training.answers import answer_ids, without_too_long
+from sempa_st.training.answers import answer_ids, drop_too_long
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.dev_score import DevScored, DevScorer
+from sempa_st.training.dev_score import DevScorer, DevScoreTrainer
 from sempa_st.training.record import run_table
-from sempa_st.training.run import gather, train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run import load_inputs, train
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.training.run_results import RunResult
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import finite, read_json, write_json
@@ -51,14 +51,14 @@ def test_a_number_that_json_has_no_word_for_is_null(tmp_path: Path, value: float
 
 def overflow(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Let the second gradient norm of each run be as a step that overflowed leaves it."""
-    original = DevScored.log
+    original = DevScoreTrainer.log
 
     def spoiled(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "grad_norm" in logs and self.state.global_step == 2:
             logs = {**logs, "grad_norm": value}
         original(self, logs, *args, **kwargs)
 
-    monkeypatch.setattr(DevScored, "log", spoiled)
+    monkeypatch.setattr(DevScoreTrainer, "log", spoiled)
 
 
 @pytest.mark.parametrize(("objective", "value"), [("dpo", math.inf), ("contrastive", math.inf), ("one-word", math.nan)])
@@ -95,7 +95,7 @@ def test_a_table_averages_what_is_a_number(tiny_base: Path, tmp_path: Path) -> N
 def test_a_dev_score_that_is_no_number_is_an_error(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    parts = gather(make_config(tiny_base, tmp_path / "model"), "cpu")
+    parts = load_inputs(make_config(tiny_base, tmp_path / "model"), "cpu")
     monkeypatch.setattr(type(parts.scorer._pairs), "spearman", lambda *args: value)
     with pytest.raises(SempaError, match=rf"dev score is not a number \({value}\)"):
         parts.scorer(parts.model)
@@ -147,7 +147,7 @@ def test_rows_that_are_too_long_are_left_out_by_every_trainer(
 
 def test_an_objective_without_requests_leaves_nothing_out(tiny_base: Path, tmp_path: Path, with_long_rows: str) -> None:
     config = make_config(tiny_base, tmp_path / "m", objective="one-word", data=with_long_rows, max_length=300)
-    parts = gather(config, "cpu")
+    parts = load_inputs(config, "cpu")
     assert (len(parts.data.triplets), parts.data.too_long) == (24, 0)
 
 
@@ -166,11 +166,11 @@ def test_what_is_left_is_what_trl_would_train_on(base: Path, tmp_path: Path, mon
         request, answers = requests_of(every.triplets[row], tokenizer)
         max_length = len(answer_ids(tokenizer, request, answers[0])[0])
         config = make_config(base, tmp_path / "m", data=str(path), max_triplets=None, max_length=max_length)
-        parts = gather(config, "cpu")
-        kept = without_too_long(every, tokenizer, paraphrase=config.paraphrase, max_length=max_length)
+        parts = load_inputs(config, "cpu")
+        kept = drop_too_long(every, tokenizer, paraphrase=config.paraphrase, max_length=max_length)
         assert kept == parts.data
         assert kept.too_long == 24 - row
-        trainer = build_trainer(parts, WorkDir(config.output))
+        trainer = build_trainer(parts, RunFolder(config.output))
         assert len(trainer.train_dataset) == len(kept.triplets)
         parts.data = every
         whole = DPOTrainer._prepare_dataset(
@@ -196,9 +196,9 @@ def test_one_answer_without_room_is_enough(tiny_base: Path) -> None:
     request, answers = requests_of(triplet, tokenizer)
     start = len(answer_ids(tokenizer, request, answers[0])[0])
     data = NliData([triplet], SOURCE)
-    assert without_too_long(data, tokenizer, paraphrase="keep", max_length=start + 1) == data
+    assert drop_too_long(data, tokenizer, paraphrase="keep", max_length=start + 1) == data
     with pytest.raises(SempaError, match=rf"None of the 1 triplets of {SOURCE} .*max_length, {start} tokens"):
-        without_too_long(data, tokenizer, paraphrase="keep", max_length=start)
+        drop_too_long(data, tokenizer, paraphrase="keep", max_length=start)
 
 
 def requests_of(triplet: Triplet, tokenizer: Any) -> tuple[Any, list[Any]]:

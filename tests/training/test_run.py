@@ -28,9 +28,9 @@ from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template, load_tokenizer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.dev_score import DevScorer
-from sempa_st.training.dpo import SempaTrainer
-from sempa_st.training.run import gather, train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.dpo import PreferenceTrainer
+from sempa_st.training.run import load_inputs, train
+from sempa_st.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.names_dtype
 
@@ -120,10 +120,10 @@ def test_resume_ends_where_an_unbroken_run_ends(
     stop_after: int,
 ) -> None:
     config = make_config(tiny_base, tmp_path / "model", epochs=3)
-    original = SempaTrainer.training_step
+    original = PreferenceTrainer.training_step
     calls = 0
 
-    def fail_later(self: SempaTrainer, *args: Any, **kwargs: Any) -> Any:
+    def fail_later(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > stop_after:
@@ -131,7 +131,7 @@ def test_resume_ends_where_an_unbroken_run_ends(
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        patch.setattr(SempaTrainer, "training_step", fail_later)
+        patch.setattr(PreferenceTrainer, "training_step", fail_later)
         train(config)
     assert "--resume goes on" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
@@ -154,7 +154,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise InterruptError
 
-    monkeypatch.setattr(SempaTrainer, "training_step", fail)
+    monkeypatch.setattr(PreferenceTrainer, "training_step", fail)
     with pytest.raises(InterruptError):
         train(make_config(tiny_base, tmp_path / "model"))
     assert list(tmp_path.iterdir()) == []
@@ -225,7 +225,7 @@ def sequence_log_probability(
 
 def test_the_loss_is_trls_and_a_manual_one(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tiny_base, tmp_path / "m")
-    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "m"))
     randomise(trainer.model)
     trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -259,7 +259,7 @@ def test_the_reference_is_run_once_for_all_runs(
     """Its columns are a manual pass of the base over the rows; a second run on the same data reads them."""
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
-    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "m"))
     rows = list(trainer.train_dataset)
     assert len(rows) == 24
     base = make_llama()
@@ -276,16 +276,16 @@ def test_the_reference_is_run_once_for_all_runs(
         raise AssertionError("the reference was run again")
 
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", fail)
-    again = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    again = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "m"))
     assert list(again.train_dataset) == rows
     with pytest.raises(AssertionError, match="run again"):
-        build_trainer(gather(replace(config, paraphrase="generate"), "cpu"), WorkDir(tmp_path / "m"))
+        build_trainer(load_inputs(replace(config, paraphrase="generate"), "cpu"), RunFolder(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_prompts_are_run_once_for_trls_gradients(tiny_base: Path, tmp_path: Path, tuning: str) -> None:
     config = make_config(tiny_base, tmp_path / "m", tuning=tuning)
-    trainer = build_trainer(gather(config, "cpu"), WorkDir(tmp_path / "m"))
+    trainer = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "m"))
     model: Any = trainer.model
     if tuning == "lora":
         randomise(model)
@@ -294,7 +294,7 @@ def test_prompts_are_run_once_for_trls_gradients(tiny_base: Path, tmp_path: Path
     decoder = trainer.generator().get_base_model().base_model if tuning == "lora" else model.base_model
     decoder.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
     gradients, seen = [], []
-    for compute_loss in (SempaTrainer.compute_loss, DPOTrainer.compute_loss):
+    for compute_loss in (PreferenceTrainer.compute_loss, DPOTrainer.compute_loss):
         compute_loss(trainer, model, batch).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()

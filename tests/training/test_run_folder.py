@@ -25,9 +25,9 @@ from sempa_st.errors import SempaError
 from sempa_st.training import run as training
 from sempa_st.training.checkpoints import _sha256, checkpoints_in, fault_in
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.dpo import SempaTrainer
+from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.run import train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 
 FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -51,9 +51,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple
 def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """The folder of the same run, broken off after three checkpoints."""
     output = tmp_path_factory.mktemp("interrupted") / "model"
-    original, calls = SempaTrainer.training_step, 0
+    original, calls = PreferenceTrainer.training_step, 0
 
-    def fail_later(self: SempaTrainer, *args: Any, **kwargs: Any) -> Any:
+    def fail_later(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 8:
@@ -61,7 +61,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pa
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptError):
-        patch.setattr(SempaTrainer, "training_step", fail_later)
+        patch.setattr(PreferenceTrainer, "training_step", fail_later)
         train(make_config(tiny_base, output, epochs=2))
     return output.with_name("model.training")
 
@@ -74,7 +74,7 @@ def config(tiny_base: Path, tmp_path: Path, interrupted: Path) -> TrainConfig:
 
 
 def checkpoints(config: TrainConfig) -> list[Path]:
-    return checkpoints_in(WorkDir(config.output).checkpoints)
+    return checkpoints_in(RunFolder(config.output).checkpoints)
 
 
 def unseal(config: TrainConfig) -> None:
@@ -101,7 +101,7 @@ def test_every_damage_is_seen(config: TrainConfig, file: str, damage: str, seale
     older, newest = checkpoints(config)
     if not sealed:
         unseal(config)
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     assert work.last_checkpoint() == str(newest)
     DAMAGES[damage](newest / file)
     assert fault_in(newest)
@@ -252,7 +252,7 @@ STATES: dict[Callable[[Path], None], tuple[str, str]] = {
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 def test_no_state_is_without_a_way_out(config: TrainConfig, state: Callable[[Path], None]) -> None:
     """What a command advises in a state is a command that works in it."""
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     state(work.path)
     identity = {"run": 1}
     if GOES_ON in STATES[state]:
@@ -280,7 +280,7 @@ def test_no_state_is_without_a_way_out(config: TrainConfig, state: Callable[[Pat
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: bool) -> None:
-    work = WorkDir(tmp_path / "model")
+    work = RunFolder(tmp_path / "model")
     work.path.mkdir()
     (work.path / "thesis.tex").touch()
     with pytest.raises(SempaError, match=r"holds other things than a run: thesis\.tex"):
@@ -305,7 +305,7 @@ def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: boo
 def test_what_no_run_has_written_is_in_the_way_wherever_it_lies(
     config: TrainConfig, name: str, flags: dict[str, bool]
 ) -> None:
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     if not flags:
         no_checkpoint(work.path)
     file = work.path / name
@@ -320,7 +320,7 @@ def test_what_no_run_has_written_is_in_the_way_wherever_it_lies(
 
 
 def test_what_runs_and_desktops_leave_is_not_in_the_way(tmp_path: Path) -> None:
-    work = WorkDir(tmp_path / "model")
+    work = RunFolder(tmp_path / "model")
     (work.path / ".process.txt.partial-0123abcd").mkdir(parents=True)
     (work.path / ".DS_Store").touch()
     (work.checkpoints / "damaged-checkpoint-3").mkdir(parents=True)
@@ -334,7 +334,7 @@ def test_what_runs_and_desktops_leave_is_not_in_the_way(tmp_path: Path) -> None:
 
 def test_a_link_to_another_disk_is_used_and_stays(tiny_base: Path, tmp_path: Path) -> None:
     config = make_config(tiny_base, tmp_path / "model", max_triplets=8)
-    work, disk = WorkDir(config.output), tmp_path / "disk"
+    work, disk = RunFolder(config.output), tmp_path / "disk"
     work.path.symlink_to(disk)
     with pytest.raises(SempaError, match="a link to no folder"):
         train(config)
@@ -373,7 +373,7 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(
         unseal(config)
         if name == "complete.json":
             return
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     identity = json.loads((work.path / "identity.json").read_text())
     before = sorted(work.path.rglob("*"))
     with unreadable(newest / name, number=number), pytest.raises(SempaError, match="at this moment") as caught:
@@ -388,7 +388,7 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(
 
 @pytest.mark.parametrize("whole_folder", [False, True])
 def test_a_run_that_breaks_off_keeps_checkpoints_that_cannot_be_read(config: TrainConfig, whole_folder: bool) -> None:
-    work, found = WorkDir(config.output), checkpoints(config)
+    work, found = RunFolder(config.output), checkpoints(config)
     files = [work.checkpoints] if whole_folder else [path / "optimizer.pt" for path in found]
     with unreadable(*files):
         assert os.strerror(errno.EIO) in str(work.broken_off())
@@ -405,7 +405,7 @@ def test_damaged_checkpoints_are_set_aside(config: TrainConfig, capsys: pytest.C
     aside.mkdir()
     (aside / "earlier").touch()
     DAMAGES["halved"](newest / "optimizer.pt")
-    work = WorkDir(config.output)
+    work = RunFolder(config.output)
     work.open(json.loads((work.path / "identity.json").read_text()), resume=True, overwrite=False)
     work.close()
     assert checkpoints(config) == [older]
@@ -431,7 +431,7 @@ def test_a_crash_at_the_very_end_is_gone_on_with(
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_a_second_run_beside_a_running_one_is_refused(config: TrainConfig, flags: dict[str, bool]) -> None:
-    first = WorkDir(config.output)
+    first = RunFolder(config.output)
     first.open(json.loads((first.path / "identity.json").read_text()), resume=True, overwrite=False)
     before = sorted(path.name for path in first.path.rglob("*"))
     with pytest.raises(SempaError, match=rf"model is being trained by process {os.getpid()} at this moment"):
@@ -445,19 +445,19 @@ def test_ctrl_c_on_a_refused_run_takes_nothing_from_the_first(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever it comes: here where the first run started after the second one had looked."""
-    first = WorkDir(config.output)
-    gather = training.gather
+    first = RunFolder(config.output)
+    gather = training.load_inputs
 
     def started_meanwhile(*args: Any) -> Any:
         first.open(json.loads((first.path / "identity.json").read_text()), resume=True, overwrite=False)
         no_checkpoint(first.path)  # the first has no checkpoint of its own yet
         return gather(*args)
 
-    monkeypatch.setattr(training, "gather", started_meanwhile)
+    monkeypatch.setattr(training, "load_inputs", started_meanwhile)
     with pytest.raises(SempaError, match="being trained by process"):
         train(replace(config, overwrite=True))
-    monkeypatch.setattr(training, "gather", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(WorkDir, "check_free", lambda self: None)
+    monkeypatch.setattr(training, "load_inputs", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(RunFolder, "check_free", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, overwrite=True))
     assert (first.path / "identity.json").exists()
@@ -472,7 +472,7 @@ def test_a_killed_process_frees_its_output(tiny_base: Path, tmp_path: Path) -> N
         "--device", "cpu", "--dtype", "float32", "--output", config.output, "--epochs", "999", "--log-steps", "9",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        work = WorkDir(config.output)
+        work = RunFolder(config.output)
         try:
             while not (work.path / "process.txt").exists():
                 assert child.poll() is None

@@ -17,10 +17,10 @@ import sempa_st
 from sempa_st.cli.sweep import make_configs, read_grid
 from sempa_st.errors import SempaError
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.dpo import SempaTrainer
+from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.record import settings_digest
 from sempa_st.training.run import TrainResult, train
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.training.run_results import RunResult, place, results_table
 from sempa_st.training.sweep import run_sweep
 from sempa_st.utils.files import write_json
@@ -469,21 +469,21 @@ def test_an_interrupted_run_is_gone_on_with(
     alone: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     points = points_of("learning_rate=1e-3,5e-3", **small(tiny_base))
-    original, calls = SempaTrainer.training_step, 0
+    original, calls = PreferenceTrainer.training_step, 0
 
-    def fail_later(self: SempaTrainer, *args: Any, **kwargs: Any) -> Any:
+    def fail_later(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise InterruptError
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(SempaTrainer, "training_step", fail_later)
+    monkeypatch.setattr(PreferenceTrainer, "training_step", fail_later)
     with pytest.raises(InterruptError):
         run_sweep(*points, tmp_path / "s", train=train)
     assert "the same command goes on" in capsys.readouterr().err
     broken = tmp_path / "s" / "runs" / "learning_rate=0.005"
-    assert WorkDir(broken).last_checkpoint()
+    assert RunFolder(broken).last_checkpoint()
     assert (tmp_path / "s" / "best" / "adapter_model.safetensors").is_file()
 
     calls = 10

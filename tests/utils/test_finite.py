@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer as PlainTransformer
 import sempa_st
 from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.encode_cache import encoded_once
+from sempa_st.evaluation.encode_cache import encode_cache
 from sempa_st.folder.copying import copy_model
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template
@@ -90,7 +90,7 @@ def test_large_numbers_are_numbers() -> None:
 
 def test_scores_of_no_numbers_are_not_remembered(overflowing: Path) -> None:
     model = sempa_st.load(overflowing, dtype="float16", device="cpu")
-    with encoded_once(model) as tally:
+    with encode_cache(model) as tally:
         with pytest.raises(SempaError, match="hold infinite values"):
             model.encode(TEXTS)
         assert tally.encoded == 0

@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 from sempa_st.errors import SempaError
 from sempa_st.folder.averaging import average_models
 from sempa_st.folder.copying import copy_model
-from sempa_st.training.run_folder import WorkDir
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.training.sweep import _locked
-from sempa_st.utils.files import atomic_file, atomic_folder, check_output_folder, made_once, write_json
-from sempa_st.utils.leftovers import InUseError, clear_leftovers, disk_fault, held
+from sempa_st.utils.files import atomic_file, atomic_folder, build_once, check_output_folder, write_json
+from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, unwritable_reason
 
 pytestmark = pytest.mark.names_dtype
 
 WRITER = """
 import sys
 from pathlib import Path
-from sempa_st.utils.files import atomic_file, atomic_folder, made_once
+from sempa_st.utils.files import atomic_file, atomic_folder, build_once
 
 def hang(*found):
     Path(found[0], "half").write_text("x") if Path(found[0]).is_dir() else None
@@ -38,7 +38,7 @@ def hang(*found):
 
 kind, target = sys.argv[1], Path(sys.argv[2])
 if kind == "once":
-    made_once(target, "mark", hang)
+    build_once(target, "mark", hang)
 elif kind == "held":
     from sempa_st.utils.leftovers import held
     with held(target):
@@ -79,7 +79,7 @@ def test_killed_runs_leave_one_leftover_at_most_and_the_next_run_clears_it(tmp_p
         with atomic_file(target) as partial:
             partial.write_text("x")
     else:
-        made_once(target, "mark", lambda folder: (folder / "mark").touch())  # type: ignore[arg-type, return-value]
+        build_once(target, "mark", lambda folder: (folder / "mark").touch())  # type: ignore[arg-type, return-value]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -185,11 +185,11 @@ def test_a_file_system_without_locks_is_one_clear_paragraph(tmp_path: Path, monk
     monkeypatch.setattr(FileLock, "acquire", fail)
     reason = os.strerror(errno.ENOTSUP)
     with pytest.raises(SempaError, match=f"keeps two runs apart: {reason}"):
-        WorkDir(tmp_path / "model").open({}, resume=False, overwrite=False)
+        RunFolder(tmp_path / "model").open({}, resume=False, overwrite=False)
     with pytest.raises(SempaError, match=f"keeps two sweeps apart: {reason}"), _locked(tmp_path / "sweep"):
         pass
     with pytest.raises(SempaError, match=f"cache folder .* cannot be written.*{reason}"):
-        made_once(tmp_path / "a", "mark", Path.mkdir)
+        build_once(tmp_path / "a", "mark", Path.mkdir)
     write_json(tmp_path / "a.json", 1)  # needs no lock
     assert (tmp_path / "a.json").read_text() == "1\n"
 
@@ -219,14 +219,14 @@ def test_processes_that_wait_for_one_folder_make_it_once(tmp_path: Path) -> None
     code = """
 import os, sys
 from pathlib import Path
-from sempa_st.utils.files import made_once
+from sempa_st.utils.files import build_once
 
 def make(folder):
     with open(sys.argv[2], "a") as handle:
         handle.write(f"{os.getpid()}\\n")
     (folder / "mark").touch()
 
-made_once(Path(sys.argv[1]), "mark", make)
+build_once(Path(sys.argv[1]), "mark", make)
 """
     made = tmp_path / "made"
     arguments = [sys.executable, "-c", code, str(tmp_path / "cache" / "a"), str(made)]
@@ -258,7 +258,7 @@ def test_the_umask_decides_on_modes(tmp_path: Path, umask: int) -> None:
     with atomic_file(tmp_path / "a.safetensors") as file:
         save_file({"a": torch.zeros(2)}, file)
     write_json(tmp_path / "a.json", [])
-    made_once(tmp_path / "cache" / "c", "mark", lambda path: save_file({"a": torch.zeros(2)}, path / "mark"))
+    build_once(tmp_path / "cache" / "c", "mark", lambda path: save_file({"a": torch.zeros(2)}, path / "mark"))
     for path in (tmp_path / "a.safetensors", tmp_path / "a.json", tmp_path / "cache" / "c" / "mark"):
         assert modes(path) == {(False, 0o666 & ~umask)}, path
 
@@ -298,17 +298,17 @@ def test_a_cache_that_cannot_be_written_is_one_clear_paragraph(tmp_path: Path, n
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(SempaError, match=rf"cache folder .* cannot be written.*{os.strerror(number)}.*SEMPA_CACHE_DIR"):
-        made_once(tmp_path / "a", "mark", fail)
+        build_once(tmp_path / "a", "mark", fail)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(SempaError, match=r"(Not a directory|File exists).*SEMPA_CACHE_DIR"):
-        made_once(tmp_path / "file" / "a", "mark", fail)
+        build_once(tmp_path / "file" / "a", "mark", fail)
     with pytest.raises(OSError, match="something else"):
-        made_once(tmp_path / "a", "mark", lambda folder: (_ for _ in ()).throw(OSError("something else")))
+        build_once(tmp_path / "a", "mark", lambda folder: (_ for _ in ()).throw(OSError("something else")))
 
 
 def test_a_disk_that_is_full_for_weights_is_told_alike() -> None:
     """The safetensors library has an error of its own, with the number in its text."""
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert disk_fault(full) == os.strerror(errno.ENOSPC)
-    assert disk_fault(SafetensorError("Error while deserializing header: header too small")) is None
+    assert unwritable_reason(full) == os.strerror(errno.ENOSPC)
+    assert unwritable_reason(SafetensorError("Error while deserializing header: header too small")) is None
