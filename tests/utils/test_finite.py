@@ -111,7 +111,7 @@ def test_a_scale_that_overflows_is_refused(adapter_folder: Path, tmp_path: Path,
 
 def test_merged_weights_that_overflow_are_refused(adapter_folder: Path, tmp_path: Path) -> None:
     strong = copy_model(str(adapter_folder), tmp_path / "strong", scale=1e7)
-    with pytest.raises(SempaError, match=r"infinite or no number, in the tensor .*float16"):
+    with pytest.raises(SempaError, match=r"infinite or NaN, in the tensor .*float16"):
         copy_model(str(strong), tmp_path / "merged", merge=True, dtype="float16")
     assert not (tmp_path / "merged").exists()
 
