@@ -12,6 +12,7 @@ from sempa_st.utils.files import read_json
 from sempa_st.utils.hub import model_folder
 from sempa_st.utils.names import check_entry, inside
 
+CONFIG = "config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_SETTINGS_BYTES = 64 << 20
 _MAX_BYTES = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
@@ -213,6 +214,3 @@ def _check_weights(path: Path) -> None:
     for name, rank in {"r": settings.get("r", 8), **rank_pattern}.items():
         if rank > limit:
             raise SempaError(f"{config}: {name} is {rank}. Expected {limit} at most, the {source} in {path.name}.")
-
-
-CONFIG = "config.json"

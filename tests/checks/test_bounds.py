@@ -1,4 +1,4 @@
-"""Options from outside are of a size: what would fill the memory, or never end, is refused before it is made."""
+"""Bounds on options: values that would exhaust the memory, or never end, are refused before they are expanded."""
 
 from __future__ import annotations
 

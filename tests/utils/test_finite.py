@@ -1,4 +1,4 @@
-"""Vectors that are no numbers never leave the package, and half characters never reach a tokenizer."""
+"""Infinite or NaN vectors are never returned, and lone surrogates never reach a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = ["A cat sleeps.", "Why?", "Snow"]
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose weights float16 can hold, and whose states it cannot."""
+    """Save a base whose weights fit into float16, and whose hidden states overflow."""
     model = make_llama()
     model.model.norm.weight.data.fill_(6e4)
     return save_base(tmp_path_factory.mktemp("bases") / "overflowing", model, make_tokenizer())
@@ -135,12 +135,12 @@ def test_no_kind_of_vector_leaves_that_is_no_number(
     if "output_value" not in options:
         exact, plain = (kind.encode(form(TEXTS), **options) for kind in both(overflowing))
         assert type(exact) is type(plain)
-        # Integers are ranges of what is in the batch.
+        # Integers are quantised by the range of the batch.
         np.testing.assert_allclose(np.stack(list(exact)), np.stack(list(plain)), rtol=1e-3, atol=1)
 
 
 def both(base: Path) -> tuple[Any, Any]:
-    """The model in float32, and the same module under sentence-transformers' own class."""
+    """Return the model in float32, and the same module in the plain SentenceTransformer class."""
     model = sempa_st.load(base, dtype="float32", device="cpu")
     return model, PlainTransformer(modules=[model[0]], device="cpu")
 
