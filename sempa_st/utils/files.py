@@ -98,7 +98,7 @@ def check_not_inside(output: str | Path, inputs: Sequence[Path]) -> None:
     target = Path(output).resolve()
     for path in inputs:
         if path.resolve().is_relative_to(target):
-            raise SempaError(f"The output {output} contains the input {path}. Choose another output.")
+            raise SempaError(f"The output {output} contains {path}, which is read from. Choose another output.")
 
 
 def check_output_file(path: str | Path, suffixes: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ def _check_parent(target: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise SempaError(f"The output {target} cannot be written: {parent} is not a writable folder.")
+        raise SempaError(f"The output {target} cannot be written: {parent} is not a folder that may be written to.")
 
 
 def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:

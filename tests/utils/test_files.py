@@ -41,7 +41,7 @@ def test_outputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SempaError, match="is a file"):
         check_output_folder(tmp_path / "file")
-    with pytest.raises(SempaError, match="is not a writable folder"):
+    with pytest.raises(SempaError, match="not a folder that may be written to"):
         check_output_folder(tmp_path / "file" / "below")
     with pytest.raises(SempaError, match="cannot be written"), atomic_file(tmp_path / "file" / "a.npy"):
         pass
