@@ -1,7 +1,12 @@
-"""The one exception that the command line turns into a message and exit code 2."""
+"""The exception that the command line reports as a message with exit code 2, and a helper for messages."""
 
 from __future__ import annotations
 
 
 class SempaError(ValueError):
-    """An error that the user can mend: the message names the bad value, what was expected and what to do."""
+    """An error that the user can fix: the message names the bad value, what was expected and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,1 @@
-"""Checks of what comes from outside: folders, settings, templates, weights, tokenizers."""
+"""Checks of untrusted input: model folders, settings, weights and tokenizers."""

@@ -1,4 +1,4 @@
-"""A model folder as a stranger's: it is looked through once, before anything in it is opened by a library."""
+"""Inspect an untrusted model folder once, before any library opens a file in it."""
 
 from __future__ import annotations
 
@@ -12,64 +12,65 @@ from sempa_st.utils.files import read_json
 from sempa_st.utils.hub import model_folder
 from sempa_st.utils.names import check_entry, inside
 
+CONFIG = "config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_LARGEST_SETTINGS = 64 << 20
-_LARGEST = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
-"""Bytes of a file that a library reads whole, by its ending: a vocabulary's are many times those of the largest."""
+_MAX_SETTINGS_BYTES = 64 << 20
+_MAX_BYTES = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
+"""Maximum size by suffix of files that libraries read into memory: many times the largest known vocabulary file."""
 _TEMPLATES = "additional_chat_templates"
 _MODULES = "modules.json"
 _WEIGHTS = "model.safetensors"
 _PICKLED = {"pytorch_model.bin": _WEIGHTS, "adapter_model.bin": ADAPTER_WEIGHTS}
-"""Pickled weights that a library takes where it does not find the others."""
-_HOLDS_MODULES = re.compile(r"(^|\.)(Router|Asym)$")
-"""Types of a module that has others in folders of its own."""
-_MOST_FOLDERS = 256
-_DEEPEST = 8
-_FILES = (".json", ".safetensors", ".jinja")
-"""Endings of what is looked for as a file, whatever it is."""
-_READ = re.compile(
+"""Pickled weights, each with the safetensors file that libraries prefer to it."""
+_CONTAINER_MODULE = re.compile(r"(^|\.)(Router|Asym)$")
+"""Types of sentence-transformers modules that keep other modules in subfolders."""
+_MAX_FOLDERS = 256
+_MAX_DEPTH = 8
+_FILE_SUFFIXES = (".json", ".safetensors", ".jinja")
+"""Suffixes of names that must be files, not folders."""
+_RELEVANT = re.compile(
     r"(?!optimizer|training_args)(.*\.(json|safetensors|jinja|model|tiktoken|html)|(vocab|merges)\.txt|NOTICE.*)"
 )
-"""Names of the files that a reader opens or a copy takes along; what else lies in a folder is nobody's concern."""
+"""Names of the files that libraries open or that a copy includes; all other files are ignored."""
 _INDEX = ".safetensors.index.json"
 
 
 def checked_folder(name: str) -> Path:
-    """Return the local folder of a model, once :func:`check_folder` has looked through it.
+    """Return the local folder of a model after :func:`check_folder`.
 
     Args:
-        name: A folder, or a Hub repository.
+        name: Local folder or Hub id.
     """
     return check_folder(model_folder(name))
 
 
 def check_folder(folder: Path) -> Path:
-    """Return a model folder after a look at its files: links, settings, names of weights and ranks of an adapter.
+    """Check the links, settings, weight files and adapter ranks of a model folder, and return the folder.
 
     Raises:
-        SempaError: On what cannot be read, or would lead out of the folder, run code, or fill the memory.
+        SempaError: If a file cannot be read, leads out of the folder, would run code, or would exhaust the memory.
     """
     from sempa_st.checks.schemas import SETTINGS_FILES
 
-    # Links first: nothing is read through one that leads elsewhere.
-    files = [path for path in _read_in(folder, folder) if not path.is_dir() or path.suffix in _FILES]
+    # Links come first, so that nothing is read through a link that leads out of the folder.
+    files = [path for path in _relevant_entries(folder, folder) if not path.is_dir() or path.suffix in _FILE_SUFFIXES]
     for path in files:
         check_entry(folder, path)
-    places = _subfolders(folder)
-    for place in places:
-        inner = _read_in(folder, place)
-        for path in inner:
+    subfolders = _subfolders(folder)
+    for subfolder in subfolders:
+        entries = _relevant_entries(folder, subfolder)
+        for path in entries:
             check_entry(folder, path)
-        files += inner
-    for place in (folder, *places):
-        _check_unpickled(folder, place)
+        files += entries
+    for directory in (folder, *subfolders):
+        _check_not_pickled(folder, directory)
         for name in SETTINGS_FILES:
-            if (place / name).exists():
-                read_settings(place, name)
+            if (directory / name).exists():
+                read_settings(directory, name)
     for path in files:
-        if path.is_dir() and path.suffix in _FILES:
+        if path.is_dir() and path.suffix in _FILE_SUFFIXES:
             raise SempaError(f"{path} is a folder. Expected a file; restore or download the folder again.")
-        _check_size(path, _LARGEST.get(path.suffix))
+        _check_size(path, _MAX_BYTES.get(path.suffix))
         if path.name.endswith(_INDEX):
             _check_index(path)
         if path.suffix == ".safetensors":
@@ -78,53 +79,53 @@ def check_folder(folder: Path) -> Path:
 
 
 def files_read(folder: Path) -> list[str]:
-    """Return the names, inside a model folder, of the files that a reader may open."""
-    places = [folder, *_subfolders(folder)]
-    paths = [path for place in places for path in _read_in(folder, place) if path.is_file()]
+    """Return the relative paths of the files in a model folder that libraries may open."""
+    directories = [folder, *_subfolders(folder)]
+    paths = [path for directory in directories for path in _relevant_entries(folder, directory) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Return the folders inside a model folder that are read too, to the bottom: of its modules and named templates.
+    """Return the subfolders of modules and named templates, and recursively all folders in them.
 
     Raises:
         SempaError: If one is a link that leads out of the model folder, or there are too many or too deep ones.
     """
     modules = settings_if_any(folder, _MODULES) or []
-    waiting = {inside(folder, name) for name in (_TEMPLATES, *(module["path"] for module in modules))} - {folder}
-    if any(module["path"] in ("", ".") and _HOLDS_MODULES.search(module["type"]) for module in modules):
-        waiting |= set(_folders(folder, folder))
-    found: set[Path] = set()
-    while waiting:
-        place = waiting.pop()
-        if place in found or not place.exists():
+    pending = {inside(folder, name) for name in (_TEMPLATES, *(module["path"] for module in modules))} - {folder}
+    if any(module["path"] in ("", ".") and _CONTAINER_MODULE.search(module["type"]) for module in modules):
+        pending |= set(_child_folders(folder, folder))
+    visited: set[Path] = set()
+    while pending:
+        subfolder = pending.pop()
+        if subfolder in visited or not subfolder.exists():
             continue
-        check_entry(folder, place)
-        found.add(place)
-        if len(found) > _MOST_FOLDERS or len(place.relative_to(folder).parts) > _DEEPEST:
+        check_entry(folder, subfolder)
+        visited.add(subfolder)
+        if len(visited) > _MAX_FOLDERS or len(subfolder.relative_to(folder).parts) > _MAX_DEPTH:
             raise SempaError(
-                f"The modules in {folder} have too many folders, or too deep ones ({place}). Expected at most "
-                f"{_MOST_FOLDERS}, and {_DEEPEST} inside each other."
+                f"The modules in {folder} have too many folders, or too deep ones ({subfolder}). Expected at most "
+                f"{_MAX_FOLDERS} folders, nested at most {_MAX_DEPTH} deep."
             )
-        waiting |= set(_folders(folder, place))
-    return sorted(found)
+        pending |= set(_child_folders(folder, subfolder))
+    return sorted(visited)
 
 
-def _read_in(folder: Path, place: Path) -> list[Path]:
-    return [path for path in _entries(folder, place) if _READ.fullmatch(path.name)]
+def _relevant_entries(folder: Path, directory: Path) -> list[Path]:
+    return [path for path in _entries(folder, directory) if _RELEVANT.fullmatch(path.name)]
 
 
-def _folders(folder: Path, place: Path) -> list[Path]:
-    """Return the folders in a place, hidden ones too: a module may name them."""
-    return [path for path in _entries(folder, place, hidden=True) if path.is_dir()]
+def _child_folders(folder: Path, directory: Path) -> list[Path]:
+    """Return the folders in a directory, including hidden ones, since a module can be stored in one."""
+    return [path for path in _entries(folder, directory, hidden=True) if path.is_dir()]
 
 
-def _entries(folder: Path, place: Path, *, hidden: bool = False) -> list[Path]:
+def _entries(folder: Path, directory: Path, *, hidden: bool = False) -> list[Path]:
     try:
-        return sorted(path for path in place.iterdir() if hidden or not path.name.startswith("."))
+        return sorted(path for path in directory.iterdir() if hidden or not path.name.startswith("."))
     except OSError as error:
         raise SempaError(
-            f"{place}, in the folder {folder}, cannot be read: {error.strerror}. Expected a folder that you may read."
+            f"{directory}, in the folder {folder}, cannot be read: {error.strerror}. Expected a readable folder."
         ) from error
 
 
@@ -136,81 +137,80 @@ def read_settings(folder: Path, name: str) -> Any:
         name: One of :data:`sempa_st.checks.schemas.SETTINGS_FILES`.
 
     Raises:
-        SempaError: If it cannot be read, or departs from its schema; the message says where, what is there and what
+        SempaError: If it cannot be read, or does not match its schema; the message names the key, the value and what
             was expected.
     """
     return _read(folder / name, name)
 
 
 def settings_if_any(folder: Path, name: str) -> Any:
-    """Return the content of a settings file as :func:`read_settings` does, or None if it is not there."""
+    """Return the content of a settings file like :func:`read_settings`, or None if the file does not exist."""
     return read_settings(folder, name) if (folder / name).is_file() else None
 
 
 def _read(path: Path, schema: str) -> Any:
-    from sempa_st.checks.schemas import first_fault
+    from sempa_st.checks.schemas import first_mismatch
 
-    _check_size(path, _LARGEST_SETTINGS)
+    _check_size(path, _MAX_SETTINGS_BYTES)
     content = read_json(path)
-    if fault := first_fault(schema, content):
-        where, found, expected = fault
+    if mismatch := first_mismatch(schema, content):
+        key, value, expected = mismatch
         raise SempaError(
-            f"{path}: {where or 'its content'} is {reprlib.repr(found)}. Expected {expected}. Mend the file, or "
-            "restore it from where it came."
+            f"{path}: {key or 'its content'} is {reprlib.repr(value)}. Expected {expected}. Fix the file, or restore "
+            "or download it again."
         )
     return content
 
 
-def _check_size(path: Path, largest: int | None) -> None:
-    if largest is not None and path.is_file() and path.stat().st_size > largest:
-        raise SempaError(f"{path} has {path.stat().st_size:,} bytes. Expected {largest:,} at most.")
+def _check_size(path: Path, limit: int | None) -> None:
+    if limit is not None and path.is_file() and path.stat().st_size > limit:
+        raise SempaError(f"{path} has {path.stat().st_size:,} bytes. Expected at most {limit:,}.")
 
 
-def _check_unpickled(folder: Path, place: Path) -> None:
-    """Check that a library finds safetensors where it would otherwise take pickled weights.
+def _check_not_pickled(folder: Path, directory: Path) -> None:
+    """Refuse pickled weights that a library would load because there is no safetensors file.
 
-    The modules of sentence-transformers take no weights in parts, so for them an index is none.
+    Modules of sentence-transformers do not support sharded weights, so for them an index does not count.
     """
     for pickled, safe in _PICKLED.items():
-        parts = safe == _WEIGHTS and not (folder / _MODULES).exists() and (place / (_WEIGHTS + ".index.json")).exists()
-        if (place / pickled).exists() and not (place / safe).exists() and not parts:
+        sharded = (
+            safe == _WEIGHTS and not (folder / _MODULES).exists() and (directory / (_WEIGHTS + ".index.json")).exists()
+        )
+        if (directory / pickled).exists() and not (directory / safe).exists() and not sharded:
             raise SempaError(
-                f"{place / pickled} has no .safetensors file beside it. Pickled weights are never loaded; convert them "
-                f"to {safe}, or remove them if they are not needed."
+                f"{directory / pickled} has no .safetensors file beside it. Pickled weights are never loaded; convert "
+                f"them to {safe}, or remove them if they are not needed."
             )
 
 
 def _check_index(index: Path) -> None:
     for name in sorted(set(_read(index, "model.safetensors.index.json")["weight_map"].values())):
         if not inside(index.parent, name).is_file():
-            raise SempaError(f"{index} names {name}, which is not there. Restore or download the folder again.")
+            raise SempaError(f"{index} names {name}, which does not exist. Restore or download the folder again.")
 
 
 def _check_weights(path: Path) -> None:
-    """Check the header of a file of weights, and that an adapter's settings name no rank far beyond its tensors'.
+    """Check the header of a safetensors file and, for an adapter, the ranks in its settings against its tensors.
 
-    PEFT would take memory for the ranks of the settings before it looked at the tensors. With ranks by layer each one
-    may be one of no layer, so they are only kept from being wider than the layers.
+    PEFT allocates memory for the ranks in the settings before it reads the tensors. With a ``rank_pattern`` a rank may
+    apply to no layer at all, so ranks are then bounded by the width of the layers only.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
-            downwards = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
-            shapes = [file.get_slice(name).get_shape() for name in downwards]
-            highest = max((shape[0] for shape in shapes), default=None)
-            widest = max((shape[1] for shape in shapes), default=0)
+            names = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
+            shapes = [file.get_slice(name).get_shape() for name in names]
+            max_rank = max((shape[0] for shape in shapes), default=None)
+            max_width = max((shape[1] for shape in shapes), default=0)
     except (SafetensorError, OSError, IndexError) as error:
-        raise SempaError(f"{path} is corrupted ({error}). Restore the file from where it came.") from error
-    settings = path.with_name("adapter_config.json")
-    if highest is None or path.name != ADAPTER_WEIGHTS or not settings.is_file():
+        raise SempaError(f"{path} is corrupted ({error}). Restore or download the file again.") from error
+    config = path.with_name("adapter_config.json")
+    if max_rank is None or path.name != ADAPTER_WEIGHTS or not config.is_file():
         return
-    found = read_settings(path.parent, settings.name)
-    by_layer = found.get("rank_pattern") or {}
-    bound, whose = (max(highest, widest), "width of its layers") if by_layer else (highest, "rank")
-    for name, rank in {"r": found.get("r", 8), **by_layer}.items():
-        if rank > bound:
-            raise SempaError(f"{settings}: {name} is {rank}. Expected {bound} at most, the {whose} in {path.name}.")
-
-
-CONFIG = "config.json"
+    settings = read_settings(path.parent, config.name)
+    rank_pattern = settings.get("rank_pattern") or {}
+    limit, source = (max(max_rank, max_width), "width of its layers") if rank_pattern else (max_rank, "rank")
+    for name, rank in {"r": settings.get("r", 8), **rank_pattern}.items():
+        if rank > limit:
+            raise SempaError(f"{config}: {name} is {rank}. Expected {limit} at most, the {source} in {path.name}.")

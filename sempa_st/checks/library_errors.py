@@ -1,4 +1,4 @@
-"""What a library raises on a folder that it cannot read, turned into an error that a person can act on."""
+"""Turn the exceptions of libraries on unreadable model folders into errors that tell the user what to do."""
 
 from __future__ import annotations
 
@@ -7,71 +7,67 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sempa_st.checks.inspection import read_settings
-from sempa_st.errors import SempaError
+from sempa_st.checks.inspection import CONFIG, settings_if_any
+from sempa_st.errors import SempaError, first_line
 
-_CONFIGS = ("config.json", "tokenizer_config.json")
-_ASKS_FOR_CODE = re.compile(
+_CONFIGS = (CONFIG, "tokenizer_config.json")
+_NEEDS_REMOTE_CODE = re.compile(
     "trust_remote_code|does not recognize this architecture|Unrecognized (model|configuration|processing class)|"
     "Tokenizer class .* does not exist"
 )
-"""How transformers says that it does not know a model or tokenizer, or would run the folder's code for it."""
-_LONGEST_REASON = 1000
-"""Characters of a library's message that are shown: some quote whole files."""
+"""Messages of transformers for a model or tokenizer that it does not implement, or would run remote code for."""
+_MAX_REASON = 1000
+"""Characters shown of a library's message; some messages quote whole files."""
 
 
 @contextmanager
 def readable(folder: str | Path, what: str = "model", base: Path | None = None) -> Iterator[None]:
-    """Turn whatever a library raises on a folder into a :class:`SempaError`, but for a lack of memory.
+    """Turn any exception that a library raises while it reads a folder into a :class:`SempaError`.
+
+    Out-of-memory errors pass through unchanged.
 
     Args:
         folder: Local folder that is read.
-        what: What of it is read, for the message.
-        base: Folder of the base that lies under an adapter, if it is read too.
+        what: Part of the folder that is read, for the message.
+        base: Folder of the base model of an adapter, if it is read as well.
+
+    Raises:
+        SempaError: If the files are missing, incomplete or unsupported.
     """
     try:
         yield
     except SempaError:
         raise
-    except Exception as error:  # of many types for one cause: the files are not there, not whole, or not fit
+    except Exception as error:  # libraries raise many unrelated types for missing, incomplete or unsupported files
         import torch
 
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        asks = isinstance(error, ValueError) and _ASKS_FOR_CODE.search(str(error))
-        if asks and any(_brings_code(Path(path)) for path in (folder, base) if path):
-            # The library's own message asks for a flag that this package does not have.
+        needs_code = isinstance(error, ValueError) and _NEEDS_REMOTE_CODE.search(str(error))
+        if needs_code and any(_has_remote_code(Path(path)) for path in (folder, base) if path):
+            # The library's own message suggests trust_remote_code, which this package does not offer.
             raise SempaError(
                 f"The {what} in {folder} cannot be read ({type(error).__name__}): the folder, or its base, brings code "
                 "of its own (auto_map), which is never run. Expected a model that transformers itself knows."
             ) from error
         if isinstance(error, ImportError):
             method = quantisation(folder)
-            needs = f"Its weights are quantised ({method}). " if method else ""
+            quantised = f"Its weights are quantised ({method}). " if method else ""
             raise SempaError(
-                f"The {what} in {folder} needs a package that is not installed. {needs}{_first_line(error)} Install "
-                "it, or take a copy with full weights."
+                f"The {what} in {folder} needs a package that is not installed. {quantised}{first_line(error)} Install "
+                "it, or use a copy with unquantised weights."
             ) from error
-        reason = f"{type(error).__name__}: {error!s:.{_LONGEST_REASON}}"
+        reason = f"{type(error).__name__}: {error!s:.{_MAX_REASON}}"
         raise SempaError(
             f"The {what} in {folder} cannot be read ({reason}). Restore or download the folder again."
         ) from error
 
 
 def quantisation(folder: str | Path) -> str | None:
-    """Return the method by which the weights in a folder are quantised, if they are."""
-    settings = _settings(Path(folder), _CONFIGS[0]).get("quantization_config")
+    """Return the quantisation method of the weights in a folder, or None if they are not quantised."""
+    settings = (settings_if_any(Path(folder), CONFIG) or {}).get("quantization_config")
     return str(settings.get("quant_method") or "unknown method") if isinstance(settings, dict) else None
 
 
-def _brings_code(folder: Path) -> bool:
-    return any(_settings(folder, name).get("auto_map") for name in _CONFIGS)
-
-
-def _settings(folder: Path, name: str) -> dict[str, object]:
-    settings: dict[str, object] = read_settings(folder, name) if (folder / name).is_file() else {}
-    return settings
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _has_remote_code(folder: Path) -> bool:
+    return any((settings_if_any(folder, name) or {}).get("auto_map") for name in _CONFIGS)

@@ -1,6 +1,6 @@
-"""What the settings files of a model folder may say: of each the keys that are read here, and their types.
+"""Schemas of the settings files in a model folder: the keys that are used, and their types.
 
-Other keys are let through: other versions of the libraries write them.
+Unknown keys are allowed, since other versions of the libraries write them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeInt,
     PositiveInt,
-    StringConstraints,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -27,35 +24,30 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from sempa_st.checks.patterns import check_pattern
+from sempa_st.checks.record_schema import RunRecord, Settings
 from sempa_st.utils.names import is_plain_path
 
-_MOST_PARTS = 1024
-"""Layers, or experts of a layer, that a decoder may have: several times those of the largest ones."""
-_COUNTS_PARTS = re.compile(r"(layers?|experts)$")
-_HIGHEST_RANK = 4096
-_MOST_PATTERNS = 256
-_OBJECTIVE = r"^[a-z-]{1,32}(:[0-9.e+-]{1,32})?( ?, ?[a-z-]{1,32}(:[0-9.e+-]{1,32})?){0,7}$"
-"""A weighted sum of objectives, of this version or a later one."""
-"""Expressions of one setting: PEFT matches each against every layer's name."""
+_MAX_COUNT = 1024
+"""Maximum number of layers, or of experts in a layer: several times that of the largest models."""
+_COUNT_KEY = re.compile(r"(layers?|experts)$")
+_MAX_RANK = 4096
+_MAX_PATTERNS = 256
+"""Maximum number of expressions in one setting; PEFT matches each against the name of every layer."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
-
-
-def _none_there(value: Any) -> Any:
+def _unsupported(value: Any) -> Any:
     if value:
-        raise ValueError("nothing: what this asks for is not supported")
+        raise ValueError("no value: this setting is not supported")
     return value
 
 
-def _filled(value: Any) -> Any:
+def _not_empty(value: Any) -> Any:
     if not value:
         raise ValueError("at least one entry")
     return value
 
 
-def _inside(name: str) -> str:
+def _relative_path(name: str) -> str:
     if not is_plain_path(name):
         raise ValueError("a name inside the folder")
     return name
@@ -64,43 +56,43 @@ def _inside(name: str) -> str:
 def _safetensors(name: str) -> str:
     if not name.endswith(".safetensors"):
         raise ValueError("a .safetensors file: pickled weights are never loaded")
-    return _inside(name)
+    return _relative_path(name)
 
 
 def _suffix_pattern(text: str) -> str:
-    """Check an expression before which PEFT puts a repeat of its own."""
-    return check_pattern(text, most_repeats=1)
+    """Check an expression that PEFT prefixes with a quantifier (``.*``) of its own."""
+    return check_pattern(text, max_repeats=1)
 
 
 def _pattern_or_names(value: Any) -> Any:
     """Check one regular expression, or a list of plain names."""
-    if value is not None and not isinstance(value, str) and not _all_of(value, str):
+    if value is not None and not isinstance(value, str) and not _is_list_of(value, str):
         raise ValueError("a list of names, or a regular expression")
     return check_pattern(value) if isinstance(value, str) else value
 
 
-def _numbers(value: Any) -> Any:
-    numbers = [value] if isinstance(value, int) else value
-    if value is not None and not (_all_of(numbers, int) and all(number >= 0 for number in numbers)):
-        raise ValueError("a number of a layer, or a list of such")
+def _layer_indices(value: Any) -> Any:
+    indices = [value] if isinstance(value, int) else value
+    if value is not None and not (_is_list_of(indices, int) and all(index >= 0 for index in indices)):
+        raise ValueError("a layer index, or a list of layer indices")
     return value
 
 
-def _tokens(value: Any) -> Any:
+def _token_ids(value: Any) -> Any:
     lists = value.values() if isinstance(value, dict) else [value]
-    if value is not None and not all(_all_of(numbers, int) and numbers for numbers in lists):
-        raise ValueError("a list of numbers of tokens, or such lists by layer")
+    if value is not None and not all(_is_list_of(ids, int) and ids for ids in lists):
+        raise ValueError("a list of token ids, or such lists by layer")
     return value
 
 
 def _names(value: Any) -> Any:
-    if value is not None and not isinstance(value, str) and not _all_of(value, str):
+    if value is not None and not isinstance(value, str) and not _is_list_of(value, str):
         raise ValueError("a name, or a list of names")
     return value
 
 
 def _templates(value: Any) -> Any:
-    """Check chat templates: the text of the only one, a table by name, or a list of names and texts."""
+    """Check chat templates: a single text, a mapping of names to texts, or a list of ``{"name", "template"}``."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
@@ -111,43 +103,43 @@ def _templates(value: Any) -> Any:
         raise ValueError("a text, or texts by name")
     for name, text in pairs:
         if not isinstance(name, str) or not isinstance(text, str) or not is_plain_path(name) or "/" in name:
-            raise ValueError(f"plain names and texts, and not {name!r:.80}")
+            raise ValueError(f"plain names and texts, got {name!r:.80}")
     return value
 
 
-def _all_of(values: Any, kind: type) -> bool:
+def _is_list_of(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
-_Unsupported = Annotated[Any, AfterValidator(_none_there)]
-_Path = Annotated[str, AfterValidator(_inside)]
+_Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+_Path = Annotated[str, AfterValidator(_relative_path)]
 _WeightFile = Annotated[str, AfterValidator(_safetensors)]
 _PatternOrNames = Annotated[Any, AfterValidator(_pattern_or_names)]
 _Suffix = Annotated[str, AfterValidator(_suffix_pattern)]
-_Few = Field(max_length=_MOST_PATTERNS)
+_Few = Field(max_length=_MAX_PATTERNS)
 _Suffixes = Annotated[list[_Suffix], _Few]
-_Rank = Annotated[int, Field(ge=1, le=_HIGHEST_RANK)]
+_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
 
 
-class _Module(_Settings):
+class _Module(Settings):
     type: str
     path: _Path
 
 
-class _TemplateName(_Settings):
+class _TemplateName(Settings):
     chat_template: str | None = None
 
 
-class _Processing(_Settings):
+class _Processing(Settings):
     chat_template: _TemplateName | None = None
 
 
-class _TransformerModule(_Settings):
+class _TransformerModule(Settings):
     max_seq_length: PositiveInt | None = None
     processing_kwargs: _Processing | None = None
 
 
-class _SentenceTransformer(_Settings):
+class _SentenceTransformer(Settings):
     prompts: dict[str, str] | None = None
     default_prompt_name: str | None = None
     similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
@@ -156,19 +148,19 @@ class _SentenceTransformer(_Settings):
     @field_validator("default_prompt_name")
     @classmethod
     def _names_a_prompt(cls, name: str | None, others: ValidationInfo) -> str | None:
-        # The prompts stand before it, and are not there if they are at fault themselves.
+        # Fields are validated in order; prompts is missing here if it is invalid itself.
         if name is not None and "prompts" in others.data and name not in (others.data["prompts"] or {}):
             raise ValueError("one of the prompts")
         return name
 
 
-class _Pooling(_Settings):
+class _Pooling(Settings):
     pooling_mode: Annotated[Any, AfterValidator(_names)] = None
     embedding_dimension: PositiveInt | None = None
     word_embedding_dimension: PositiveInt | None = None
 
 
-class _Adapter(_Settings):
+class _Adapter(Settings):
     peft_type: str
     base_model_name_or_path: str | None = None
     r: _Rank = 8
@@ -178,13 +170,15 @@ class _Adapter(_Settings):
     exclude_modules: _PatternOrNames = None
     modules_to_save: _Suffixes | None = None
     target_parameters: list[str] | None = None
-    layers_to_transform: Annotated[Any, AfterValidator(_numbers)] = None
+    layers_to_transform: Annotated[Any, AfterValidator(_layer_indices)] = None
     layers_pattern: _Suffix | _Suffixes | None = None
     rank_pattern: Annotated[dict[_Suffix, _Rank], _Few] | None = None
     alpha_pattern: Annotated[dict[_Suffix, FiniteFloat], _Few] | None = None
-    trainable_token_indices: Annotated[Any, AfterValidator(_tokens)] = None
+    trainable_token_indices: Annotated[Any, AfterValidator(_token_ids)] = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
-    init_lora_weights: bool | Annotated[str, Field(max_length=14)] | None = True  # of pissa_niter_N two digits
+    init_lora_weights: bool | Annotated[str, Field(max_length=14)] | None = (
+        True  # pissa_niter_N with two digits at most
+    )
     use_dora: bool | None = None
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None
@@ -193,26 +187,26 @@ class _Adapter(_Settings):
     bias: Literal["none", "all", "lora_only"] = "none"
 
 
-def _few_parts(settings: Any) -> Any:
-    for where, value in _counts(settings):
-        if value > _MOST_PARTS:
-            faults: list[InitErrorDetails] = [
-                {"type": "less_than_equal", "loc": where, "input": value, "ctx": {"le": _MOST_PARTS}}
+def _bounded_counts(settings: Any) -> Any:
+    for keys, count in _counts(settings):
+        if count > _MAX_COUNT:
+            errors: list[InitErrorDetails] = [
+                {"type": "less_than_equal", "loc": keys, "input": count, "ctx": {"le": _MAX_COUNT}}
             ]
-            raise ValidationError.from_exception_data("config", faults)
+            raise ValidationError.from_exception_data("config", errors)
     return settings
 
 
 def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the numbers of layers and experts in a ``config.json``, each after the keys that lead to it."""
+    """Yield the numbers of layers and experts in a ``config.json``, each with its path of keys."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if isinstance(value, dict):
-            yield from (((name, *where), count) for where, count in _counts(value))
-        elif isinstance(value, int) and _COUNTS_PARTS.search(name):
+            yield from (((name, *keys), count) for keys, count in _counts(value))
+        elif isinstance(value, int) and _COUNT_KEY.search(name):
             yield (name,), value
 
 
-class _Config(_Settings):
+class _Config(Settings):
     model_type: str | None = None
     architectures: list[str] | None = None
     is_encoder_decoder: bool | None = None
@@ -222,11 +216,11 @@ class _Config(_Settings):
     transformers_weights: _Unsupported = None
 
 
-class _WeightIndex(_Settings):
-    weight_map: Annotated[dict[str, _WeightFile], AfterValidator(_filled)]
+class _WeightIndex(Settings):
+    weight_map: Annotated[dict[str, _WeightFile], AfterValidator(_not_empty)]
 
 
-class _TokenizerConfig(_Settings):
+class _TokenizerConfig(Settings):
     tokenizer_class: str | None = None
     backend: str | None = None
     chat_template: Annotated[Any, AfterValidator(_templates)] = None
@@ -234,70 +228,32 @@ class _TokenizerConfig(_Settings):
     init_inputs: _Unsupported = None
 
 
-class _Data(_Settings):
-    source: str
-    triplets: NonNegativeInt
-    sha256: str
-
-
-class _Score(_Settings):
-    samples: NonNegativeInt
-    spearman: float | None
-
-
-class _Dev(_Settings):
-    source: str
-    pairs: NonNegativeInt
-    scores: list[_Score]
-
-
-class _Averaged(_Settings):
-    model: str
-
-
-class _Table(_Settings):
-    title: str
-    columns: list[Any]
-    rows: list[list[Any]]
-
-
-class _Record(_Settings):
-    objective: Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
-    base: str | None = None
-    command: str | None = None
-    config: dict[str, Any]
-    data: _Data
-    dev: _Dev
-    scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
-    averaged: list[_Averaged] | None = None
-    results: list[_Table] | None = None
-
-
-_OF_A_MODEL = re.compile(r" or instance of \w+")
+_CLASS_NAME = re.compile(r" or instance of \w+")
+"""The part of pydantic's messages that names a schema class."""
 _OBJECT: Any = dict[str, Any]
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind)
     for name, kind in {
-        "modules.json": Annotated[list[_Module], AfterValidator(_filled)],
+        "modules.json": Annotated[list[_Module], AfterValidator(_not_empty)],
         "sentence_bert_config.json": _TransformerModule,
         "config_sentence_transformers.json": _SentenceTransformer,
         "1_Pooling/config.json": _Pooling,
         "adapter_config.json": _Adapter,
-        "config.json": Annotated[_Config, BeforeValidator(_few_parts)],
+        "config.json": Annotated[_Config, BeforeValidator(_bounded_counts)],
         "generation_config.json": _OBJECT,
         "tokenizer_config.json": _TokenizerConfig,
         "special_tokens_map.json": _OBJECT,
         "added_tokens.json": _OBJECT,
         "model.safetensors.index.json": _WeightIndex,
-        "sempa_run.json": _Record,
+        "sempa_run.json": RunRecord,
     }.items()
 }
 SETTINGS_FILES = tuple(_SCHEMAS)
-"""The files that have a schema, by their names inside a model folder."""
+"""Paths of the files that have a schema, relative to the model folder."""
 
 
-def first_fault(name: str, content: Any) -> tuple[str, Any, str] | None:
-    """Return where a settings file departs from its schema, what was found there and what was expected, or None.
+def first_mismatch(name: str, content: Any) -> tuple[str, Any, str] | None:
+    """Return the first violation of a file's schema as (dotted key, value, expectation), or None if it is valid.
 
     Args:
         name: One of :data:`SETTINGS_FILES`.
@@ -306,7 +262,7 @@ def first_fault(name: str, content: Any) -> tuple[str, Any, str] | None:
     try:
         _SCHEMAS[name].validate_python(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        message = _OF_A_MODEL.sub("", fault["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
-        return ".".join(map(str, fault["loc"])), fault["input"], message
+        first = error.errors(include_url=False)[0]
+        message = _CLASS_NAME.sub("", first["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+        return ".".join(map(str, first["loc"])), first["input"], message
     return None

@@ -1,4 +1,4 @@
-"""What a tokenizer may do: pad with a token of its own, give none beyond the matrix, and let no text swell."""
+"""Checks of a tokenizer: pad token, token ids within the embedding matrix, and bounded growth of texts."""
 
 from __future__ import annotations
 
@@ -11,87 +11,88 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IN_TEXT = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
-"""Special tokens that a tokenizer puts into a text by itself."""
-_MOST_GROWTH = 100
-"""How many characters the steps before tokenisation may make of one."""
+"""Special tokens that a tokenizer may add to a text."""
+_MAX_GROWTH = 100
+"""Maximum number of characters that normalisation and pre-tokenisation may produce from one character."""
 
 
 def check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise :class:`SempaError` if what a tokenizer replaces in a text may let it swell."""
+    """Raise :class:`SempaError` if the replacements of a tokenizer could make a text much longer."""
     if not tokenizer.is_fast:
         return
     growth = 1.0
     for step in (tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer):
-        # Its own settings, without the vocabulary, which would take seconds.
-        for settings in _steps(json.loads(step.__getstate__()) if step is not None else None):
+        # The state of the single step: serialising the whole tokenizer, with its vocabulary, would take seconds.
+        for settings in _nested_settings(json.loads(step.__getstate__()) if step is not None else None):
             pattern = settings.get("pattern")
             exact = pattern.get("String") if isinstance(pattern, dict) else None
             added = len(str(settings.get("content", ""))) + len(str(settings.get("prepend", "")))
             growth *= max(1.0, added / max(1, len(exact or "")))
-    if growth > _MOST_GROWTH:
+    if growth > _MAX_GROWTH:
         raise SempaError(
-            f"The tokenizer replaces one character by up to {growth:.0f}. Expected {_MOST_GROWTH} at most; restore or "
+            f"The tokenizer replaces one character by up to {growth:.0f}. Expected at most {_MAX_GROWTH}; restore or "
             "download its files again."
         )
 
 
-def _steps(settings: Any) -> list[dict[str, Any]]:
-    """Return the settings of all steps, of those within others too."""
-    if isinstance(settings, list):
-        return [step for part in settings for step in _steps(part)]
-    if not isinstance(settings, dict):
+def _nested_settings(value: Any) -> list[dict[str, Any]]:
+    """Return all dictionaries in the JSON of a tokenizer step, including those of nested steps."""
+    if isinstance(value, list):
+        return [settings for item in value for settings in _nested_settings(item)]
+    if not isinstance(value, dict):
         return []
-    return [settings, *(step for part in settings.values() for step in _steps(part))]
+    return [value, *(settings for item in value.values() for settings in _nested_settings(item))]
 
 
 def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
-    """Give a tokenizer a pad token other than EOS that the embedding matrix holds.
+    """Check a tokenizer's ids against the embedding matrix, and give it a pad token other than EOS if it needs one.
 
-    A special token that only stands in a text that spells it out may lie beyond the matrix: Gemma 3's for images does.
+    A special token that the tokenizer never adds by itself may lie outside the matrix, like the image token of
+    Gemma 3.
 
     Args:
-        tokenizer: The tokenizer.
-        rows: Rows of the embedding matrix; any number when None.
+        tokenizer: The tokenizer; its pad token may be set.
+        rows: Number of rows of the embedding matrix; unknown when None.
 
     Raises:
-        SempaError: If another token lies beyond the matrix, or there is none to pad with.
+        SempaError: If another token lies outside the matrix, or no token can be used for padding.
     """
-    beyond = _beyond(tokenizer, rows)
+    outside = _tokens_outside(tokenizer, rows)
     pad = tokenizer.pad_token
-    if pad is None or pad == tokenizer.eos_token or pad in beyond:
-        tokenizer.pad_token = _spare_token(tokenizer, beyond)
+    if pad is None or pad == tokenizer.eos_token or pad in outside:
+        tokenizer.pad_token = _spare_token(tokenizer, outside)
     if rows is None:
         return
-    named = {getattr(tokenizer, name) for name in _IN_TEXT} & beyond.keys()
-    common = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special} & beyond.keys()
-    if tokenizer.vocab_size > rows or named or common:
-        found = ", ".join(f"{token!r} is {beyond[token]}" for token in sorted(named | common)[:3])
+    special = {getattr(tokenizer, name) for name in _IN_TEXT} & outside.keys()
+    plain = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special} & outside.keys()
+    if tokenizer.vocab_size > rows or special or plain:
+        shown = ", ".join(f"{token!r} is {outside[token]}" for token in sorted(special | plain)[:3])
         raise SempaError(
-            f"The tokenizer does not fit the model: {found or f'it has {tokenizer.vocab_size} tokens'}, and the "
-            f"embedding matrix has {rows} rows. Expected numbers below that; take the tokenizer that came with the "
+            f"The tokenizer does not fit the model: {shown or f'it has {tokenizer.vocab_size} tokens'}, and the "
+            f"embedding matrix has {rows} rows. Expected token ids below that; use the tokenizer that came with the "
             "model."
         )
 
 
-def _beyond(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
-    """Return the added tokens, by their text, that have no row in the embedding matrix."""
+def _tokens_outside(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
+    """Return the ids of the added tokens, by text, that have no row in the embedding matrix."""
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: index for index, token in added if rows is not None and index >= rows}
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase, beyond: dict[str, int]) -> str:
-    """Choose a pad token from the vocabulary as it is, so that the embedding matrix need not grow."""
-    taken = {tokenizer.eos_token, tokenizer.bos_token, None, *beyond}
+def _spare_token(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> str:
+    """Choose a pad token from the existing vocabulary, so that the embedding matrix need not grow."""
+    taken = {tokenizer.eos_token, tokenizer.bos_token, None, *outside}
     if tokenizer.unk_token not in taken:
         return str(tokenizer.unk_token)
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in added if token not in taken]
-    for mark in ("pad", "reserved"):
+    for word in ("pad", "reserved"):
         for token in spare:
-            if mark in token:
+            if word in token:
                 return token
-    # BOS never follows the sentence, so as padding it is masked like any other token and stops nothing.
+    # BOS is safe for padding: it is masked, and unlike EOS it never ends a generation.
     last_resort = spare[0] if spare else tokenizer.bos_token
     if last_resort in (None, tokenizer.eos_token):
-        raise SempaError("The tokenizer has no token besides EOS to pad with. Set its pad_token and save it.")
+        raise SempaError("The tokenizer has no token other than EOS to pad with. Set its pad_token and save it.")
     return str(last_resort)

@@ -1,4 +1,4 @@
-"""Weights as they came from the disk: none missing, none left over, none that is no number, or an error says which."""
+"""Check loaded weights: no tensor may be missing, unexpected or of the wrong size, and all values must be finite."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from sempa_st.checks.library_errors import readable
 from sempa_st.errors import SempaError
 
-_TOLD = 3
-"""Tensors that an error names."""
-_PER_BYTE = 4
-"""Weights of a model for a byte of its files, at most: two of four bits, and a head or a decoder may be missing."""
+_MAX_SHOWN = 3
+"""Number of tensors that an error names."""
+_MAX_WEIGHTS_PER_BYTE = 4
+"""Two for 4-bit weights, doubled since the LM head, or the decoder of an encoder-decoder, may be missing."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _POOLER = re.compile(r"(^|\.)pooler\.")
-"""A head on an encoder that no reading of its states runs; a checkpoint of another head lacks it."""
+"""The pooling head of an encoder, which is not used here; checkpoints with another head lack it."""
 _BUFFER = re.compile(
     r"(^|\.)(attn\.(attention\.)?(masked_)?bias|attention\.(masked_)?bias|causal_mask|(rotary_emb\.)?inv_freq|position_ids)$"
 )
@@ -28,19 +28,19 @@ _BUFFER = re.compile(
 
 
 def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Return a model and what :func:`check_whole` needs to know of it.
+    """Load a model and return it with its loading info, for :func:`check_whole`.
 
     Args:
         kind: Auto class of transformers.
         folder: Local folder with safetensors.
-        **arguments: More arguments of ``from_pretrained``.
+        **arguments: Further arguments of ``from_pretrained``.
 
     Raises:
-        SempaError: If its files cannot be read, or ``config.json`` asks for memory that they do not fill.
+        SempaError: If the files cannot be read, or ``config.json`` describes a much larger model than they contain.
     """
     with readable(folder):
         if arguments.get("device_map") != "meta":
-            arguments["config"] = _fitting_config(kind, Path(folder))
+            arguments["config"] = _config_matching_files(kind, Path(folder))
         model, info = kind.from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -52,31 +52,30 @@ def loaded_with_info(kind: Any, folder: str | Path, **arguments: Any) -> tuple[A
     return model, info
 
 
-def _fitting_config(kind: Any, folder: Path) -> Any:
-    """Return the settings of a model whose weights are not much more than its files hold.
+def _config_matching_files(kind: Any, folder: Path) -> Any:
+    """Return the config of a model, after a check that its weights can come from the files in the folder.
 
-    transformers takes the memory for all weights before it looks at the sizes in the files.
+    transformers allocates memory for all weights before it reads the sizes in the files.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with torch.device("meta"):
-        wanted = sum(
+        expected = sum(
             parameter.numel() for parameter in kind.from_config(deepcopy(config), trust_remote_code=False).parameters()
         )
-    # In bytes, since quantised weights lie there packed, of four bits at least.
-    held = _PER_BYTE * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if wanted > held:
+    # Counted in bytes, since the tensors of quantised weights are packed.
+    limit = _MAX_WEIGHTS_PER_BYTE * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if expected > limit:
         raise SempaError(
-            f"The model in {folder} cannot be read: its config.json describes one that has "
-            f"{wanted:,} weights, and the .safetensors files have room for {held:,} at most. Restore or download the "
-            "folder again."
+            f"The model in {folder} cannot be read: its config.json describes one that has {expected:,} weights, and "
+            f"the .safetensors files have room for {limit:,} at most. Restore or download the folder again."
         )
     return config
 
 
 class MissingHead(nn.Module):
-    """Stands where a checkpoint has no LM head: what needs one is told so, and nobody gets random logits.
+    """Placeholder for an LM head that the checkpoint lacks; it raises an error instead of returning random logits.
 
     Args:
         folder: Folder of the checkpoint.
@@ -92,43 +91,43 @@ class MissingHead(nn.Module):
 
 
 def missing_head(folder: str | Path) -> SempaError:
-    """Return the error for a model without an LM head that is to do more than embed."""
+    """Return the error for a model without an LM head that is used for more than embedding."""
     return SempaError(
         f"The weights in {folder} hold the layers of a decoder and no LM head, as sentence-transformers saves them, so "
-        "this model embeds and does not generate. Take the folder that it was made from; sempa copy FOLDER DIR makes "
-        "whole copies."
+        "this model can embed but not generate. Use the folder that it was made from; sempa copy FOLDER DIR makes "
+        "complete copies."
     )
 
 
 def check_whole(model: Any, info: Mapping[str, Any], folder: str | Path, *, head: bool = True) -> None:
-    """Refuse a checkpoint that does not hold just what the model has: transformers fills it up with random weights.
+    """Check that a checkpoint contains exactly the model's weights: transformers initialises missing ones randomly.
 
     Args:
-        model: Model as loaded.
-        info: What ``from_pretrained(..., output_loading_info=True)`` returned beside it, with sizes ignored.
+        model: Loaded model.
+        info: Loading info from :func:`loaded_with_info`.
         folder: Folder of the checkpoint.
-        head: Whether an LM head must be there; where it need not, a missing one becomes a :class:`MissingHead`.
+        head: Whether an LM head is required. If not, a missing one is replaced by a :class:`MissingHead`.
 
     Raises:
         SempaError: If a tensor is missing, of another size, or left over; the message names the first few.
     """
     sizes = {_name(entry) for entry in info["mismatched_keys"]}
     missing = {name for name in info["missing_keys"] if not _POOLER.search(name)} - sizes
-    if model.config.is_encoder_decoder:  # an encoder is read alone
+    if model.config.is_encoder_decoder:  # only the encoder is used
         missing = {name for name in missing if name.startswith(("encoder.", "shared."))}
-    without = _of_head(model) & missing
-    if without and not missing - without and not sizes:
+    head_missing = _head_tensors(model) & missing
+    if head_missing and not missing - head_missing and not sizes:
         if head:
             raise missing_head(folder)
         model.set_output_embeddings(MissingHead(folder))
         missing = set()
-    left_over = _of_layers(model, info["unexpected_keys"])
+    left_over = _layer_tensors(model, info["unexpected_keys"])
     faults = {"missing": missing, "of another size": sizes, "left over": left_over}
-    told = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
-    if told:
+    shown = [f"{len(names)} {fault} ({_list_first(names)})" for fault, names in faults.items() if names]
+    if shown:
         raise SempaError(
             f"The weights in {folder} are not those of the model that its config.json describes "
-            f"({type(model).__name__}); tensors: {'; '.join(told)}. Restore or download the folder again."
+            f"({type(model).__name__}); tensors: {'; '.join(shown)}. Restore or download the folder again."
         )
 
 
@@ -136,38 +135,39 @@ def _name(entry: Any) -> str:
     return entry if isinstance(entry, str) else str(entry[0])
 
 
-def _first(names: Iterable[str]) -> str:
+def _list_first(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return ", ".join(ordered[:_TOLD]) + (", ..." if len(ordered) > _TOLD else "")
+    return ", ".join(ordered[:_MAX_SHOWN]) + (", ..." if len(ordered) > _MAX_SHOWN else "")
 
 
-def _of_head(model: Any) -> set[str]:
+def _head_tensors(model: Any) -> set[str]:
+    """Return the names of the LM head's tensors."""
     head = model.get_output_embeddings()
-    found = [name for name, module in model.named_modules() if module is head and head is not None]
-    return {f"{name}.{own}" for name in found for own in ("weight", "bias")}
+    modules = [name for name, module in model.named_modules() if module is head and head is not None]
+    return {f"{name}.{tensor}" for name in modules for tensor in ("weight", "bias")}
 
 
-def _of_layers(model: Any, unexpected: Iterable[str]) -> set[str]:
-    """Return those tensors that belong to the layers; other heads and towers may lie in a checkpoint beside them."""
-    layers: nn.Module = model.base_model
-    own = {name for name, _ in layers.named_children()} | {model.base_model_prefix}
+def _layer_tensors(model: Any, unexpected: Iterable[str]) -> set[str]:
+    """Return the unexpected tensors that belong to the base model; other heads and towers are ignored."""
+    base: nn.Module = model.base_model
+    prefixes = {name for name, _ in base.named_children()} | {model.base_model_prefix}
     ignored = (_POOLER, _BUFFER)
     return {
         name
         for name in unexpected
-        if name.partition(".")[0] in own and not any(pattern.search(name) for pattern in ignored)
+        if name.partition(".")[0] in prefixes and not any(pattern.search(name) for pattern in ignored)
     }
 
 
 def check_finite_weights(model: nn.Module, folder: str | Path) -> None:
-    """Raise :class:`SempaError` if a weight is infinite or no number; the message names its tensor."""
+    """Raise :class:`SempaError` if a weight is infinite or NaN; the message names its tensor."""
     for name, tensor in model.named_parameters():
-        # The sum tells at the price of reading; only an odd one is looked at in full.
+        # The sum is a cheap test: it is finite for all usual tensors.
         if tensor.dtype not in _FLOATS or tensor.sum(dtype=torch.float32).isfinite():
             continue
         if bad := int((~tensor.isfinite()).sum()):
             raise SempaError(
-                f"The weights in {folder} hold {bad} value(s) that are infinite or no number, in the tensor {name} "
-                f"(read as {str(tensor.dtype).removeprefix('torch.')}). Restore or download the folder again; if it is "
-                "float16 that cannot hold them, choose --dtype float32 or bfloat16."
+                f"The weights in {folder} contain {bad} value(s) that are infinite or NaN, in the tensor {name} "
+                f"(read as {str(tensor.dtype).removeprefix('torch.')}). Restore or download the folder again; if the "
+                "values overflow in float16, choose --dtype float32 or bfloat16."
             )

@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers to adapt, loading with errors a person can act on, and merging."""
+"""LoRA adapters: choose the layers to adapt, load with clear errors, and merge."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FUSED_IN_MAMBA = {"out_proj", "dt_proj", "x_proj"}
-"""Layers whose weights Mamba's kernels take without calling the layer, so that an adapter on them does nothing."""
-_PROBED = 32
-"""Tokens on which a merged model is compared with what it was made of."""
+"""Layers whose weights Mamba's kernels use without calling the layer, so that an adapter on them has no effect."""
+_NUM_TEST_TOKENS = 32
+"""Length of the sequence on which a merged model is compared with the model it was merged from."""
 
 
 def linear_suffixes(model: PreTrainedModel) -> list[str]:
-    """Return the suffix names (``q_proj``, ...) of all linear layers but the LM head, sorted.
+    """Return the names (``q_proj``, ...) of all linear layers except the LM head, sorted.
 
-    Suffixes and not full paths: an adapter stored with full paths of the causal LM cannot be loaded onto the bare
-    decoder, which is what sentence-transformers does.
+    Only the last component of each path is returned: sentence-transformers loads the adapter onto the decoder without
+    its LM head, where the full paths are different.
 
     Raises:
         SempaError: If the model has no such layer.
@@ -39,10 +39,10 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        # GPT-2's linear layers are Conv1D: the same with the weight transposed.
+        # GPT-2's linear layers are Conv1D: a linear layer with a transposed weight.
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    if any(part in model.config.model_type for part in ("mamba", "falcon_h1", "nemotron_h")):
+    if any(family in model.config.model_type for family in ("mamba", "falcon_h1", "nemotron_h")):
         names -= _FUSED_IN_MAMBA
     if not names:
         raise SempaError(
@@ -60,18 +60,18 @@ def lora_config(
     layers: Sequence[int] | None = None,
     invocation: Sequence[int] | None = None,
 ) -> Any:
-    """Return LoRA settings for ``model``; by default the paper's: rank 8, alpha 32, every linear layer but the LM head.
+    """Return a PEFT LoRA config; the defaults are the paper's: rank 8, alpha 32, all linear layers but the LM head.
 
     Args:
         model: Base causal language model.
         r: Rank, at least 1.
         alpha: Scale; the update is ``alpha / r * B A``.
-        dropout: Share of the adapter's inputs that are dropped in training, from 0 to below 1.
-        layers: Numbers of the decoder layers to adapt, from 0; all of them when None.
-        invocation: Token ids from which on an activated adapter acts; a plain adapter when None.
+        dropout: Dropout probability of the adapter's inputs in training, in [0, 1).
+        layers: Indices of the decoder layers to adapt, from 0; all layers when None.
+        invocation: Invocation tokens of an activated adapter (aLoRA); a plain adapter when None.
 
     Raises:
-        SempaError: If the model has no linear layer to adapt, or no decoder layer of such a number.
+        SempaError: If the model has no linear layer to adapt, or no decoder layer with such an index.
     """
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
@@ -87,48 +87,55 @@ def lora_config(
         target_modules=linear_suffixes(model),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         layers_to_transform=None if layers is None else list(layers),
-        # Without it PEFT finds no layer in a decoder without the LM head.
+        # Without this, PEFT does not find the layers of a decoder without its LM head.
         layers_pattern=None if layers is None else layers_pattern(model),
         alora_invocation_tokens=None if invocation is None else list(invocation),
     )
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:
-    """Put the adapter in ``folder`` on ``model``; see :func:`sempa_st.model.peft_models.load_adapter`.
+    """Load the adapter in ``folder`` onto ``model``; see :func:`sempa_st.model.peft_models.load_adapter`.
+
+    Args:
+        model: Base model; it is modified.
+        folder: Adapter folder.
+        base_name: Name of the base, for error messages.
 
     Raises:
-        SempaError: If a file is missing or corrupted, or if the adapter was made for another base.
+        SempaError: If a file is missing or corrupted, or if the adapter does not match the base.
     """
-    with _clear_errors(Path(folder), base_name):
+    with _loading_errors(Path(folder), base_name):
         return load_adapter(model, folder)
 
 
 def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: str) -> None:
-    """Merge adapters into a causal language model in place, in its own type.
+    """Merge adapters into a causal language model in place, in the model's dtype.
 
-    An adapter may have been trained on the model without its head, as LLM2Vec's are; its tensors' names tell.
+    An adapter may have been trained on the model without its LM head, like those of LLM2Vec. The names of its tensors
+    show which.
 
     Args:
         model: Base causal language model.
-        folders: Their folders, each adapter trained on top of the next one.
-        base_name: What the user called the base.
+        folders: Adapter folders; each adapter was trained on top of the next one.
+        base_name: Name of the base, for error messages.
 
     Raises:
-        SempaError: As :func:`attach_adapter` does, and on an adapter of another kind than LoRA.
+        SempaError: As :func:`attach_adapter`, and if an adapter is not LoRA.
     """
     from safetensors import safe_open
 
     for folder in reversed(folders):
-        with _clear_errors(folder, base_name):
+        with _loading_errors(folder, base_name):
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-                inner = f"base_model.model.{model.base_model_prefix}."
-                with_head = any(name.startswith(inner) for name in file.keys())  # noqa: SIM118
-            part: Any = model if with_head else model.base_model
-            load_adapter(part, folder).merge_and_unload()
+                prefix = f"base_model.model.{model.base_model_prefix}."
+                has_head = any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118
+            target: Any = model if has_head else model.base_model
+            load_adapter(target, folder).merge_and_unload()
 
 
 @contextmanager
-def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
+def _loading_errors(folder: Path, base_name: str) -> Iterator[None]:
+    """Check an adapter's type and weight file, and turn PEFT's exceptions in the block into :class:`SempaError`."""
     from safetensors import SafetensorError
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -143,48 +150,48 @@ def _clear_errors(folder: Path, base_name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise SempaError(
-            f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore the file from where it came."
+            f"{folder / ADAPTER_WEIGHTS} is corrupted ({error}). Restore or download the file again."
         ) from error
-    except Exception as error:  # PEFT raises many types for one cause: the adapter and the base do not go together
+    except Exception as error:  # PEFT raises many types if the adapter does not match the base
         trained_on = read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
         raise SempaError(
             f"The adapter in {folder} cannot be used on the base {base_name!r}. {error} It names {trained_on!r} as its "
-            "base; another one is given with --base."
+            "base; pass another one with --base."
         ) from error
 
 
 def check_adapter(base: Base, folder: str | Path) -> None:
-    """Compare the names and shapes of an adapter's tensors with a base, without loading the base's weights.
+    """Check that an adapter's tensors match a base in name and shape, without loading the base's weights.
 
     Raises:
-        SempaError: As :func:`attach_adapter` does.
+        SempaError: As :func:`attach_adapter`.
     """
     attach_adapter(skeleton(base), folder, base.name)
 
 
 def check_runs_activated(base: Base, name: str, folder: Path, tokens: Sequence[int]) -> None:
-    """Run an activated adapter once, since some architectures hide from PEFT which token is which.
+    """Run an activated adapter once: in some architectures PEFT cannot tell which positions a layer processes.
 
     Args:
-        base: Its base.
-        name: Name of the model that it was made of.
-        folder: Folder of the adapter.
-        tokens: Token ids from which on it acts.
+        base: Base of the adapter.
+        name: Name of the model that is copied, for the message.
+        folder: Adapter folder.
+        tokens: Invocation tokens.
 
     Raises:
-        SempaError: If it does not run.
+        SempaError: If the adapter does not run.
     """
     import torch
     from peft import PeftConfig, PeftModelForCausalLM
 
     config = PeftConfig.from_pretrained(str(folder))
-    # Only this class of PEFT's looks for the tokens, as AutoPeftModelForCausalLM does for whoever opens the folder.
+    # Only this class searches for invocation tokens; AutoPeftModelForCausalLM uses it as well.
     tuned = PeftModelForCausalLM(load_causal_lm(base.folder, torch.bfloat16), config).eval()
     other = int(tokens[0] == 0)
     try:
         with torch.no_grad():
-            for rows in ([[*tokens, other]], [[other] * 4], [[other, *tokens], [*tokens, other]]):
-                tuned(input_ids=torch.tensor(rows), use_cache=False)
+            for batch in ([[*tokens, other]], [[other] * 4], [[other, *tokens], [*tokens, other]]):
+                tuned(input_ids=torch.tensor(batch), use_cache=False)
     except (IndexError, RuntimeError) as error:
         kind = type(tuned.get_base_model()).__name__
         raise SempaError(
@@ -194,15 +201,15 @@ def check_runs_activated(base: Base, name: str, folder: Path, tokens: Sequence[i
 
 
 def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a full causal language model, LM head included, with the adapter's update added to the weights.
+    """Return the causal language model, with its LM head, with an adapter merged into its weights.
 
     Args:
-        base: The base that the adapter was trained on.
+        base: Base that the adapter was trained on.
         folder: Adapter folder.
-        dtype: Type of the result; the sum itself is taken in float32.
+        dtype: Type of the result; the weights are merged in float32.
 
     Raises:
-        SempaError: If the adapter cannot be merged, or the merged model would give other outputs.
+        SempaError: If the adapter cannot be merged, or the merged model gives other outputs.
     """
     import torch
 
@@ -212,15 +219,15 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
     before = _outputs(tuned)
     try:
         merged: PreTrainedModel = tuned.merge_and_unload()
-        merged.tie_weights()  # as when it is loaded again
+        merged.tie_weights()  # loading the saved model will tie them as well
         after = _outputs(merged)
     except (RuntimeError, ValueError) as error:
         raise SempaError(f"The adapter in {folder} cannot be merged ({error}). Leave out --merge.") from error
     pairs = zip(before, after, strict=True)
-    if any(not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max())) for one, two in pairs):
+    if any(not torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max())) for old, new in pairs):
         raise SempaError(
-            f"The adapter in {folder} cannot be merged: the merged model gives other outputs, as where an embedding "
-            "changes that the LM head shares. Leave out --merge."
+            f"The adapter in {folder} cannot be merged: the merged model gives other outputs. This happens if the "
+            "adapter changes an embedding that is tied to the LM head. Leave out --merge."
         )
     converted: PreTrainedModel = merged.to(dtype=dtype)  # type: ignore[call-arg]
     check_finite_weights(converted, folder)
@@ -228,11 +235,11 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
 
 
 def _outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the last states and the logits at some tokens of the vocabulary."""
+    """Return the last hidden states and the logits for a test sequence, shapes (1, seq_len, hidden or vocab_size)."""
     import torch
 
     config = model.config.get_text_config()
-    ids = torch.linspace(0, config.vocab_size - 1, _PROBED).long()[None]
+    ids = torch.linspace(0, config.vocab_size - 1, _NUM_TEST_TOKENS).long()[None]
     with torch.no_grad():
         output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     return output.hidden_states[-1], output.logits

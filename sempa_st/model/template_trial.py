@@ -1,7 +1,7 @@
-"""Render a chat template as a process of its own, which may take little time and memory.
+"""Render a chat template in a process with limited time and memory.
 
-A script: it reads a task from standard input and writes what became of it to standard output, both as JSON. It imports
-Jinja and the standard library alone, so that it starts at once.
+This file runs as a script: it reads a task from standard input and writes the result to standard output, both as JSON.
+It imports only Jinja and the standard library, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _TOO_MUCH = (MemoryError, OverflowError, RecursionError)
-_LONGEST_ERROR = 200
-"""Characters of an error that are shown: its text may be the template's."""
+_MAX_ERROR = 200
+"""Characters shown of an error; its text may come from the template."""
 
 
 class _Generation(Extension):
-    """The tag ``generation`` of transformers, which marks what the model is to write."""
+    """The tag ``generation`` of transformers, which marks the text that the model generates."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return a call of what stands inside, with a scope of its own as in transformers."""
+        """Parse the body of the tag into a call block, which has its own scope as in transformers."""
         line = next(parser.stream).lineno
-        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_called"), [], [], inside).set_lineno(line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
-    def _called(self, caller: Any) -> Any:
+    def _render(self, caller: Any) -> Any:
         return caller()
 
 
 def limit_process(seconds: int, size: int) -> None:
-    """Bound this process's processor time in seconds and its memory in bytes, as far as the system can."""
+    """Limit the CPU time (seconds) and memory (bytes) of this process, where the system supports it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        for kind, most in (
+        for kind, limit in (
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_CPU, seconds),
             (resource.RLIMIT_AS, size),  # the last, since macOS may refuse it
         ):
             _, hard = resource.getrlimit(kind)
-            if hard == resource.RLIM_INFINITY or hard > most:
-                resource.setrlimit(kind, (most, hard))
+            if hard == resource.RLIM_INFINITY or hard > limit:
+                resource.setrlimit(kind, (limit, hard))
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Return a sandbox set up as transformers sets up its own."""
+    """Return a sandboxed Jinja environment with the same extensions, filters and globals as that of transformers."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -63,51 +63,55 @@ def environment() -> ImmutableSandboxedEnvironment:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    made = ImmutableSandboxedEnvironment(
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``outcomes`` of a task's conversations, each a ``text`` or an ``error``, or the template's ``fault``.
+    """Render a template for several conversations.
 
     Args:
-        task: ``template``, its text; ``tokens``, the special tokens by name; ``conversations``, each a pair of messages
-            and whether the answer's beginning is asked for; ``fixed`` and ``times``, the most characters that may be
-            written, of its own and for each of the conversation's.
+        task: A dictionary with the keys ``template``, the text; ``tokens``, the special tokens by name;
+            ``conversations``, pairs of messages and ``add_generation_prompt``; ``fixed`` and ``times``, the maximum
+            length of an output: ``fixed`` characters plus ``times`` per character of the conversation.
+
+    Returns:
+        ``{"outcomes": [...]}`` with ``{"text": ...}`` or ``{"error": ...}`` for each conversation, or
+        ``{"fault": ...}`` if the template is invalid or takes too much.
     """
     try:
         template = environment().from_string(task["template"])
         return {"outcomes": [_outcome(template, task, *conversation) for conversation in task["conversations"]]}
     except _TOO_MUCH as error:
         return {"fault": f"takes too much time or memory ({_shown(error)})"}
-    except Exception as error:  # of many types: some faults are Python's, which Jinja compiles to
+    except Exception as error:  # of many types: Jinja compiles to Python, whose compiler may fail as well
         return {"fault": f"is not a Jinja template ({_shown(error)})"}
 
 
 def _outcome(template: Template, task: dict[str, Any], messages: list[Any], prompt: bool) -> dict[str, str]:
-    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
+    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
     try:
-        text = template.render(**task["tokens"] | given)
+        text = template.render(**task["tokens"] | variables)
     except _TOO_MUCH:
         raise
     except Exception as error:  # a template is a program, and may raise anything
         return {"error": _shown(error)}
-    read = sum(len(str(message["content"])) for message in messages)
-    if len(text) > task["fixed"] + task["times"] * read:
-        raise OverflowError(f"{len(text):,} characters for a conversation of {read:,}")
+    length = sum(len(str(message["content"])) for message in messages)
+    if len(text) > task["fixed"] + task["times"] * length:
+        raise OverflowError(f"{len(text):,} characters for a conversation of {length:,}")
     return {"text": text}
 
 
 def _shown(error: Exception) -> str:
-    return repr(error)[:_LONGEST_ERROR]
+    return repr(error)[:_MAX_ERROR]
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    limit_process(asked["seconds"], asked["bytes"])
-    json.dump(answer(asked), sys.stdout)
+    request = json.load(sys.stdin)
+    limit_process(request["seconds"], request["bytes"])
+    json.dump(answer(request), sys.stdout)

@@ -1,7 +1,7 @@
-"""Embedding and paraphrase templates, each defined once and rendered both as Python text and as Jinja.
+"""Embedding templates, each defined once and rendered both as Python text and as Jinja.
 
-The Jinja form is what travels inside a model folder (as a *named chat template* of the tokenizer), so that a plain
-``SentenceTransformer(folder)`` embeds with the same text as this package does. Standard library only.
+The Jinja form is saved in the model folder as a *named chat template* of the tokenizer, so that plain
+``SentenceTransformer(folder)`` embeds the same text as this package.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def normalize_sentence(text: str) -> str:
 
 @dataclass(frozen=True)
 class EmbeddingTemplate:
-    """A text around a sentence, read at its last token (PAPER section "PromptEOL").
+    """A prompt around a sentence (PromptEOL); the hidden state of its last token is the embedding.
 
     Args:
-        name: Key of the template among the tokenizer's named chat templates.
+        name: Name of the template among the tokenizer's chat templates.
         prefix: Text before the sentence.
-        suffix: Text after the sentence; its last token is where the embedding is read.
-        normalize: Whether the sentence goes through :func:`normalize_sentence` first.
+        suffix: Text after the sentence; the embedding is pooled from its last token.
+        normalize: Whether to apply :func:`normalize_sentence` to the sentence.
     """
 
     name: str
@@ -48,7 +48,7 @@ class EmbeddingTemplate:
     normalize: bool = True
 
     def text(self, sentence: str, prompt: str = "") -> str:
-        """Render as plain text, without a BOS token; ``prompt`` goes right before the sentence, inside the quotes.
+        """Render as plain text without a BOS token; ``prompt`` is inserted directly before the sentence.
 
         >>> EMBEDDING_TEMPLATES["prompteol"].text("A cat sleeps")
         'This sentence : "A cat sleeps." means in one word:"'
@@ -57,14 +57,14 @@ class EmbeddingTemplate:
         return self.prefix + (normalize_sentence(sentence) if self.normalize else sentence) + self.suffix
 
     def jinja(self, *, start: str = "") -> str:
-        """Render as a chat template that takes one user message and, before it, an optional system message.
+        """Render as a Jinja chat template for one user message, optionally after a system message.
 
-        The system message is what ``encode(prompt=...)`` of sentence-transformers becomes; it is put right before the
-        sentence. Any other shape of conversation is refused.
+        sentence-transformers passes the prompt of ``encode(prompt=...)`` as the system message; it is inserted
+        directly before the sentence. Other conversations raise an error.
 
         Args:
-            start: What to write first: the BOS token where the tokenizer starts plain text with it, since
-                ``apply_chat_template`` adds no special token by itself.
+            start: Text at the start: the BOS token if the tokenizer adds one to plain text, since
+                ``apply_chat_template`` adds no special tokens.
         """
         lines = [
             "{%- set last = messages[-1] -%}",
@@ -87,7 +87,7 @@ class EmbeddingTemplate:
 
 
 def _jinja_string(text: str) -> str:
-    # ``ascii`` writes every escape that Jinja's lexer reads back, astral characters included (JSON's would break).
+    # Jinja's lexer reads all escapes of ``ascii`` back; those of JSON break for characters outside the BMP.
     return ascii(text)
 
 
@@ -104,17 +104,23 @@ EMBEDDING_TEMPLATES: dict[str, EmbeddingTemplate] = {
         ),
     )
 }
-"""The paper's two templates by name, and that of Knowledge Enhancement (arXiv 2404.03921)."""
+"""The two templates of the paper and that of Knowledge Enhancement (arXiv 2404.03921), by name."""
 DEFAULT_TEMPLATE = "prompteol"
 
 
 def embedding_template(name: str) -> EmbeddingTemplate:
-    """Return the embedding template called ``name``; raises :class:`SempaError` listing the known names."""
+    """Return an embedding template by name; raises :class:`SempaError` with the known names on an unknown one."""
     return look_up_name(EMBEDDING_TEMPLATES, name, "embedding template")
 
 
 def look_up_name(table: dict[str, Any], name: str, what: str) -> Any:
-    """Return a template by its name; raises :class:`SempaError` on an unknown one."""
+    """Return an entry of ``table``; raises :class:`SempaError` with the known names on an unknown one.
+
+    Args:
+        table: Entries by name.
+        name: Name of the entry.
+        what: Kind of entry, for the message.
+    """
     if name not in table:
         raise SempaError(f"Unknown {what} {name!r}. Expected one of: {', '.join(table)}.")
     return table[name]

@@ -1,4 +1,4 @@
-"""Tokenizers: loading and saving them, and installing an embedding template among their chat templates."""
+"""Load and save tokenizers, and install an embedding template as a named chat template."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTokenizerBase:
-    """Load a base's tokenizer set up for embedding: left padding, right truncation, a pad token other than EOS.
+    """Load a tokenizer for embedding: left padding, right truncation, a pad token other than EOS.
 
     Args:
         folder: Folder with the tokenizer.
-        rows: Rows of the embedding matrix that it is for; those that the folder's own ``config.json`` names when None.
+        rows: Number of rows of the model's embedding matrix; taken from the folder's ``config.json`` when None.
 
     Raises:
-        SempaError: If it cannot be read or gives tokens beyond the matrix, or a chat template of it is not fit.
+        SempaError: If it cannot be read, has token ids outside the matrix, or has an unusable chat template.
     """
     with readable(folder, "tokenizer"):
         tokenizer = _read_tokenizer(Path(folder))
         check_growth(tokenizer)
-        tokenizer("A cat.")  # some settings are not looked at before
+        tokenizer("A cat.")  # raises on invalid settings that are only read on use
     trim_malloc()
     check_chat_templates(tokenizer.chat_template, folder, tokenizer.special_tokens_map)
     tokenizer.padding_side = "left"
@@ -48,16 +48,17 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
 
 
 def embedding_rows(folder: Path) -> int | None:
-    """Return the number of rows of the embedding matrix that a folder's ``config.json`` names, if it does."""
+    """Return the vocabulary size in a folder's ``config.json``, or None if it has none."""
     config = settings_if_any(folder, CONFIG) or {}
     rows: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return rows
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    """Read a folder's tokenizer, as it was saved where that is the same.
+    """Read a folder's tokenizer, directly from ``tokenizer.json`` if the result is the same.
 
-    Many classes, Gemma's too, build it anew from lists of tokens and merges, at three times the time, and keep these.
+    Many tokenizer classes, Gemma's among them, rebuild the tokenizer from lists of tokens and merges. That takes three
+    times as long, and the lists stay in memory.
     """
     from transformers import AutoTokenizer, TokenizersBackend
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -67,12 +68,12 @@ def _read_tokenizer(folder: Path) -> Any:
     named = (
         tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None
     )
-    # A class with methods of its own may need what its constructor leaves.
+    # A class with other methods may need attributes that its constructor sets.
     if named is None or named.__bases__ != (TokenizersBackend,) or _methods(named) != {"__init__"}:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    # The file brings the added tokens; unless told so, transformers parses all of it a second time to look for them.
+    # The file contains the added tokens; without the argument transformers parses it a second time to find them.
     tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={}, trust_remote_code=False)
-    tokenizer.__class__ = named  # its name is saved
+    tokenizer.__class__ = named  # save_pretrained writes the name of the class
     tokenizer.model_input_names = list(named.model_input_names)
     return tokenizer
 
@@ -82,7 +83,7 @@ def _methods(kind: Any) -> set[str]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a tokenizer, its main file without indentation: half the size, and read in half the time."""
+    """Save a tokenizer, with ``tokenizer.json`` unindented: half the size, and loaded in half the time."""
     tokenizer.save_pretrained(folder)
     path = Path(folder, "tokenizer.json")
     if path.is_file():
@@ -95,17 +96,17 @@ _PROBES = ("", "A cat sleeps", 'She said "no"?', "Ünïcode — 12 °C 😀", "i
 
 
 def install_template(tokenizer: PreTrainedTokenizerBase, template: EmbeddingTemplate) -> None:
-    """Add ``template`` to the tokenizer's named chat templates, leaving the base's own one as the default.
+    """Add ``template`` to the tokenizer's named chat templates; the base's own template stays the default.
 
     Raises:
-        SempaError: If the template and plain tokenisation of its text give different tokens.
+        SempaError: If the chat template and plain tokenisation of the same text give different tokens.
     """
     own = tokenizer.chat_template or {}
     named = dict(own) if isinstance(own, dict) else {"default": own}
     expected = [_plain_ids(tokenizer, template.text(sentence)) for sentence in _PROBES]
     has_bos = tokenizer.bos_token_id is not None and expected[0][:1] == [tokenizer.bos_token_id]
     bos = str(tokenizer.bos_token) if has_bos else ""
-    # Some SentencePiece tokenizers mark a word's start at the start of the text, but not right after BOS.
+    # Some SentencePiece tokenizers add a word-start marker at the start of a text, but not directly after BOS.
     for start in (bos, bos + " "):
         tokenizer.chat_template = {**named, template.name: template.jinja(start=start)}
         rendered = [_template_ids(tokenizer, template.name, sentence) for sentence in _PROBES]
@@ -114,13 +115,13 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: EmbeddingTemp
     tokenizer.chat_template = own or None
     raise SempaError(
         f"The template {template.name!r} gives other tokens through this tokenizer's chat template than as plain text: "
-        f"{rendered[0]} against {expected[0]}. This tokenizer ({type(tokenizer).__name__}) is not supported."
+        f"{rendered[0]}, expected {expected[0]}. This tokenizer ({type(tokenizer).__name__}) is not supported."
     )
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
-    # An EOS that the tokenizer adds ends a text; the template's last token is where the text goes on.
+    # The embedding is read at the last token of the template, so an EOS that the tokenizer appends is dropped.
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -133,49 +134,49 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) 
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Return the token ids that every sentence under ``template`` begins with, whatever its own first character.
+    """Return the token ids that all sentences under ``template`` start with, whatever their first character.
 
     Args:
         tokenizer: Tokenizer with the template installed.
         template: Name of the template.
 
     Raises:
-        SempaError: If there are none but the start token.
+        SempaError: If they share no token but BOS.
     """
     sentences = [*_PROBES, *string.punctuation, *_BEGINNINGS]
-    rows = [_template_ids(tokenizer, template, sentence) for sentence in sentences]
-    shared = rows[0][: common_prefix(rows)]
-    if not set(shared) - {tokenizer.bos_token_id}:
+    sequences = [_template_ids(tokenizer, template, sentence) for sentence in sentences]
+    prefix = sequences[0][: common_prefix(sequences)]
+    if not set(prefix) - {tokenizer.bos_token_id}:
         raise SempaError(f"Sentences under the template {template!r} do not begin alike with this tokenizer.")
-    return shared
+    return prefix
 
 
 def suffix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Return the token ids that every sentence under ``template`` ends in, whatever its own last character.
+    """Return the token ids that all sentences under ``template`` end with, whatever their last character.
 
     Args:
         tokenizer: Tokenizer with the template installed.
         template: Name of the template.
 
     Raises:
-        SempaError: If there are none.
+        SempaError: If they share no token.
     """
     sentences = [*_PROBES, *_ENDINGS]
-    rows = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences]
-    shared = rows[0][: common_prefix(rows)]
-    if not shared:
+    reversed_sequences = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences]
+    suffix = reversed_sequences[0][: common_prefix(reversed_sequences)]
+    if not suffix:
         raise SempaError(f"Sentences under the template {template!r} do not end in the same token with this tokenizer.")
-    return shared[::-1]
+    return suffix[::-1]
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Save a tokenizer to an empty folder, load it from there and compare the two under ``template``.
+    """Save a tokenizer to an empty folder, load it again and compare their tokens under ``template``.
 
-    An adapter folder has no ``config.json`` (with one, the adapter would not be loaded), and with some bases that file
-    has a say in which tokenizer class is loaded.
+    An adapter folder must not contain a ``config.json``, or the adapter would not be loaded. For some bases that file
+    determines which tokenizer class is loaded.
 
     Raises:
-        SempaError: If a sentence gets other tokens.
+        SempaError: If a sentence gets different tokens.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, folder)
@@ -183,13 +184,13 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> 
     for sentence in _PROBES:
         if _template_ids(reloaded, template, sentence) != _template_ids(tokenizer, template, sentence):
             raise SempaError(
-                f"The tokenizer {type(tokenizer).__name__} reads {sentence!r} otherwise once it is saved without its "
-                f"model and loaded again, as {type(reloaded).__name__}. This base is not supported."
+                f"The tokenizer {type(tokenizer).__name__} gives other tokens for {sentence!r} when it is saved "
+                f"without its model and loaded again, as {type(reloaded).__name__}. This base is not supported."
             )
 
 
 def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the base's own chat template (not one that this package added), or None."""
+    """Return the base's own chat template, not one that this package added, or None."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         return template.get("default")

@@ -1,1 +1,1 @@
-"""What any program needs: files, devices, names, options, tables."""
+"""General helpers: files, devices, names, options and tables."""

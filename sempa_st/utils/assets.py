@@ -1,4 +1,4 @@
-"""Files that the package ships beside its code: samples, trained adapters, the model card's template."""
+"""Data files of the package: samples, trained adapters and the model card template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of device and floating-point type, and memory."""
+"""Choose the device and the floating-point type, and return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE_VARIABLE = "SEMPA_AUTO_DTYPE"
-"""Environment variable with the type that ``auto`` means on a CPU, whatever the processor has."""
+"""Environment variable that sets what ``auto`` means on a CPU."""
 
 
 def pick_device(device: str | None = None) -> str:
-    """Return ``device``, or the best one there is (CUDA, then Apple's MPS, then the CPU).
+    """Return ``device``, or the best available one (CUDA, then Apple's MPS, then the CPU).
 
     Raises:
-        SempaError: If ``device`` is not to be had here.
+        SempaError: If ``device`` is not available.
     """
     import torch
 
@@ -40,14 +40,18 @@ def pick_device(device: str | None = None) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """Turn one of :data:`DTYPES` into a torch type.
+    """Convert one of :data:`DTYPES` to a torch dtype.
 
-    ``auto`` is bfloat16 on an accelerator and on a CPU that multiplies bfloat16 in hardware (AMX or AVX512-BF16), and
-    float32 on any other CPU, where bfloat16 is emulated and several times slower; an accelerator without it gets
-    float16. The environment variable ``SEMPA_AUTO_DTYPE`` decides for all CPUs.
+    ``auto`` resolves to:
+
+    - bfloat16 on an accelerator, or float16 if the accelerator does not support bfloat16;
+    - bfloat16 on a CPU with hardware support for it (AMX or AVX512-BF16);
+    - float32 on any other CPU, where bfloat16 is emulated and several times slower.
+
+    The environment variable ``SEMPA_AUTO_DTYPE`` overrides ``auto`` on a CPU.
 
     Raises:
-        SempaError: If ``dtype``, or the environment variable, is none of :data:`DTYPES`.
+        SempaError: If ``dtype``, or the environment variable, is not one of :data:`DTYPES`.
     """
     import torch
 
@@ -67,31 +71,33 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
-    """Let decoders run eagerly where a device's faster attention would be wrong.
+    """Switch decoders to eager attention where SDPA is incorrect on ``device``.
 
-    CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one
-    key/value head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
+    With an attention mask, CUDA's memory-efficient kernel returns wrong values if a single key/value head is broadcast
+    to all query heads, as in the small Gemma models, and the number of keys is 32 n + 1 (pytorch/pytorch issue 191937).
 
     Args:
-        model: Anything with models of transformers in it.
-        device: Where it will run.
+        model: Module that contains transformers models.
+        device: Device on which the model will run.
     """
     from transformers import PreTrainedModel
 
     if not device.startswith("cuda"):
         return
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == "sdpa" and _has_one_head(part):
-            part.set_attn_implementation("eager")
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
+            continue
+        if _has_single_kv_head(module):
+            module.set_attn_implementation("eager")
 
 
-def _has_one_head(model: PreTrainedModel) -> bool:
+def _has_single_kv_head(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     return getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has matrix instructions for bfloat16."""
+    """Return whether this CPU has matrix instructions for bfloat16."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
@@ -99,9 +105,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def trim_malloc() -> None:
-    """Return what was freed to the system, where the C library can (glibc); it would be kept for the process's end.
+    """Return freed memory to the operating system (glibc only; elsewhere do nothing).
 
-    Reading a large tokenizer leaves more of it behind than the tokenizer itself takes.
+    glibc otherwise keeps it until the process ends. Loading a large tokenizer frees more memory than the tokenizer
+    itself occupies.
     """
     import ctypes
 

@@ -1,4 +1,4 @@
-"""Texts that can be read and vectors that can be used, or an error that says which are not."""
+"""Check that texts can be encoded and that vectors are finite; errors name the offending ones."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from typing import Any
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import lone_surrogates
 
-_TOLD = 3
+_MAX_SHOWN = 3
 
 
 def check_texts(texts: Sequence[Any]) -> None:
-    """Raise :class:`SempaError` if a text holds half a character; names the first ones by their place, from 0."""
-    bad = [(place, text) for place, text in enumerate(texts) if isinstance(text, str) and lone_surrogates(text)]
+    """Raise :class:`SempaError` if a text contains a lone surrogate; the message names the first by index, from 0."""
+    bad = [(index, text) for index, text in enumerate(texts) if isinstance(text, str) and lone_surrogates(text)]
     if bad:
         raise SempaError(
-            f"{len(bad)} of {len(texts)} text(s) hold half a character (a lone surrogate), which no tokenizer reads: "
-            f"{_named(bad, 'text')}. Mend them, or leave them out."
+            f"{len(bad)} of {len(texts)} text(s) contain a lone surrogate (half a character), which no tokenizer can "
+            f"encode: {_list_first(bad, 'text')}. Fix or remove them."
         )
 
 
 class NotFiniteError(SempaError):
-    """Vectors that hold infinite values or no numbers.
+    """Error for vectors with infinite or NaN values.
 
     Args:
-        bad: Number and content of each text that has such a vector.
-        total: Number of vectors that were looked at.
-        word: What the numbers count.
+        bad: Index and content of each text with such a vector.
+        total: Number of vectors that were checked.
+        word: Noun for the index in the message, such as ``text`` or ``row``.
     """
 
     def __init__(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> None:
         super().__init__(
-            f"{len(bad)} of {total} vector(s) hold infinite values or no numbers: of {_named(bad, word)}. In float16 "
-            "the arithmetic of many models overflows: choose dtype float32 or bfloat16. In these, the model has "
-            "diverged or its files are damaged."
+            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_list_first(bad, word)}. Many models "
+            "overflow in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its "
+            "files are damaged."
         )
         self.texts = [text for _, text in bad]
         self.total = total
 
 
 def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
-    """Raise :class:`NotFiniteError` if a vector holds infinite values or no numbers; it names the first ones.
+    """Raise :class:`NotFiniteError` if a vector contains infinite or NaN values; the message names the first.
 
     Args:
         vectors: Array or tensor of shape (texts, width).
-        texts: What they stand for.
+        texts: Texts that the vectors embed.
     """
     import torch
 
-    held = torch.as_tensor(vectors)
-    # The sum tells at the price of reading; only where it is odd, each vector is looked at. (MPS has no float64.)
-    if not held.is_floating_point() or held.sum(dtype=torch.float32).isfinite():
+    tensor = torch.as_tensor(vectors)
+    # The sum is a cheap test: it is finite for all usual vectors. In float32, since MPS has no float64.
+    if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
         return
-    bad = (~held.isfinite()).any(dim=-1).nonzero().flatten().tolist()
+    bad = (~tensor.isfinite()).any(dim=-1).nonzero().flatten().tolist()
     if bad:
-        raise NotFiniteError([(place, texts[place]) for place in bad], len(held))
+        raise NotFiniteError([(index, texts[index]) for index in bad], len(tensor))
 
 
-def _named(found: Sequence[tuple[int, Any]], word: str) -> str:
-    told = [f"{word} {number} ({text!a:.60})" for number, text in found[:_TOLD]]
-    return ", ".join(told) + (", ..." if len(found) > _TOLD else "")
+def _list_first(bad: Sequence[tuple[int, Any]], word: str) -> str:
+    shown = [f"{word} {index} ({text!a:.60})" for index, text in bad[:_MAX_SHOWN]]
+    return ", ".join(shown) + (", ..." if len(bad) > _MAX_SHOWN else "")

@@ -1,14 +1,14 @@
-"""The only door to the Hugging Face Hub: model folders and data sets, with errors that a person can act on."""
+"""Access to the Hugging Face Hub: model folders and datasets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, first_line
 
-# Weights as safetensors only: pickled weights can run code when they are loaded.
-_IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # other forms of the same weights
+_IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights in other formats
+# Weights in safetensors only: loading pickled weights can run code.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", "NOTICE*"]
 
 
@@ -16,7 +16,7 @@ def model_folder(name: str) -> Path:
     """Return the local folder of a model, unchecked: ``name`` itself, or a cached copy of the Hub repository.
 
     Raises:
-        SempaError: If it is neither a folder nor a repository that can be reached or is cached.
+        SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached.
     """
     return Path(name) if Path(name).is_dir() else _snapshot(name)
 
@@ -25,28 +25,28 @@ def _snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    unknown = f"Unknown model {name!r}: it is no folder here"
+    unknown = f"Unknown model {name!r}: it is not a local folder"
     try:
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED_FILES))
     except HFValidationError as error:
-        raise SempaError(f"{unknown} and no valid Hub id. Check the path.") from error
+        raise SempaError(f"{unknown} and not a valid Hub id. Check the path.") from error
     except RepositoryNotFoundError as error:
         raise SempaError(
-            f"{unknown} and no repository of that name on the Hub that you may read. Check the name, or log in with "
-            "`hf auth login` and accept the model's terms."
+            f"{unknown}, and the Hub has no repository of that name that you can access. Check the name, or log in "
+            "with `hf auth login` and accept the model's terms."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise SempaError(
-            f"{unknown}, and the Hub cannot be reached or gives no access, and nothing is cached "
-            f"({type(error).__name__}). Check the name and the network, or give a local folder."
+            f"{unknown}, it is not cached, and the Hub cannot be reached or denies access ({type(error).__name__}). "
+            "Check the name and the network, or pass a local folder."
         ) from error
 
 
 def hub_rows(dataset: str, /, *, split: str, **arguments: Any) -> list[dict[str, Any]]:
-    """Return the rows of one split of a Hub data set.
+    """Return the rows of one split of a Hub dataset.
 
     Raises:
-        SempaError: If it does not exist or cannot be reached, or if ``datasets`` is not installed.
+        SempaError: If the dataset does not exist or cannot be reached, or if ``datasets`` is not installed.
     """
     try:
         from datasets import load_dataset
@@ -55,17 +55,13 @@ def hub_rows(dataset: str, /, *, split: str, **arguments: Any) -> list[dict[str,
             f"Reading {dataset} from the Hub needs the datasets package. Install it with: pip install 'sempa-st[train]'"
         ) from error
     if Path(arguments.get("data_files", "")).suffix == ".csv":
-        arguments["keep_default_na"] = False  # sentences such as "None" are text
+        arguments["keep_default_na"] = False  # a sentence such as "None" is text, not a missing value
     try:
         rows = load_dataset(dataset, split=split, **arguments).to_list()
-    except Exception as error:  # datasets raises many unrelated types for one cause: it cannot be had
+    except Exception as error:  # datasets raises many unrelated types
         raise SempaError(
-            f"The data set {dataset!r} cannot be loaded from the Hub: {type(error).__name__}: {_first_line(error)}. "
-            "Check the name and the network, or give a local csv, jsonl or parquet file."
+            f"The dataset {dataset!r} cannot be loaded from the Hub: {type(error).__name__}: {first_line(error)}. "
+            "Check the name and the network, or pass a local csv, jsonl or parquet file."
         ) from error
     assert isinstance(rows, list)
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no details"])[0]

@@ -1,4 +1,14 @@
-"""Scratch folders that the next run clears if theirs was killed, locks, and outputs that appear whole and on disk."""
+"""Lock files, scratch folders that outlive no run, and the atomic move of an output to its place.
+
+A run writes its output in a scratch folder beside the target, and holds a lock in it for as long as it lives::
+
+    .model.partial-0123abcd/            scratch folder of the output "model"
+        .sempa.lock                     locked while the run is alive
+        model/                          the output until it is complete
+    .model.old-0123abcd/                the previous output, for the moment between the two renames
+
+The next run on the same target clears the scratch folders whose lock is free: their runs were killed.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +26,38 @@ from pathlib import Path
 _LOCK = ".sempa.lock"
 _PARTIAL, _OLD = ".partial-", ".old-"
 _DIGITS = 8
-_LONGEST = 255 - len("." + _PARTIAL) - _DIGITS
-"""Bytes of a name that leave room for the rest of a scratch name; file systems allow 255."""
-_STAND_IN = re.compile(r"[0-9a-f]{16}~")
-_NO_SPACE_OR_RIGHT = (
+_MAX_STEM = 255 - len("." + _PARTIAL) - _DIGITS
+"""Longest output name, in bytes, that fits into the name of a scratch folder; file systems allow 255 bytes."""
+_HASHED_STEM = re.compile(r"[0-9a-f]{16}~")
+_UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO,
     errno.EFBIG, errno.ENOTSUP,
 )  # fmt: skip
 
 
 class InUseError(Exception):
-    """Another process, or another part of this one, holds the lock."""
+    """The lock is held by another process, or elsewhere in this one."""
 
 
 @contextmanager
 def held(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path`` for the time of a block; afterwards the file is gone.
+    """Hold the lock file ``path`` during the block and remove it afterwards.
 
-    The system frees the lock of a process that ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
+
+    Args:
+        path: Lock file; it is created.
+        wait: Wait until the lock is free instead of raising :class:`InUseError`.
 
     Raises:
-        InUseError: If the lock is held already and ``wait`` is false.
-        OSError: If the file cannot be made, or its file system has no locks.
+        InUseError: If the lock is already held and ``wait`` is false.
+        OSError: If the file cannot be created, or its file system does not support locks.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        # It takes no file that was removed while we waited: whoever held it before us does so.
+        # The previous holder removes the file. filelock then locks a new file, not the removed one.
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise InUseError(path) from error
@@ -52,16 +66,16 @@ def held(path: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.name == "posix":  # elsewhere an open file cannot be removed, and the lock does it by itself
+        if os.name == "posix":  # on Windows an open file cannot be removed, and filelock removes it on release
             path.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside ``target``, marked as in use; it is removed when the block ends.
+    """Yield a new, locked scratch folder beside ``target``, and remove it when the block ends.
 
-    What killed runs have left of the same target is cleared first; see :func:`clear_leftovers`.
+    Leftovers of killed runs on the same target are cleared first; see :func:`clear_leftovers`.
     """
     clear_leftovers(target.parent, target.name)
     with ExitStack() as stack:
@@ -73,9 +87,9 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def _stem(name: str) -> str:
-    """Return what scratch names of the output ``name`` are made of: the name, or a stand-in where that is too long."""
+    """Return the part of a scratch folder's name that identifies the output: its name, or a hash if it is too long."""
     raw = os.fsencode(name)
-    return name if len(raw) <= _LONGEST else f"{hashlib.sha256(raw).hexdigest()[:16]}~"
+    return name if len(raw) <= _MAX_STEM else f"{hashlib.sha256(raw).hexdigest()[:16]}~"
 
 
 def _new_scratch(target: Path, stack: ExitStack) -> Path:
@@ -85,81 +99,87 @@ def _new_scratch(target: Path, stack: ExitStack) -> Path:
         try:
             stack.enter_context(held(folder / _LOCK))
         except (InUseError, FileNotFoundError):
-            continue  # another run took it for a leftover before it was locked
+            continue  # another run cleared it as a leftover before it was locked
         except OSError:
-            return folder  # a file system without locks: nobody can clear it then, which is safe
+            return folder  # the file system has no locks, so no other run can clear it either
         return folder
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove from ``folder`` what killed runs left of the output ``name`` there, or of any output.
+    """Remove the leftovers of killed runs from ``folder``.
 
-    A scratch folder whose run is alive is locked, and stays. An output that its run had moved away, to put a new one in
-    its place, is put back where the new one is missing.
+    The scratch folder of a running process is locked, and is kept. If a run was killed between the two renames of an
+    overwrite, the previous output is moved back.
+
+    Args:
+        folder: Folder that contains the outputs.
+        name: Name of the output whose leftovers are removed; those of all outputs when None.
     """
     start = "." + ("*" if name is None else glob.escape(_stem(name)))
     digits = "[0-9a-f]" * _DIGITS
     for scratch in folder.glob(start + _PARTIAL + digits):
-        # What cannot be locked or removed is in use, or somebody else's.
+        # A folder that cannot be locked or removed is in use, or belongs to another user.
         with suppress(InUseError, OSError), held(scratch / _LOCK):
-            _settle(_old_of(scratch), name)
+            _restore_or_remove(_backup_path(scratch), name)
             shutil.rmtree(scratch)
-    for old in folder.glob(start + _OLD + digits):
-        if not old.with_name(old.name.replace(_OLD, _PARTIAL)).exists():
+    for backup in folder.glob(start + _OLD + digits):
+        if not backup.with_name(backup.name.replace(_OLD, _PARTIAL)).exists():
             with suppress(OSError):
-                _settle(old, name)
+                _restore_or_remove(backup, name)
 
 
-def _old_of(scratch: Path) -> Path:
+def _backup_path(scratch: Path) -> Path:
+    """Return where the previous output is kept while the output in ``scratch`` replaces it."""
     return scratch.with_name(f"{scratch.name[: -len(_PARTIAL) - _DIGITS]}{_OLD}{scratch.name[-_DIGITS:]}")
 
 
-def _settle(old: Path, name: str | None) -> None:
-    """Put a folder that was moved away back, or remove it where another one has taken its place."""
-    stem = old.name[1 : -len(_OLD) - _DIGITS]
-    if not old.exists() or (name is None and _STAND_IN.fullmatch(stem)):
-        return  # a stand-in does not tell the name; a command that knows it will do
-    target = old.with_name(name or stem)
+def _restore_or_remove(backup: Path, name: str | None) -> None:
+    """Move a previous output back to its place, or remove it if a new output is there."""
+    stem = backup.name[1 : -len(_OLD) - _DIGITS]
+    if not backup.exists() or (name is None and _HASHED_STEM.fullmatch(stem)):
+        return  # a hash does not reveal the name; left for a call that passes it
+    target = backup.with_name(name or stem)
     if target.exists():
-        shutil.rmtree(old)
+        shutil.rmtree(backup)
     else:
-        old.rename(target)
+        backup.rename(target)
 
 
-def publish(made: Path, target: Path) -> None:
-    """Move ``made``, a file or folder in a scratch folder beside ``target``, to ``target``, whole or not at all.
+def publish(output: Path, target: Path) -> None:
+    """Move ``output``, a file or folder in a scratch folder beside ``target``, to ``target`` atomically.
 
-    Its modes become those that the user's umask asks for, whatever the library that wrote it chose, and all of it is
-    on the disk before it appears. A folder that stands at ``target`` is removed only once the new one is there.
+    Everything is flushed to disk first, and gets the permissions that the user's umask asks for, whatever the library
+    that wrote it chose. An existing folder at ``target`` is removed only after the new one is in place.
     """
-    _write_through(made, mode=made.parent.stat().st_mode & 0o777)
-    if target.is_dir() and made.is_dir():
-        old = _old_of(made.parent)
-        target.rename(old)
+    _flush(output, mode=output.parent.stat().st_mode & 0o777)
+    if target.is_dir() and output.is_dir():
+        backup = _backup_path(output.parent)
+        target.rename(backup)
         try:
-            made.rename(target)
+            output.rename(target)
         except OSError:
-            old.rename(target)
+            backup.rename(target)
             raise
         _sync_folder(target.parent)
-        shutil.rmtree(old)
+        shutil.rmtree(backup)
     else:
-        made.replace(target)
+        output.replace(target)
         _sync_folder(target.parent)
 
 
 def write_through(folder: Path) -> None:
-    """Return once everything in ``folder``, and the folder's own place, is on the disk."""
-    _write_through(folder)
+    """Flush everything in ``folder``, and its entry in the parent folder, to disk."""
+    _flush(folder)
     _sync_folder(folder.parent)
 
 
-def _write_through(path: Path, mode: int | None = None) -> None:
+def _flush(path: Path, mode: int | None = None) -> None:
+    """Flush a file or folder to disk, and set its permissions: ``mode`` for folders, without execution for files."""
     if path.is_symlink():
         return
     if path.is_dir():
         for child in path.iterdir():
-            _write_through(child, mode)
+            _flush(child, mode)
     _set_mode(path, mode if path.is_dir() or mode is None else mode & 0o666)
     if path.is_dir():
         _sync_folder(path)
@@ -169,36 +189,36 @@ def _write_through(path: Path, mode: int | None = None) -> None:
 
 
 def _set_mode(path: Path, mode: int | None) -> None:
-    now = path.stat().st_mode
-    if mode is not None and now & 0o777 != mode:
-        with suppress(PermissionError):  # a file system that has no such modes
-            path.chmod(now & 0o7000 | mode)
+    current = path.stat().st_mode
+    if mode is not None and current & 0o777 != mode:
+        with suppress(PermissionError):  # the file system does not support it
+            path.chmod(current & 0o7000 | mode)
 
 
 def _sync_folder(path: Path) -> None:
     if os.name != "posix":
-        return  # folders cannot be opened there
-    number = os.open(path, os.O_RDONLY)
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def unwritable_reason(error: BaseException) -> str | None:
-    """Return why a disk did not take what was written, or None if ``error`` and its causes are of another kind."""
+    """Return the reason if ``error`` or one of its causes says that the disk is full or not writable, else None."""
     from safetensors import SafetensorError
 
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        if isinstance(cause, SafetensorError):  # which brings the number as text only
-            found = re.search(r"os error (\d+)", str(cause))
-            number = int(found[1]) if found else None
-        if number in _NO_SPACE_OR_RIGHT:
+        if isinstance(cause, SafetensorError):  # it has the errno in its message only
+            match = re.search(r"os error (\d+)", str(cause))
+            number = int(match[1]) if match else None
+        if number in _UNWRITABLE:
             return os.strerror(number)
         cause = cause.__cause__
     return None

@@ -1,4 +1,4 @@
-"""Names that come out of a folder: plain ones inside it, and files that are files. Standard library only."""
+"""Check that file names and links in a model folder do not lead out of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_plain_path(name: str) -> bool:
-    """Whether a name stays inside the folder that it is taken in: relative, without ``..``, with slashes only.
+    """Return whether ``name`` is a path inside a folder: relative, without ``..`` and without backslashes.
 
     >>> [is_plain_path(name) for name in ("", "1_Pooling", "a/b.json", "../x", "/etc", "a/../../x", "a\\\\b")]
     [True, True, True, False, False, False, False]
@@ -25,7 +25,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of ``name`` in ``folder``.
 
     Raises:
-        SempaError: If the name leads out of it.
+        SempaError: If ``name`` leads out of ``folder``.
     """
     if not is_plain_path(name):
         raise SempaError(f"{folder} names the file {name!r:.200}. Expected a name inside the folder.")
@@ -33,29 +33,34 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_entry(folder: Path, path: Path) -> None:
-    """Check that a file or folder in a model folder is a real one, and that no link leads out of the model folder.
+    """Check that ``path`` is a regular file or a folder, and not a link that leads out of the model folder.
 
-    A file of a repository that the Hub's client cached is a link to the repository's blobs, which lie in its cache.
+    In the cache of the Hub's client every file is a link to a blob of the same repository; those links are allowed.
+
+    Args:
+        folder: Model folder.
+        path: Path inside it.
 
     Raises:
-        SempaError: If it is a link that leads elsewhere or nowhere, or neither a file nor a folder.
+        SempaError: If ``path`` is a link that is broken or leads out of ``folder``, or a pipe, socket or device.
     """
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
+    if not any(target.is_relative_to(root) for root in _allowed_roots(folder)):
         raise SempaError(
-            f"{path} is a link that leads out of its folder, to {target}. Expected a file; put the file itself in the "
-            "link's place if it belongs there."
+            f"{path} is a link that leads out of its folder, to {target}. Expected a file; if it belongs there, "
+            "replace the link with a copy of the file."
         )
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise SempaError(f"{path} cannot be read ({error.strerror}). Restore or download the folder again.") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise SempaError(f"{path} is neither a file nor a folder but a pipe, socket or device. Remove it.")
+        raise SempaError(f"{path} is a pipe, socket or device. Expected a file or folder; remove it.")
 
 
-def _roots(folder: Path) -> list[Path]:
+def _allowed_roots(folder: Path) -> list[Path]:
+    """Return the folders that links in ``folder`` may lead to."""
     root = Path(os.path.realpath(folder))
     repository = root.parent.parent
-    cached = root.parent.name == "snapshots" and repository.name.startswith("models--")
-    return [root, repository / "blobs"] if cached else [root]
+    in_hub_cache = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return [root, repository / "blobs"] if in_hub_cache else [root]

@@ -1,4 +1,4 @@
-"""One parser for a dataclass of options: defaults, then a YAML file, then command-line flags."""
+"""Read a dataclass of options from its defaults, a YAML file and command-line flags, each overriding the one before."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ from sempa_st.utils.assets import PACKAGE
 from sempa_st.utils.files import UTF8
 
 Options = TypeVar("Options")
-_LARGEST_YAML = 1 << 20
-_MOST_VALUES = 100_000
-_MOST_BITS = 1024
+_MAX_YAML_BYTES = 1 << 20
+_MAX_VALUES = 100_000
+_MAX_BITS = 1024
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """Declare a dataclass field that is also a YAML key and a command-line flag."""
+    """Declare a dataclass field that is also a YAML key and a command-line flag.
+
+    Args:
+        default: Default value.
+        help: Help text of the flag.
+        choices: Allowed values of the flag; any when None.
+    """
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, *, without: Collection[str] = ()) -> None:
-    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given leaves no trace.
+    """Add ``--config`` and a flag for each field of a dataclass to a parser.
+
+    A flag that is not given sets no attribute of the parsed arguments, so that the YAML file's value applies.
 
     Args:
         parser: Parser to add the flags to.
         options: The dataclass.
-        without: Fields that get no flag.
+        without: Names of fields that get no flag.
     """
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of the options below (or the name of a shipped one)"
@@ -55,16 +63,20 @@ def add_options(parser: argparse.ArgumentParser, options: type, *, without: Coll
 
 
 def read_options(options: type[Options], given: Mapping[str, Any]) -> Options:
-    """Build the dataclass from parsed arguments, on top of the YAML file that ``given["config"]`` may name.
+    """Build the dataclass from parsed arguments and the YAML file that ``given["config"]`` may name.
+
+    Args:
+        options: The dataclass.
+        given: Parsed arguments by name; they override the file.
 
     Raises:
-        SempaError: On an unknown key or a value of the wrong type in the file, or a value the dataclass refuses.
+        SempaError: On an unknown key or a value of the wrong type in the file, or a value that the dataclass rejects.
     """
     return options(**option_values(options, given))
 
 
 def option_values(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what :func:`read_options` builds the dataclass from: the fields that the file or a flag sets.
+    """Return the fields that the YAML file or a flag sets, with their values; see :func:`read_options`.
 
     Raises:
         SempaError: On an unknown key or a value of the wrong type in the file.
@@ -77,10 +89,16 @@ def option_values(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert_option(options: type, key: Any, value: Any, where: str) -> tuple[str, Any]:
-    """Return the field that ``key`` names (with - or _) and ``value`` in that field's type.
+    """Return the name of the field called ``key`` and ``value`` converted to the type of the field.
+
+    Args:
+        options: The dataclass.
+        key: Name of the field, with hyphens or underscores.
+        value: Value as read from YAML or a flag.
+        where: Start of an error message, such as the name of the file.
 
     Raises:
-        SempaError: If there is no such field, or the value is of the wrong type; the message starts with ``where``.
+        SempaError: If there is no such field, or the value has the wrong type.
     """
     name = str(key).replace("-", "_")
     known = [item.name for item in fields(options)]
@@ -93,7 +111,7 @@ def load_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        SempaError: If it cannot be read, is not YAML, or is larger than options are, its references followed.
+        SempaError: If it cannot be read, is not YAML, or is too large, with its aliases expanded.
     """
     import yaml
 
@@ -101,39 +119,46 @@ def load_yaml(path: str | Path) -> Any:
         text = _text(Path(path))
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        values = _values_under(node, {})
-        content = loader.construct_document(node) if node is not None and values <= _MOST_VALUES else None
+        count = _count_values(node, {})
+        content = loader.construct_document(node) if node is not None and count <= _MAX_VALUES else None
     except OSError as error:
         raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
-    except Exception as error:  # the makers of single values raise whatever they meet
+    except Exception as error:  # PyYAML's constructors of values let any exception through
         raise SempaError(f"The file {path} is not YAML: {type(error).__name__}: {error}") from error
-    if values > _MOST_VALUES:
-        raise SempaError(f"The file {path} holds {values:,} values. Expected options, of {_MOST_VALUES:,} at most.")
+    if count > _MAX_VALUES:
+        raise SempaError(f"The file {path} contains {count:,} values. Expected at most {_MAX_VALUES:,}.")
     return content
 
 
 def _text(path: Path) -> str:
-    # A pipe or device may never end.
+    # Reading a pipe or device might never end.
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file")
-    if path.stat().st_size > _LARGEST_YAML:
-        raise OSError(errno.EFBIG, f"it is larger than {_LARGEST_YAML} bytes")
+        raise OSError(errno.EINVAL, "it is not a file")
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MAX_YAML_BYTES} bytes")
     return path.read_text(encoding=UTF8)
 
 
-def _values_under(node: Any, known: dict[int, int]) -> int:
-    """Count the values in a YAML document, those behind a reference each time that it is used."""
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Count the values under a YAML node, those of an alias once for each use.
+
+    Nested aliases can expand to exponentially many values, so they are counted without being expanded.
+
+    Args:
+        node: Node as PyYAML composed it.
+        counts: Number of values by ``id`` of each node counted so far; updated.
+    """
     if node is None or isinstance(node.value, str):
         return 1
-    if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # what it counts as where it holds itself
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_values_under(part, known) for part in parts)
-    return known[id(node)]
+    if id(node) not in counts:
+        counts[id(node)] = _MAX_VALUES + 1  # a node that contains itself is always too large
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the configuration files that the package ships, by name."""
+    """Return the configuration files of the package by name."""
     folder = PACKAGE / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -143,11 +168,11 @@ def _read_config(path: str, options: type) -> dict[str, Any]:
     if not file.is_file():
         if path not in shipped_configs():
             names = ", ".join(shipped_configs())
-            raise SempaError(f"The config file {path} cannot be read: there is no such file. Shipped ones: {names}.")
+            raise SempaError(f"The config file {path} cannot be read: there is no such file. Built-in names: {names}.")
         file = shipped_configs()[path]
     content = load_yaml(file)
     if not isinstance(content, dict):
-        raise SempaError(f"The config file {path} does not hold keys and values. Expected lines such as 'beta: 0.1'.")
+        raise SempaError(f"The config file {path} is not a mapping of keys to values, with lines such as 'beta: 0.1'.")
     return dict(convert_option(options, key, value, f"The config file {path}") for key, value in content.items())
 
 
@@ -167,9 +192,9 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
             raise ValueError
         return converted
     except (TypeError, ValueError, OverflowError) as error:
-        expected = f"a value of type {kind.__name__}" + (", and finite" if kind is float else "")
-        # Python writes out no integer of thousands of digits.
-        huge = isinstance(value, int) and value.bit_length() > _MOST_BITS
+        expected = f"a value of type {kind.__name__}" + (" that is finite" if kind is float else "")
+        # Python refuses to print integers of thousands of digits.
+        huge = isinstance(value, int) and value.bit_length() > _MAX_BITS
         shown = f"a number of {value.bit_length()} bits" if huge else reprlib.repr(value)
         raise SempaError(f"{where} is {shown}. Expected {expected}.") from error
 
@@ -177,7 +202,7 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
 def _plain_type(annotation: Any) -> type:
     """Return ``X`` for ``X`` and for ``X | None``."""
     if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
+        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
     assert isinstance(annotation, type)
     return annotation
 

@@ -1,4 +1,4 @@
-"""Names that mean the same on every machine: what is written down to be shared says nothing of its author's folders."""
+"""Portable names: records and commands without local paths, so that shared files do not reveal the author's folders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 _FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".npy", ".parquet", ".safetensors", ".txt", ".yaml", ".yml")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-_BETWEEN_NAMES = re.compile(r"([=,]|:(?=[/~]))")
+_SEPARATORS = re.compile(r"([=,]|:(?=[/~]))")
 
 
 def portable_name(name: str) -> str:
-    """Return a name to publish: of a file or folder its last part; a Hub id or a name of ours as it is.
+    """Return a name that can be published: the last component of a local path; a Hub id or built-in name unchanged.
 
     >>> portable_name("/home/me/runs/first"), portable_name("google/gemma-3-270m"), portable_name("../nli.csv")
     ('first', 'google/gemma-3-270m', 'nli.csv')
@@ -28,24 +28,24 @@ def portable_name(name: str) -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name is one of a file or folder, here or, in an older record, on another machine."""
+    """Return whether a name is a local path, on this machine or on the one that wrote the record."""
     if name.startswith(("/", "~", "./", "../")) or name in (".", ".."):
         return True
     if _exists(Path(name)):
         return True
-    _, slash, rest = name.partition(":")[0].partition("/")  # after a colon, a file of a data set on the Hub
+    _, slash, rest = name.partition(":")[0].partition("/")  # a colon separates a Hub dataset from a file in it
     return bool(slash) and ("/" in rest or rest.endswith(_FILE_SUFFIXES))
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long for a file's name, or not one at all
+    except (OSError, ValueError):  # too long, or not a valid path
         return False
 
 
 def portable_command(words: list[str]) -> str:
-    """Return a command as one line for a shell, with portable names in place of files and folders.
+    """Return a command as one shell line, with portable names in place of local paths.
 
     Args:
         words: The command and its arguments, such as ``--data=/home/me/nli.csv`` or ``base=/a,/b``.
@@ -56,29 +56,29 @@ def portable_command(words: list[str]) -> str:
 def _portable_word(word: str) -> str:
     if _exists(Path(word)):
         return portable_name(word)
-    return "".join(map(portable_name, _BETWEEN_NAMES.split(word)))
+    return "".join(map(portable_name, _SEPARATORS.split(word)))
 
 
 def portable_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run record with portable names in place of files and folders.
+    """Return a run record with portable names in place of local paths.
 
     Args:
-        record: Record of a run, of this version or an earlier one. A portable one stays as it is.
+        record: Record of a run, written by this version or an earlier one. A portable record stays unchanged.
     """
-    found = dict(record)
-    if isinstance(command := found.get("command"), str):
+    portable = dict(record)
+    if isinstance(command := portable.get("command"), str):
         try:
-            found["command"] = portable_command(shlex.split(command))
-        except ValueError:  # cut or edited by hand
-            del found["command"]
-    if isinstance(found.get("base"), str):
-        found["base"] = portable_name(found["base"])
-    if isinstance(config := found.get("config"), dict):
-        found["config"] = {key: portable_name(v) if isinstance(v, str) else v for key, v in config.items()}
+            portable["command"] = portable_command(shlex.split(command))
+        except ValueError:  # truncated, or edited by hand
+            del portable["command"]
+    if isinstance(portable.get("base"), str):
+        portable["base"] = portable_name(portable["base"])
+    if isinstance(config := portable.get("config"), dict):
+        portable["config"] = {key: portable_name(v) if isinstance(v, str) else v for key, v in config.items()}
     for key in ("data", "dev"):
-        part = found.get(key)
-        if isinstance(part, dict) and isinstance(part.get("source"), str):
-            found[key] = {**part, "source": portable_name(part["source"])}
-    if isinstance(averaged := found.get("averaged"), list):
-        found["averaged"] = [{**each, "model": portable_name(str(each["model"]))} for each in averaged]
-    return found
+        data = portable.get(key)
+        if isinstance(data, dict) and isinstance(data.get("source"), str):
+            portable[key] = {**data, "source": portable_name(data["source"])}
+    if isinstance(averaged := portable.get("averaged"), list):
+        portable["averaged"] = [{**entry, "model": portable_name(str(entry["model"]))} for entry in averaged]
+    return portable

@@ -1,4 +1,4 @@
-"""What is needed to repeat a run: versions, hardware, command and data fingerprints."""
+"""Information for repeating a run: versions, hardware, command and data fingerprints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = (
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """Return the SHA-256 (hex) of rows in order, each as canonical JSON."""
+    """Return the SHA-256 (hex) of the rows in order, each serialised as canonical JSON."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
@@ -39,18 +39,18 @@ def fingerprint(rows: Iterable[Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    """Return the installed versions of Python and of the packages that affect results."""
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def hardware() -> dict[str, Any]:
-    """Return the machine's kind, processor count and accelerators (no host name)."""
+    """Return the machine type, operating system, processor and GPUs (no host name)."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -64,10 +64,7 @@ def hardware() -> dict[str, Any]:
 
 
 def run_info() -> dict[str, Any]:
-    """Return the common head of every run record: time (UTC), command, versions and hardware.
-
-    Of files and folders in the command only the last part is kept: the rest is the author's own machine.
-    """
+    """Return the common fields of all run records: time (UTC), command with portable names, versions and hardware."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "sempa") or "python"
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

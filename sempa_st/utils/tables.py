@@ -1,4 +1,4 @@
-"""Plain-text tables for the end of a command."""
+"""Plain-text tables for the output of commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows under a header; numbers are set right, floats with two places.
+    """Format rows under a header; numbers are aligned right, floats have two decimals.
 
     >>> print(table(["task", "score"], [["STS12", 61.5], ["average", 7]]))
     task       score
@@ -18,6 +18,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """
     cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     numeric = [all(isinstance(row[index], int | float) for row in rows) for index in range(len(header))]
-    align = ["right" if right else "left" for right in numeric]
-    # Cells are text by now, and stay as they are even where they look like numbers.
+    align = ["right" if is_number else "left" for is_number in numeric]
+    # The cells are formatted already; tabulate must not parse them as numbers again.
     return tabulate(cells, list(header), tablefmt="simple", colalign=align, disable_numparse=True)

@@ -1,4 +1,4 @@
-"""Options from outside are of a size: what would fill the memory, or never end, is refused before it is made."""
+"""Bounds on options: values that would exhaust the memory, or never end, are refused before they are expanded."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_references_of_a_usual_number_are_followed(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_file_of_options(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(SempaError, match="it is no file"):
+    with pytest.raises(SempaError, match="it is not a file"):
         load_yaml(tmp_path / "pipe")
 
 

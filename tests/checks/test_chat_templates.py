@@ -77,11 +77,11 @@ FOREVER = {
     "much for each sentence": "{% for i in range(90000) %}{% for j in 'abcdefghijklmnop' %}{% endfor %}{% endfor %}",
     "a special token": "{% for a in bos_token %}{{ bos_token }}{% endfor %}",
 }
-"""Templates that a base could have and no syntax gives away."""
+"""Templates that are too slow or large although their syntax looks harmless."""
 HARMLESS = {
     "an indentation": "{% macro show(depth) %}{{ '-' * (depth * 2) }}{% endmacro %}{{ show(3) }}",
     "short numbers in numbers": "{% for i in range(4) %}{% for j in range(3) %}{{ i * j }}{% endfor %}{% endfor %}",
-    "a power": "{{ 9 ** 9 ** 9 }}",  # from the left, as Jinja reads it: 78 digits
+    "a power": "{{ 9 ** 9 ** 9 }}",  # Jinja evaluates it from the left: 78 digits
     "a refusal": "{{ raise_exception('Conversation roles must alternate') }}",
     "an error": "{{ messages[0].content + 1 }}",
     "much": "{%- macro show(m, n=1) -%}{{ '  ' * n }}{{ m | tojson(indent=2) }}{%- endmacro -%}"

@@ -1,4 +1,4 @@
-"""A stranger's folder: whatever its files hold, one paragraph says what is wrong, and nothing hangs or is written."""
+"""Untrusted folders: any invalid content gives a one-paragraph error, and nothing hangs or is written."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CONTENTS: dict[str, bytes] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and an adapter folder on it, both with all the files that are looked at."""
+    """Make a base and an adapter folder on it, with all the files that are checked."""
     root = tmp_path_factory.mktemp("sound")
     base = save_base(root / "base", make_llama(), make_tokenizer())
     folder = finish_adapter(root / "sempa", base, make_llama())
@@ -78,7 +78,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folders(sound: Path, tmp_path: Path) -> Path:
-    """A copy of them to spoil."""
+    """Copy the valid folders, for a test to modify."""
     root = shutil.copytree(sound, tmp_path / "given")
     change(root / "sempa" / "adapter_config.json", base_model_name_or_path=str(root / "base"))
     (tmp_path / "in.txt").write_text("A cat sleeps.\n")
@@ -90,14 +90,14 @@ def change(path: Path, **values: Any) -> None:
 
 
 def make_sharded(base: Path, names: dict[str, str] | None = None) -> None:
-    """Give a base an index of its only file, each tensor under that name or the one given."""
+    """Give a base a weight index of its only file; ``names`` overrides the file of single tensors."""
     (base / "model.safetensors").rename(base / "shard.safetensors")
     weights = dict.fromkeys(load_file(base / "shard.safetensors"), "shard.safetensors")
     write_json(base / INDEX, {"metadata": {}, "weight_map": {**weights, **(names or {})}})
 
 
 def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) -> None:
-    """Encoding, copying and loading all end in one paragraph that names what is wrong."""
+    """Assert that encoding, copying and loading all end in a one-paragraph error that contains ``named``."""
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     for argv in (
         ("encode", folder, tmp_path / "in.txt", "--output", tmp_path / "out.npy", "--device", "cpu", *FLOAT32),
@@ -105,7 +105,7 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
     ):
         code, _, error = run_cli(*argv)
         assert code == 2, error
-        *_, error = error.rpartition("sempa: ")  # after the bars of libraries
+        *_, error = error.rpartition("sempa: ")  # after the progress bars of libraries
         assert error.count("\n") == 1
         assert len(error) < 2000
         assert "not an error we foresaw" not in error
@@ -327,7 +327,7 @@ def test_names_in_lists_are_no_patterns(folders: Path) -> None:
 
 @pytest.mark.parametrize("pattern", [{"q_proj": 4, "v_proj": 8}, {"no_such_layer": 20}, {r".*\.q_proj": 4}])
 def test_ranks_by_layer(folders: Path, pattern: dict[str, int]) -> None:
-    """None of all layers' need be the one of the settings, and PEFT ignores a name that no layer has."""
+    """No layer needs to have the default rank, and PEFT ignores names that match no layer."""
     settings = folders / "sempa" / "adapter_config.json"
     change(settings, r=32, rank_pattern=pattern)
     check_folder(folders / "sempa")
@@ -345,7 +345,7 @@ def test_keys_of_other_versions_are_taken(folders: Path) -> None:
 
 
 def test_headers_of_weights(run_cli: RunCli, folders: Path, tmp_path: Path) -> None:
-    """A header of absurd length, and a rank that the tensors do not have."""
+    """Headers with an invalid length are refused, and a rank that the tensors do not have."""
     path = folders / "sempa" / "adapter_model.safetensors"
     kept = path.read_bytes()
     for content in (struct.pack("<Q", 1 << 62) + kept[8:], kept[: len(kept) // 2], struct.pack("<Q", 2) + b"{}x"):
@@ -357,7 +357,7 @@ def test_headers_of_weights(run_cli: RunCli, folders: Path, tmp_path: Path) -> N
 
 
 def test_nothing_is_written_beside_a_copy(folders: Path, tmp_path: Path) -> None:
-    """A name with .. in an index led a copy to files of the user's."""
+    """An index with an absolute name or .. must not make a copy write to the user's files."""
     mine = tmp_path / "mine.safetensors"
     mine.write_text("mine")
     for name in ("../mine.safetensors", str(mine)):
@@ -400,7 +400,7 @@ def test_no_link_brings_a_secret_into_a_copy(folders: Path, tmp_path: Path, kind
 
 
 def test_links_inside_a_folder_and_its_cache_are_followed(folders: Path, tmp_path: Path) -> None:
-    """The Hub's client keeps the files of a repository apart, and links to them."""
+    """The cache of the Hub's client consists of links to blobs."""
     repository = tmp_path / "hub" / "models--someone--something"
     snapshot = repository / "snapshots" / ("0" * 40)
     (repository / "blobs").mkdir(parents=True)
@@ -452,7 +452,7 @@ def test_files_that_nothing_reads_are_nobodys_concern(folders: Path, tmp_path: P
 
 
 def test_what_nothing_reads_is_not_copied(folders: Path, tmp_path: Path) -> None:
-    """A folder beside the model's files may link to anywhere."""
+    """An irrelevant folder may be a link to anywhere."""
     (folders / "sempa" / "notes").symlink_to("/")
     sources = [str(folders / "sempa")] * 2
     averaged = average_models(sources, tmp_path / "mean", rank=4)
@@ -478,7 +478,7 @@ def add_module(folder: Path, path: str, kind: str) -> None:
     ],
 )
 def test_pickled_weights_of_modules_are_refused(folders: Path, path: str, kind: str, inner: str) -> None:
-    """Whatever lies beside them, but the file that is taken in their place."""
+    """Other safetensors files do not count, only the one that is loaded instead."""
     place = folders / "sempa" / path / inner
     place.mkdir(parents=True, exist_ok=True)
     add_module(folders / "sempa", path, kind)
@@ -533,7 +533,7 @@ def test_settings_in_the_folders_of_modules_are_looked_at(folders: Path, name: s
 def test_pickled_weights_alone_are_refused(
     run_cli: RunCli, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
-    """By whatever file they are named; torch.load is never reached."""
+    """Whichever file names them, torch.load is never called."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("torch.load was reached")

@@ -1,4 +1,4 @@
-"""Code that lies in a folder never runs, by whatever route the folder is opened, and nobody is asked whether it may."""
+"""Remote code in a folder never runs, however the folder is opened, and the user is never prompted to allow it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MAPS: dict[str, Any] = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnMode
 
 @pytest.fixture
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that code of a folder would write; whoever is asked says yes."""
+    """Path of a file that the folder's code would write; every prompt is answered with yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
     monkeypatch.setattr("builtins.input", lambda *args: "y")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -60,7 +60,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def bring_code(folder: Path, canary: Path, part: str) -> Path:
-    """Let a folder's model or tokenizer ask for a class of the folder's own."""
+    """Make the model or tokenizer of a folder need a class from the folder's own code."""
     (folder / "own.py").write_text(CODE.format(canary=str(canary)))
     if part == "model":
         change(folder / "config.json", model_type="of-its-own", auto_map=MAPS)
@@ -145,7 +145,7 @@ def assert_refused(route: Callable[[Path], Any], folders: Path, canary: Path) ->
 
 
 def test_another_fault_of_a_folder_with_code_is_told(folders: Path) -> None:
-    """A model that transformers knows may bring code too, which nobody asks for."""
+    """A model that transformers implements may come with code as well, which is not needed."""
     change(folders / "base" / "config.json", auto_map=MAPS)
     load(folders, "base")
     change(folders / "base" / "config.json", hidden_act="no-such-function")
@@ -186,7 +186,7 @@ def test_the_command_line_says_so(
 @pytest.mark.parametrize("trusting", [False, True])
 @pytest.mark.parametrize("format", ["native", "custom"])
 def test_trust_in_a_folder_is_none_in_its_base(folders: Path, canary: Path, format: str, trusting: bool) -> None:
-    """Whoever trusts the module in a folder has not seen the code of the base that its adapter names."""
+    """Trust in the module of a folder does not extend to the code of the base that its adapter names."""
     bring_code(folders / "base", canary, "model")
     with pytest.raises(ValueError, match="trust_remote_code"):
         PromptEOL.load(str(folders / format), trust_remote_code=trusting)
@@ -215,7 +215,7 @@ def test_a_method_module_trusts_no_base(folders: Path, canary: Path, tmp_path: P
 
 
 def test_what_transformers_knows_itself_is_read_without_the_code(folders: Path, canary: Path) -> None:
-    """As with many models on the Hub that brought code before transformers had them."""
+    """Like many models on the Hub that came with code before transformers implemented them."""
     expected = load(folders, "base").encode(["A cat"])
     bring_code(folders / "base", canary, "model")
     change(folders / "base" / "config.json", model_type="llama")
@@ -245,6 +245,6 @@ def test_every_call_says_what_it_trusts() -> None:
     assert len(calls) > 8
     for path, call, function in calls:
         said = {keyword.arg for keyword in call.keywords}
-        # Arguments that are passed on were put together in the same function.
+        # Arguments passed on as **arguments are assembled in the same function.
         passed_on = None in said and '"trust_remote_code"' in ast.unparse(function).replace("'", '"')
         assert "trust_remote_code" in said or passed_on, f"{path}:{call.lineno}"

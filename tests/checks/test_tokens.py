@@ -1,4 +1,4 @@
-"""Tokens that a base's embedding matrix has no row for."""
+"""Tokenizers with token ids outside the embedding matrix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SENTENCES = ["A cat sleeps.", "A much longer sentence, so that the first one is 
 
 
 def base_with(folder: Path, **special: str) -> Path:
-    """Save a base whose tokenizer has added special tokens, the first of number 600, beyond the matrix."""
+    """Save a base whose tokenizer has added special tokens with ids from 600, outside the matrix."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(special)
     return save_base(folder, make_llama(), tokenizer)
@@ -54,7 +54,7 @@ def test_a_trained_folder_pads_with_it_too(tmp_path: Path) -> None:
 
 
 def test_an_adapter_folder_is_held_against_its_base(tmp_path: Path) -> None:
-    """It has no settings of the model by which the rows would be known."""
+    """An adapter folder has no ``config.json`` with the size of the matrix."""
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
     folder = finish_adapter(tmp_path / "sempa", base, make_llama())
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -94,7 +94,7 @@ def test_a_vocabulary_of_another_model_is_refused(tiny_base: Path, tmp_path: Pat
 
 
 def test_a_special_token_that_no_text_needs_may_lie_beyond(tmp_path: Path) -> None:
-    """As Gemma 3's token for images does in its decoders for text alone."""
+    """Like the image token of Gemma 3 in its text-only decoders."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     base = save_base(tmp_path / "base", make_llama(), tokenizer)

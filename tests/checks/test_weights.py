@@ -1,4 +1,4 @@
-"""Checkpoints that do not hold just what the model has: never filled up with random weights."""
+"""Checkpoints with missing or unexpected tensors: they are refused, and never completed with random weights."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ BUFFERS = {
     "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.inv_freq"],
     "opt": ["model.decoder.position_ids"],
 }
-"""Buffers that old versions of transformers saved, by architecture."""
+"""Buffers that old versions of transformers saved, by model type."""
 
 
 @pytest.mark.parametrize("family", BUFFERS)

@@ -1,4 +1,4 @@
-"""Copies of adapters of every kind that PEFT has: the source's vectors in every reader, or a refusal."""
+"""Copies of all kinds of PEFT adapters: every reader returns the source's vectors, or the copy is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 NATIVE, CUSTOM, MERGED, ACTIVATED, SCALED = "native", "custom", "merged", "activated", "scaled"
 ALL = {NATIVE, CUSTOM, MERGED, ACTIVATED, SCALED}
-# The base, the settings, and the copies that are refused; all others must be right.
+# Base, settings, and the copies that are refused; all other copies must be equivalent.
 KINDS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "plain": ("plain", {}, set()),
     "dora": ("plain", {"use_dora": True}, {NATIVE, ACTIVATED, SCALED}),
@@ -86,7 +86,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def save_adapter(folder: Path, base: Path, model: Any, settings: dict[str, Any], **saving: Any) -> Any:
-    """Write a custom folder with an adapter all of whose tensors are random; returns the live model."""
+    """Write a custom folder with an adapter with random tensors, and return the model in memory."""
     torch.manual_seed(3)
     plain = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": linear_suffixes(model)}
     tuned = get_peft_model(model, LoraConfig(**{**plain, **settings}))
@@ -110,7 +110,7 @@ def tokenizer() -> Any:
 
 
 def outputs(model: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last state and all logits, of a model as transformers or PEFT runs it."""
+    """Return the last hidden state (hidden,) and the logits (seq_len, vocab_size) of a model."""
     with torch.no_grad():
         found = model(**tokenizer()(text, return_tensors="pt"), output_hidden_states=True)
     return found.hidden_states[-1][0, -1].numpy(), found.logits[0].numpy()
@@ -126,7 +126,7 @@ def generator(folder: Path) -> Any:
 
 
 def by_plain_readers(folder: Path, copy: str) -> list[np.ndarray]:
-    """Embed with plain sentence-transformers, and with transformers or PEFT."""
+    """Return the vectors by plain sentence-transformers, and by transformers or PEFT."""
     embedder = SentenceTransformer(str(folder), device="cpu", trust_remote_code=copy in (CUSTOM, ACTIVATED))
     return [embedder.encode(TEXTS), under_template(generator(folder))]
 
@@ -175,7 +175,7 @@ def test_a_copy_is_right_or_refused(kind: str, bases: dict[str, Path], tmp_path:
 
 
 def check_mean(source: Path, folder: Path, expected: np.ndarray) -> None:
-    """The mean of an adapter with itself is that adapter, or it is refused."""
+    """Assert that the mean of an adapter with itself is that adapter, or is refused."""
     try:
         average_models([str(source)] * 2, folder)
     except SempaError as error:
@@ -186,7 +186,7 @@ def check_mean(source: Path, folder: Path, expected: np.ndarray) -> None:
 
 
 def scaled(live: Any, scale: float) -> np.ndarray:
-    """Return the vectors with the second factor of each update scaled."""
+    """Return the vectors with all B matrices scaled."""
     for name, parameter in live.named_parameters():
         if "lora_B" in name or "lora_embedding_B" in name:
             parameter.data *= scale
@@ -211,7 +211,7 @@ def test_an_embedding_that_peft_saved_beside_its_update_is_the_bases(bases: dict
 
 
 def test_plain_readers_find_adapters_on_some_layers(bases: dict[str, Path], tmp_path: Path) -> None:
-    """As `--lora-layers` trains them: in the format native, without another copy."""
+    """Adapters as `--lora-layers` trains them, directly in the native format."""
     model = make_base_model("plain")
     settings = lora_config(model, layers=[1]).to_dict()
     chosen = {name: settings[name] for name in ("layers_to_transform", "layers_pattern")}

@@ -175,7 +175,7 @@ def test_padding_never_uses_eos(tmp_path: Path, added: list[str], expected: str)
     tokenizer.add_special_tokens({"additional_special_tokens": added})
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    # "<pad>" itself stays in the vocabulary as a special token, and is what a person would choose.
+    # "<pad>" stays in the vocabulary as a special token, and is the natural choice.
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["pad_token"] == "<eos>"
     loaded = load_tokenizer(tmp_path)
@@ -205,10 +205,10 @@ def test_dtype_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_dtype("auto", "cpu")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps no account of this kind")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is part of glibc")
 def test_freed_memory_is_given_back() -> None:
     pieces = ["x" * 2000 + str(number) for number in range(50_000)]
-    kept = pieces[-1]  # above all the others, so that the heap does not shrink by itself
+    kept = pieces[-1]  # at the top of the heap, so that the heap does not shrink by itself
     before = memory_in_use()
     del pieces
     trim_malloc()
@@ -217,7 +217,7 @@ def test_freed_memory_is_given_back() -> None:
 
 
 def memory_in_use() -> float:
-    """Return this process's own memory in MiB."""
+    """Return the private memory of this process in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) / 1024
 

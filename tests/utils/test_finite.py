@@ -1,4 +1,4 @@
-"""Vectors that are no numbers never leave the package, and half characters never reach a tokenizer."""
+"""Infinite or NaN vectors are never returned, and lone surrogates never reach a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = ["A cat sleeps.", "Why?", "Snow"]
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose weights float16 can hold, and whose states it cannot."""
+    """Save a base whose weights fit into float16, and whose hidden states overflow."""
     model = make_llama()
     model.model.norm.weight.data.fill_(6e4)
     return save_base(tmp_path_factory.mktemp("bases") / "overflowing", model, make_tokenizer())
@@ -39,7 +39,7 @@ def test_encode_names_the_rows(overflowing: Path, tmp_path: Path, run_cli: Cli) 
     command = ("encode", overflowing, tmp_path / "texts.csv", "--output", tmp_path / "out.npy", "--skip-bad-rows")
     code, _, err = run_cli(*command, "--dtype", "float16", "--device", "cpu")
     assert code == 2
-    assert "3 of 3 vector(s) hold infinite values or no numbers: of row 2 ('A cat sleeps.'), row 3" in err
+    assert "3 of 3 vector(s) contain infinite or NaN values: of row 2 ('A cat sleeps.'), row 3" in err
     assert "choose dtype float32" in err
     assert [path.name for path in tmp_path.iterdir()] == ["texts.csv"]
     code, _, err = run_cli(*command, "--dtype", "float32", "--device", "cpu")
@@ -52,7 +52,7 @@ def test_evaluate_names_the_sentences(overflowing: Path, tmp_path: Path, run_cli
         "--output", tmp_path / "out", "--dtype", "float16", "--device", "cpu",
     )  # fmt: skip
     assert (code, out) == (2, "")
-    assert "hold infinite values or no numbers: of text 0 (" in err
+    assert "contain infinite or NaN values: of text 0 (" in err
 
 
 def test_a_dev_score_of_no_numbers_is_refused() -> None:
@@ -91,7 +91,7 @@ def test_large_numbers_are_numbers() -> None:
 def test_scores_of_no_numbers_are_not_remembered(overflowing: Path) -> None:
     model = sempa_st.load(overflowing, dtype="float16", device="cpu")
     with encode_cache(model) as tally:
-        with pytest.raises(SempaError, match="hold infinite values"):
+        with pytest.raises(SempaError, match="contain infinite"):
             model.encode(TEXTS)
         assert tally.encoded == 0
 
@@ -111,7 +111,7 @@ def test_a_scale_that_overflows_is_refused(adapter_folder: Path, tmp_path: Path,
 
 def test_merged_weights_that_overflow_are_refused(adapter_folder: Path, tmp_path: Path) -> None:
     strong = copy_model(str(adapter_folder), tmp_path / "strong", scale=1e7)
-    with pytest.raises(SempaError, match=r"infinite or no number, in the tensor .*float16"):
+    with pytest.raises(SempaError, match=r"infinite or NaN, in the tensor .*float16"):
         copy_model(str(strong), tmp_path / "merged", merge=True, dtype="float16")
     assert not (tmp_path / "merged").exists()
 
@@ -128,19 +128,19 @@ def test_no_kind_of_vector_leaves_that_is_no_number(
     overflowing: Path, form: Callable[[Any], Any], options: dict[str, Any]
 ) -> None:
     model = sempa_st.load(overflowing, dtype="float16", device="cpu")
-    with pytest.raises(SempaError, match=r"infinite values or no numbers: of text 0 \('A cat sleeps.'\)"):
+    with pytest.raises(SempaError, match=r"infinite or NaN values: of text 0 \('A cat sleeps.'\)"):
         model.encode(form(TEXTS), **options)
-    with pytest.raises(SempaError, match="infinite values or no numbers"):
+    with pytest.raises(SempaError, match="infinite or NaN values"):
         model.encode(TEXTS[0], **options)
     if "output_value" not in options:
         exact, plain = (kind.encode(form(TEXTS), **options) for kind in both(overflowing))
         assert type(exact) is type(plain)
-        # Integers are ranges of what is in the batch.
+        # Integers are quantised by the range of the batch.
         np.testing.assert_allclose(np.stack(list(exact)), np.stack(list(plain)), rtol=1e-3, atol=1)
 
 
 def both(base: Path) -> tuple[Any, Any]:
-    """The model in float32, and the same module under sentence-transformers' own class."""
+    """Return the model in float32, and the same module in the plain SentenceTransformer class."""
     model = sempa_st.load(base, dtype="float32", device="cpu")
     return model, PlainTransformer(modules=[model[0]], device="cpu")
 
@@ -148,7 +148,7 @@ def both(base: Path) -> tuple[Any, Any]:
 @pytest.mark.parametrize("texts", [("ok", "\ud800"), [{"text": "\ud800"}], "\ud800", {"text": "\ud800"}])
 def test_no_half_character_reaches_a_tokenizer(tiny_base: Path, texts: Any) -> None:
     model = sempa_st.load(tiny_base, dtype="float32", device="cpu")
-    with pytest.raises(SempaError, match="hold half a character"):
+    with pytest.raises(SempaError, match="contain a lone surrogate"):
         model.encode(texts)
-    with pytest.raises(SempaError, match="hold half a character"):
+    with pytest.raises(SempaError, match="contain a lone surrogate"):
         model.encode(["ok"], prompt="\ud800")

@@ -1,4 +1,4 @@
-"""Hub ids without a hub: a cache in the Hub's own layout stands in for it."""
+"""Hub ids, offline: a local cache in the Hub's layout replaces the Hub."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def publish(cache: Path, name: str, folder: Path) -> None:
     shutil.copytree(folder, repository / "snapshots" / REVISION)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
-    # The cache also remembers which files the repository does not have; readers asked for them when they were online.
+    # The cache also records which files the repository does not have, as it does after use online.
     missing = repository / ".no_exist" / REVISION
     missing.mkdir(parents=True)
     for file in ("config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json"):

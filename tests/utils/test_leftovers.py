@@ -51,7 +51,7 @@ else:
 
 @contextmanager
 def process(kind: str, target: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that is in the middle of making ``target``."""
+    """Start a process that is in the middle of writing ``target``."""
     command = [sys.executable, "-c", WRITER, kind, str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -111,7 +111,7 @@ def test_others_files_are_no_leftovers(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
-    """As after a kill between the two renames of an overwriting command."""
+    """The state after a kill between the two renames of an overwrite."""
     for scratch in (True, False):
         old = tmp_path / ".out.old-0123abcd"
         old.mkdir()
@@ -123,7 +123,7 @@ def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
         assert (tmp_path / "out" / "mine").read_text() == "x"
         assert hidden(tmp_path) == []
         (tmp_path / "out").rename(old)
-        (tmp_path / "out").mkdir()  # the new one came into its place
+        (tmp_path / "out").mkdir()  # the new output is in place
         check_output_folder(tmp_path / "out")
         assert hidden(tmp_path) == []
         (tmp_path / "out").rmdir()
@@ -162,7 +162,7 @@ def test_a_lock_keeps_others_out_and_leaves_no_file(tmp_path: Path) -> None:
 def test_a_lock_file_that_was_replaced_meanwhile_is_not_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process took the file away, and a third one made a new one, between our opening and our locking it."""
+    """Other processes removed the file and created a new one between our opening and locking it."""
     lock, flock, replaced = tmp_path / "lock", fcntl.flock, []
 
     def late(number: int, operation: int) -> None:
@@ -207,7 +207,7 @@ def test_names_may_be_as_long_as_a_file_system_allows(tmp_path: Path, name: str)
         child.send_signal(signal.SIGKILL)
         child.wait()
     old = scratch.with_name(scratch.name.replace(".partial-", ".old-"))
-    target.rename(old)  # as after a kill between the two renames
+    target.rename(old)  # the state after a kill between the two renames
     clear_leftovers(target.parent)
     assert len(list(target.parent.iterdir())) == 1
     clear_leftovers(target.parent, name)
@@ -248,7 +248,7 @@ def modes(path: Path) -> set[tuple[bool, int]]:
 
 
 def test_the_umask_decides_on_modes(tmp_path: Path, umask: int) -> None:
-    """Whatever a library that writes a file, or the file that it is a copy of, chose."""
+    """Whatever mode the library that writes a file, or the file that is copied, has."""
     with atomic_folder(tmp_path / "folder") as folder:
         save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
         (folder / "sub").mkdir(mode=0o700)
@@ -274,7 +274,7 @@ def test_the_umask_decides_on_models_too(adapter_folder: Path, tmp_path: Path, u
 
 
 def test_a_file_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a power loss leaves the old one or the new one, whole."""
+    """After a power loss the old or the new file is there, complete."""
     events: list[str] = []
     fsync, replace, rename = os.fsync, Path.replace, Path.rename
 
@@ -308,7 +308,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_paragraph(tmp_path: Path, n
 
 
 def test_a_disk_that_is_full_for_weights_is_told_alike() -> None:
-    """The safetensors library has an error of its own, with the number in its text."""
+    """The safetensors library raises its own error, with the errno in its message."""
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert unwritable_reason(full) == os.strerror(errno.ENOSPC)
     assert unwritable_reason(SafetensorError("Error while deserializing header: header too small")) is None

@@ -36,7 +36,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("resume: 1", "resume is 1. Expected a value of type bool"),
         ("output:", "output is None. Expected a value of type str"),
         ("data: [a, b]", "data is .*Expected a value of type str"),
-        ("- a", "does not hold keys and values"),
+        ("- a", "is not a mapping of keys to values"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_command_keeps_its_flags(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that was trained with everything named by a path on this machine, Gemma's notice included."""
+    """Train a folder with local paths for all inputs, and with Gemma's notice."""
     root = tmp_path_factory.mktemp("portable")
     base = save_base(root / "secret" / "my-base", make_gemma(), make_tokenizer(chat=None))
     rows = [{"sent0": f"a {n}", "sent1": f"b {n}", "hard_neg": f"c {n}"} for n in range(8)]
@@ -101,7 +101,7 @@ def test_nothing_that_is_shared_names_the_authors_folders(trained: Path, tmp_pat
         average_models([str(trained), str(trained)], tmp_path / "mean"),
     ]
     for folder in copies:
-        # On this machine the adapter must find its base.
+        # The adapter must find its base on this machine.
         assert texts_that_name(folder, "secret") == ["adapter_config.json"], folder
     again = copy_model(str(merged), tmp_path / "again", format="custom")
     for folder in (merged, again):
@@ -144,7 +144,7 @@ def test_a_base_that_moved_with_its_adapter_is_found(trained: Path, tmp_path: Pa
 
 
 def test_a_sweep_knows_its_finished_runs_by_the_settings_as_given(tmp_path: Path) -> None:
-    """Two bases of one name differ in the grid, though not in what is published of them."""
+    """Two bases with the same last path component differ in the grid, though not in their portable names."""
     bases = [save_base(tmp_path / part / "base", make_llama(seed), make_tokenizer()) for seed, part in enumerate("ab")]
     fixed = {"data": "sample", "output": "o", "dev": "sample", "device": "cpu"}
     configs, varied = make_configs(fixed, [{"base": str(base)} for base in bases])

@@ -1,0 +1,57 @@
+"""Schema of the run record ``sempa_run.json``, and the base class of all schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints
+
+_OBJECTIVE = r"^[a-z-]{1,32}(:[0-9.e+-]{1,32})?( ?, ?[a-z-]{1,32}(:[0-9.e+-]{1,32})?){0,7}$"
+"""A weighted sum of objectives, such as ``dpo:0.3,contrastive:1``. Later versions may add names."""
+
+
+class Settings(BaseModel):
+    """Base class of the schemas: strict types, and unknown keys are allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class _Data(Settings):
+    source: str
+    triplets: NonNegativeInt
+    sha256: str
+
+
+class _Score(Settings):
+    samples: NonNegativeInt
+    spearman: float | None
+
+
+class _Dev(Settings):
+    source: str
+    pairs: NonNegativeInt
+    scores: list[_Score]
+
+
+class _Averaged(Settings):
+    model: str
+
+
+class _Table(Settings):
+    title: str
+    columns: list[Any]
+    rows: list[list[Any]]
+
+
+class RunRecord(Settings):
+    """Content of ``sempa_run.json``."""
+
+    objective: Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
+    base: str | None = None
+    command: str | None = None
+    config: dict[str, Any]
+    data: _Data
+    dev: _Dev
+    scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    averaged: list[_Averaged] | None = None
+    results: list[_Table] | None = None
