@@ -29,8 +29,9 @@ from sempa_st.methods.module import MethodModule, rows_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.utils.devices import avoid_broken_sdpa, pick_device
+from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import read_json, write_json
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table

@@ -22,6 +22,7 @@ from sempa_st.evaluation.generation_data import (
     read_splits,
     subset,
 )
+from sempa_st.model.patching import without_harness_bars
 from sempa_st.model.tokenizer import own_chat_template
 
 if TYPE_CHECKING:
@@ -275,16 +276,12 @@ def average(scores: Sequence[GenerationScore]) -> float | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
-    from lm_eval.api import task as harness
-
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, harness.tqdm
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    harness.tqdm = lambda rows, **_: rows
     try:
-        with warnings.catch_warnings():
+        with without_harness_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        harness.tqdm = bar

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import cache_argument
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import invocation_tokens
 from sempa_st.model.token_rows import common_prefix
 

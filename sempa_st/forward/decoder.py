@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 

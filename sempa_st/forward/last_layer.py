@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 
 _OF_TOKENS = ("position_ids", "position_embeddings")
 """What a layer is given that has one entry a token, in its second dimension."""

@@ -22,6 +22,7 @@ from sempa_st.forward.decoder import (
 )
 from sempa_st.forward.last_layer import last_layer_only_at
 from sempa_st.forward.varlen import ATTENTIONS
+from sempa_st.model.patching import attention_implementation
 from sempa_st.model.token_rows import common_prefix
 
 DENSE_MASK_ATTENTION = (*ATTENTIONS, *ATTENTIONS.values())
@@ -127,7 +128,7 @@ def can_pack(decoder: Any, longest: int) -> bool:
         accepts_position_ids(decoder)
         and attention_only(decoder)
         and decoder.is_backend_compatible()
-        and decoder.config.get_text_config()._attn_implementation in DENSE_MASK_ATTENTION
+        and attention_implementation(decoder.config.get_text_config()) in DENSE_MASK_ATTENTION
         and within_sliding_window(decoder, longest)
     )
 

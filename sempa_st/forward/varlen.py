@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sempa_st.forward.decoder import accepts_position_ids, attention_only, last_hidden_states
+from sempa_st.model.patching import attention_implementation
 
 ATTENTIONS = {"sdpa": "sempa_st_sdpa", "eager": "sempa_st_eager"}
 """Attention functions of transformers, and those of ours that do the same for any pass but one of rows by edges."""
@@ -47,7 +48,7 @@ def attention_is_exchangeable(decoder: Any) -> bool:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         decoder.is_backend_compatible()
-        and config._attn_implementation in {*ATTENTIONS, *ATTENTIONS.values()}
+        and attention_implementation(config) in {*ATTENTIONS, *ATTENTIONS.values()}
         and accepts_position_ids(decoder)
         and attention_only(decoder)
         and width <= _LARGEST_HEAD
@@ -135,7 +136,7 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _use_ours(decoder: Any) -> None:
-    name = decoder.config.get_text_config()._attn_implementation
+    name = attention_implementation(decoder.config.get_text_config())
     if name in ATTENTIONS:
         decoder.set_attn_implementation(ATTENTIONS[name])
 

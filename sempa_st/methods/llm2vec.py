@@ -11,6 +11,7 @@ from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import states_after_layers
 from sempa_st.forward.packing import DENSE_MASK_ATTENTION, additive_mask
 from sempa_st.methods.method import Method, Rendered, Rows, mean_pooled
+from sempa_st.model.patching import attention_implementation
 from sempa_st.model.templates import normalize_sentence
 
 
@@ -41,7 +42,7 @@ class LLM2Vec(Method):
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder's attention takes no mask of its own."""
         super().check(model)
-        found = model.config.get_text_config()._attn_implementation
+        found = attention_implementation(model.config.get_text_config())
         if found not in DENSE_MASK_ATTENTION:
             raise SempaError(
                 f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {DENSE_MASK_ATTENTION}."

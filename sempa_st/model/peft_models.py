@@ -5,10 +5,8 @@ This file needs nothing else of sempa_st; see ``prompt_eol.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from functools import partial
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .patching import EVERY_TOKEN, alora_acting_on, patch_alora
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _START_AT_ZERO = ("lora_B", "lora_embedding_A")
 """Factors of an update that are zero before training."""
-_APART = "_sempa_st_apart"
-"""Attribute of PEFT's model with the names of the adapters that are kept apart."""
-_EVERY_TOKEN = -1
-_ACTS_ON: ContextVar[list[int] | int | None] = ContextVar("sempa_st_activated", default=None)
-"""How many tokens at each row's end an activated adapter acts on in this thread's pass, or all (_EVERY_TOKEN)."""
 
 
 def is_peft_model(model: Any) -> bool:
@@ -55,73 +50,8 @@ def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
     if not invocation_tokens(model):
         yield
         return
-    keep_activation_apart(model)  # it may have come after the module
-    with _acting_on(_EVERY_TOKEN if tokens is None else tokens):
-        yield
-
-
-@contextmanager
-def _acting_on(tokens: list[int] | int) -> Iterator[None]:
-    token = _ACTS_ON.set(tokens)
-    try:
-        yield
-    finally:
-        _ACTS_ON.reset(token)
-
-
-def keep_activation_apart(model: Any) -> None:
-    """Make a model's activated adapters read from the thread's context which tokens they act on.
-
-    PEFT tells the layers by hooks, which the passes of all threads run while they are there, and which an exception
-    leaves behind. Nothing is done to a model without such an adapter, nor a second time.
-    """
-    if not is_peft_model(model):
-        return
-    configs = model.peft_config.items()
-    names = {name for name, config in configs if getattr(config, "alora_invocation_tokens", None)}
-    lora = model.base_model
-    if names <= vars(lora).get(_APART, set()):
-        return
-    for layer in model.modules():
-        for name in names & getattr(layer, "lora_variant", {}).keys():
-            variant = layer.lora_variant[name]
-            variant.forward = partial(_forward_in_context, type(variant).forward)
-    # PEFT has no public way to say where an activated adapter acts. Seen in PEFT 0.21.
-    lora._enable_peft_forward_hooks = partial(_offsets_in_context, lora)
-    setattr(lora, _APART, names)
-
-
-def _forward_in_context(
-    forward: Callable[..., Tensor],
-    layer: Any,
-    *,
-    active_adapter: str,
-    x: Tensor,
-    result: Tensor,
-    alora_offsets: list[int | None] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Add what an activated adapter adds to a layer's output; ``forward`` and the arguments are PEFT's."""
-    acts_on = _ACTS_ON.get()
-    if isinstance(acts_on, int):
-        dropped = layer.lora_dropout[active_adapter](x)
-        update: Tensor = layer.lora_B[active_adapter](layer.lora_A[active_adapter](dropped))
-        return result + update * layer.scaling[active_adapter]
-    offsets = alora_offsets if acts_on is None else acts_on
-    return forward(layer, active_adapter=active_adapter, x=x, result=result, alora_offsets=offsets, **kwargs)
-
-
-@contextmanager
-def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Take the place of PEFT's hooks; ``lora`` and the arguments are those of PEFT's own method."""
-    offsets = kwargs.get("alora_offsets")
-    # Layers that are run again for their gradients are so when the context is gone, and beam search is refused there.
-    own = offsets is None or (kwargs.get("num_beams") or 1) > 1
-    own = own or any(getattr(layer, "gradient_checkpointing", False) for layer in lora.modules())
-    if not own:
-        kwargs["alora_offsets"] = None
-    context = nullcontext() if own else _acting_on(offsets or [])
-    with type(lora)._enable_peft_forward_hooks(lora, *args, **kwargs), context:
+    patch_alora(model)  # the adapter may have been added after the module was made
+    with alora_acting_on(EVERY_TOKEN if tokens is None else tokens):
         yield
 
 

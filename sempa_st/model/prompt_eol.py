@@ -18,19 +18,19 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .patching import patch_alora
 from .peft_models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     alora_on_last,
     invocation_tokens,
     is_peft_model,
-    keep_activation_apart,
     load_adapter,
 )
 from .token_rows import common_prefix, fitting, pad_rows, sentence_in, tokenize
 
 DEFAULT_MAX_SEQ_LENGTH = 512
-SOURCES = ("prompt_eol.py", "peft_models.py", "token_rows.py")
+SOURCES = ("prompt_eol.py", "patching.py", "peft_models.py", "token_rows.py")
 """Files of code that a folder of format ``custom`` carries."""
 
 
@@ -73,7 +73,7 @@ class PromptEOL(InputModule):
         forward_rows: ForwardRows | None = None,
     ) -> None:
         super().__init__()
-        keep_activation_apart(model)
+        patch_alora(model)
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         if template not in named:
             raise ValueError(f"The tokenizer has no chat template named {template!r}, only {sorted(named)}.")

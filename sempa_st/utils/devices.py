@@ -10,8 +10,6 @@ from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE_VARIABLE = "SEMPA_AUTO_DTYPE"
@@ -64,30 +62,6 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if device.startswith("cuda") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
-
-
-def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
-    """Let decoders run eagerly where a device's faster attention would be wrong.
-
-    CUDA's memory-efficient kernel gives wrong states under a mask for some numbers of keys (32 n + 1) where one
-    key/value head is broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
-
-    Args:
-        model: Anything with models of transformers in it.
-        device: Where it will run.
-    """
-    from transformers import PreTrainedModel
-
-    if not device.startswith("cuda"):
-        return
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == "sdpa" and _has_one_head(part):
-            part.set_attn_implementation("eager")
-
-
-def _has_one_head(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    return getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
 
 
 def cpu_has_bfloat16() -> bool:
