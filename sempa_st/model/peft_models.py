@@ -1,6 +1,6 @@
-"""PEFT's models: adapters that are put on a base whole, and activated ones that act on each thread's own rows.
+"""Models with a LoRA adapter of PEFT: loading one, and where an activated one (aLoRA) acts.
 
-This file needs nothing else of sempa_st; see ``prompt_eol.py``.
+This file needs ``patching.py`` and nothing else of sempa_st; see ``prompt_eol.py``.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .patching import EVERY_TOKEN, alora_acting_on, patch_alora
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _START_AT_ZERO = ("lora_B", "lora_embedding_A")
-"""Factors of an update that are zero before training."""
+"""Parts of the names of matrices that are zero before training."""
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether a model is one of PEFT's around another, and not one that transformers put an adapter into."""
+    """Whether a model is PEFT's wrapper, and not a model that transformers itself added an adapter to."""
     return hasattr(model, "get_base_model")
 
 
 def invocation_tokens(model: Any) -> list[int]:
-    """Return the template's tokens from which on a model's activated adapter acts; none for any other model."""
+    """Return the tokens from which on a model's activated adapter (aLoRA) acts; empty for any other model."""
     if not is_peft_model(model):
         return []
     return getattr(model.active_peft_config, "alora_invocation_tokens", None) or []
@@ -36,16 +36,16 @@ def invocation_tokens(model: Any) -> list[int]:
 
 @contextmanager
 def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
-    """Let an activated adapter act on the end of each row, and nowhere else, in this thread's forward passes.
+    """Let an activated adapter act on the last tokens of each sequence only, within a block and in this thread.
 
-    PEFT looks for invocation tokens in what passes through the PEFT model; the decoder alone is run here, and what it
-    reads is always under the template.
+    PEFT searches the input of the PEFT model for the invocation tokens. This package runs the decoder alone, always on
+    the template, so it knows where they are.
 
     Args:
-        model: Any model; without an activated adapter nothing is done.
-        tokens: Number of tokens of each row that the adapter acts on, padding on the right included. None for every
-            token, as a plain adapter does and at its price: on rows under the template, an adapter that acts from the
-            template's opening on does so.
+        model: Any model; nothing happens without an activated adapter.
+        tokens: For each sequence, the number of tokens at its end that the adapter acts on, padding on the right
+            included. None for all tokens, at the price of a plain adapter; right for an adapter whose invocation tokens
+            are the template's prefix.
     """
     if not invocation_tokens(model):
         yield
@@ -56,18 +56,18 @@ def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
-    """Put the LoRA adapter in ``folder`` on a causal language model and prove that all of it took effect.
+    """Add the LoRA adapter in ``folder`` to a causal language model, and check that all of it took effect.
 
     Args:
-        model: The base, with its LM head; its linear layers are replaced in place. On the meta device the names and
-            shapes are compared and nothing is loaded.
+        model: The base model with its LM head; its linear layers are replaced in place. On the meta device names and
+            shapes are compared, and nothing is loaded.
         folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The PEFT model, adapter active, weights frozen.
+        The PEFT model, with the adapter active and all weights frozen.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if none changes anything.
+        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if the adapter is all zero.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -75,18 +75,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     if on_meta := model.device.type == "meta":
-        config.init_lora_weights = True  # some ways to start would look at the weights
+        config.init_lora_weights = True  # some initialisations read the base's weights
     tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
     tuned = PeftModel(model, config)
     expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     tensors = full_names(tensors, expected, model.base_model_prefix)
     own = tuned.state_dict()
-    # PEFT saves a base's embedding beside an update of it.
+    # PEFT saves the base's embedding beside an update of it.
     copies = {name: own[name] for name in tensors if name.endswith(".base_layer.weight") and name in own}
     _check_fit(expected | copies, tensors)
     if on_meta:
         return tuned
-    if any(not torch.allclose(there.float(), tensors[name].float(), rtol=0.01) for name, there in copies.items()):
+    if any(not torch.allclose(weight.float(), tensors[name].float(), rtol=0.01) for name, weight in copies.items()):
         raise ValueError(f"It carries another embedding than the base has, in the tensor {min(copies)}.")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     set_peft_model_state_dict(tuned, tensors)
@@ -100,9 +100,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
 
 
 def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the names that a model with its LM head gives them.
+    """Return an adapter's tensors under their names in a model with an LM head.
 
-    ``SentenceTransformer.save_pretrained`` knows the layers alone, and leaves their own name (``layers``) out.
+    ``SentenceTransformer.save_pretrained`` saves from the layers alone, without the name of these (``layers``).
     """
     outer = "base_model.model."
     renamed = {f"{outer}{layers}.{name.removeprefix(outer)}": tensor for name, tensor in tensors.items()}

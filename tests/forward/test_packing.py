@@ -84,7 +84,7 @@ def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
 def check_equal(decoder: Any, rows: list[torch.Tensor]) -> None:
     assert can_pack(decoder, max(len(row) for row in rows))
     packed = states_packed(decoder, rows)
-    together = [packed.states[places] for places in packed.places]
+    together = [packed.states[places] for places in packed.indices]
     alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
