@@ -40,7 +40,7 @@ class PackedStates(NamedTuple):
 
 
 class PackPlan(NamedTuple):
-    """Which token stands where; see :func:`plan_packs`.
+    """The tokens of all packs; see :func:`plan_packs`.
 
     Attributes:
         ids: Token ids, of shape (packs, width), on the CPU.
@@ -59,8 +59,8 @@ class Packs(NamedTuple):
     """Packs that are ready to run.
 
     Attributes:
-        plan: What stands where.
-        cache: Keys and values of the prefix that all sequences share.
+        plan: Tokens of the packs, without the prefix that all sequences share.
+        cache: Keys and values of that prefix.
         shared_prefix: Hidden states of that prefix, of shape (tokens, hidden).
     """
 
@@ -95,7 +95,7 @@ def last_states_packed(decoder: Any, sequences: Sequence[Tensor]) -> Tensor:
     packs = prepare_packs(decoder, sequences)
     width = packs.plan.ids.shape[1]
     pooled: list[list[int]] = [[] for _ in packs.plan.ids]  # per pack, the indices of its last tokens
-    slots = []  # per sequence, its pack and the number of its last token there
+    slots = []  # per sequence, its pack and the number of its last token in ``pooled``
     for last in torch.stack([indices[-1] for indices in packs.plan.indices]).tolist():
         slots.append((last // width, len(pooled[last // width])))
         pooled[last // width].append(last % width)
@@ -170,7 +170,7 @@ def run_packs(decoder: Any, packs: Packs) -> Tensor:
 
 
 def plan_packs(sequences: list[list[int]], *, views: bool) -> PackPlan:
-    """Plan packs in which a common prefix of neighbouring sequences stands once.
+    """Plan packs in which a common prefix of neighbouring sequences appears once.
 
     The sequences of a pack form a prefix tree in depth-first order. ``ends[i]`` is the end of the subtree of token i:
     tokens i to ``ends[i] - 1`` may attend to it. The sequences 1 2 3, 1 2 4 5 and 6 give one pack::

@@ -54,15 +54,15 @@ class PrefixCache:
         with alora_on_last(self._module.model, [self._suffix] * len(self._ids)):
             return self._run_suffix()
 
-    def base_suffix_states(self, rows: Tensor | None = None) -> Tensor:
+    def base_suffix_states(self, indices: Tensor | None = None) -> Tensor:
         """Return the last tokens' hidden states under the base model, without gradients.
 
         Args:
-            rows: Indices of the sequences to run; the others are dropped for good. All sequences when None.
+            indices: Indices of the sequences to run; the others are dropped for good. All sequences when None.
         """
-        if rows is not None:
-            self._cache.batch_select_indices(rows)
-            self.mask, self._ids, self._positions = self.mask[rows], self._ids[rows], self._positions[rows]
+        if indices is not None:
+            self._cache.batch_select_indices(indices)
+            self.mask, self._ids, self._positions = self.mask[indices], self._ids[indices], self._positions[indices]
         with torch.no_grad(), self._module.model.disable_adapter():
             return self._run_suffix()
 

@@ -51,8 +51,8 @@ class Int8Linear(nn.Module):
         balanced = states * self.inverse
         # The maximum of the absolute values, without a copy of these.
         largest = torch.maximum(balanced.amax(-1, keepdim=True), -balanced.amin(-1, keepdim=True))
-        row = largest.clamp(min=torch.finfo(states.dtype).tiny)
-        output = linear_int8(balanced.div_(row), self._packed).mul_(row)
+        scale = largest.clamp(min=torch.finfo(states.dtype).tiny)
+        output = linear_int8(balanced.div_(scale), self._packed).mul_(scale)
         return output if self.bias is None else output + self.bias
 
     def __getstate__(self) -> dict[str, Any]:

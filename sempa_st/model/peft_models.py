@@ -93,7 +93,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
         raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
-    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(part in name for part in _START_AT_ZERO)]
+    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(zero in name for zero in _START_AT_ZERO)]
     if moved and not any(moved) and all("lora_" in name for name in tensors):
         raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
     return tuned.eval()
@@ -109,15 +109,15 @@ def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: st
     return renamed if renamed.keys() == set(expected) else tensors
 
 
-def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     faults = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {name for name in expected.keys() & found if expected[name].shape != found[name].shape},
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & tensors if expected[name].shape != tensors[name].shape},
         "infinite or no number, as after a training that diverged": {
-            name for name, tensor in found.items() if not tensor.isfinite().all()
+            name for name, tensor in tensors.items() if not tensor.isfinite().all()
         },
     }
-    told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
-    if told:
-        raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")
+    descriptions = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
+    if descriptions:
+        raise ValueError(f"It does not fit this base; tensors: {'; '.join(descriptions)}.")
