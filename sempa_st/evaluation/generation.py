@@ -22,7 +22,6 @@ from sempa_st.evaluation.generation_data import (
     read_splits,
     subset,
 )
-from sempa_st.model.patching import without_harness_bars
 from sempa_st.model.tokenizer import own_chat_template
 
 if TYPE_CHECKING:
@@ -276,6 +275,8 @@ def average(scores: Sequence[GenerationScore]) -> float | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
+    from sempa_st.model.patching import without_harness_bars  # here: it imports torch
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
