@@ -25,12 +25,13 @@ from sempa_st.folder.resolve import find_model
 from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.forward.decoder import layers_of, states_in
 from sempa_st.methods.method import Method, mean_pooled
-from sempa_st.methods.module import MethodModule, rows_in
+from sempa_st.methods.module import MethodModule, batches_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.utils.devices import avoid_broken_sdpa, pick_device
+from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import read_json, write_json
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
@@ -68,7 +69,7 @@ def main() -> None:
     rows: list[list[object]] = []
     for name in args.methods:
         scores = found[name]
-        default = parse_method(name).layers_run(model.base_model)
+        default = parse_method(name).num_layers(model.base_model)
         best = max(scores, key=lambda layer: scores[layer])
         rows.append([name, best, scores[best], default, scores[str(default)]])
     print(table(["method", "best layer", "dev", "its own layer", "dev"], rows))
@@ -86,11 +87,11 @@ def score_layers(module: MethodModule, pairs: GradedPairs, name: str) -> dict[st
     for batch in batches_within_tokens(lengths, _TOKENS, name):
         features = module.preprocess([sentences[index] for index in batch])
         features = {name: tensor.to(decoder.device) for name, tensor in features.items()}
-        rows = rows_in(features)
-        with read_at_layers(decoder, rows[0].read) as read:
+        batches = batches_in(features)
+        with read_at_layers(decoder, batches[0].read) as read:
             # Never from packs, in which the places of a row's tokens would not be known here.
             with mock.patch.object(type(method), "packs", False):
-                vectors[depth][batch] = method.vectors(decoder, *rows).cpu()
+                vectors[depth][batch] = method.vectors(decoder, *batches).cpu()
             for layer in range(1, depth):
                 vectors[layer][batch] = read[layer].cpu()
     return {

@@ -130,12 +130,13 @@ def continued(together: Together, rows: list[list[int]]) -> Iterator[Tensor]:
     activated = [str(number) for number, first in enumerate(together.first_layers) if first is None]
     module.model.set_adapter(activated[0] if activated else "0")
     with caught_below(together):
-        open_rows = PrefixCache(module, padded["input_ids"], padded["attention_mask"], closing=together.closing)
-        yield open_rows.base_states()
+        inputs = (padded["input_ids"], padded["attention_mask"])
+        open_rows = PrefixCache(module, *inputs, num_suffix_tokens=together.closing)
+        yield open_rows.base_suffix_states()
     for number, first in enumerate(together.first_layers):
         module.model.set_adapter(str(number))
         if first is None:
-            yield open_rows.last_states()
+            yield open_rows.suffix_states()
         elif first:
             yield go_on_above(together, open_rows, first)
         else:

@@ -27,11 +27,12 @@ from sempa_st.model.adapter_kinds import check_native
 from sempa_st.model.base_model import Base, load_causal_lm
 from sempa_st.model.chat_templates import check_chat_templates
 from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
-from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype
+from sempa_st.utils.devices import pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

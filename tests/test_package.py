@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from sempa_st.data.nli import load_nli
 from sempa_st.data.rows import read_rows
 from sempa_st.data.sts import read_pairs
+from sempa_st.model.patching import OVERRIDDEN
 from sempa_st.utils.assets import asset_path
 
 pytestmark = pytest.mark.names_dtype
@@ -75,14 +77,45 @@ def test_nothing_private_is_imported_from_another_file() -> None:
                 assert set(private) <= {"__version__"}, (name, private)
 
 
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Yield private attributes of anything but ``self`` and ``cls``, and private names imported from elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in _OWN):
+            yield from [node.attr] * is_private(node.attr)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if any(map(is_private, alias.name.split("."))))
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            yield from filter(is_private, names)
+
+
+_OWN = {"self", "cls"}
+_PUBLIC = {"_fields"}
+"""What the standard library documents in spite of its underscore."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in _PUBLIC
+
+
+def test_private_names_of_other_libraries_are_in_patching_only() -> None:
+    hooks = {name.rpartition(".")[2] for name in OVERRIDDEN}  # a method that overrides one may call the base's
+    for name, path in modules().items():
+        found = set(private_names(ast.parse(path.read_text()))) - hooks
+        assert found == set() or name == "model.patching", (name, found)
+    sample = "from a._b import c\nimport d._e\nf._g()\nself._h = cls._i\nj(k)._l\nfrom m import _n\no.__p__"
+    assert sorted(private_names(ast.parse(sample))) == ["_b", "_g", "_l", "_n", "d._e"]
+
+
 def test_the_module_file_needs_nothing_else_of_the_package() -> None:
     names = {
         name: imported(name, PACKAGE / "model" / f"{name.partition('.')[2]}.py")
-        for name in ("model.prompt_eol", "model.peft_models", "model.token_rows")
+        for name in ("model.prompt_eol", "model.patching", "model.peft_models", "model.token_rows")
     }
     assert names == {
-        "model.prompt_eol": {"model.peft_models", "model.token_rows"},
-        "model.peft_models": set(),
+        "model.prompt_eol": {"model.patching", "model.peft_models", "model.token_rows"},
+        "model.patching": set(),
+        "model.peft_models": {"model.patching"},
         "model.token_rows": set(),
     }
 

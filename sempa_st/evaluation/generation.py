@@ -275,16 +275,14 @@ def average(scores: Sequence[GenerationScore]) -> float | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
-    from lm_eval.api import task as harness
+    from sempa_st.model.patching import without_harness_bars  # here: it imports torch
 
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, harness.tqdm
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    harness.tqdm = lambda rows, **_: rows
     try:
-        with warnings.catch_warnings():
+        with without_harness_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        harness.tqdm = bar

@@ -1,4 +1,14 @@
-"""Log-likelihoods for lm-evaluation-harness that run a prefix which many requests share only once."""
+"""Log-likelihoods for lm-evaluation-harness: a prefix that many requests share runs once.
+
+Requests form a prefix tree, which is scored from its leaves to its root. A prefix gets a forward pass and a key/value
+cache of its own if it saves enough tokens. Three questions after the same examples, with two answers each::
+
+    examples ─┬─ question 1 ─┬─ answer a        "examples" runs once; each question runs once on a copy of its cache;
+              │              └─ answer b        the answers to a question run as one batch on a copy of that.
+              ├─ question 2 ─┬─ answer a
+              │              └─ answer b
+              └─ question 3 ─┬─ ...
+"""
 
 from __future__ import annotations
 
@@ -17,45 +27,45 @@ from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import cache_argument
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import invocation_tokens
 from sempa_st.model.token_rows import common_prefix
 
 _BATCH_TOKENS = 1 << 14
-"""Most tokens in the key/value cache of a batch, rows times length: what bounds its memory."""
+"""Most tokens in the key/value cache of a batch (batch size times length), which bounds its memory."""
 _LOGITS = 1 << 27
 """Most logits at once: 512 MiB in float32."""
 _WORTH_ON_CPU, _WORTH = 64, 1024
-"""Tokens that a longer prefix must save to be worth a forward pass of its own; an accelerator is rather kept full."""
+"""Tokens that a longer prefix must save to get a forward pass of its own. An accelerator prefers full batches."""
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""The texts, the context's tokens and the continuation's tokens."""
+"""Texts, token ids of the context, and token ids of the continuation."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the model reads for one or more requests.
+class ScoredSequence:
+    """A sequence that the model runs for one or more requests.
 
     Args:
-        tokens: Context and continuation without its last token.
-        wanted: Number of the request and its continuation; the last tokens of the row predict it.
+        tokens: Context and continuation, without the last token.
+        requests: (Index of the request, continuation) for each; the last positions of the sequence predict it.
     """
 
     tokens: tuple[int, ...]
-    wanted: list[tuple[int, list[int]]]
+    requests: list[tuple[int, list[int]]]
 
     @property
     def scored(self) -> int:
-        """Number of positions whose prediction is needed."""
-        return max(len(continuation) for _, continuation in self.wanted)
+        """Number of positions at the end whose predictions are scored."""
+        return max(len(continuation) for _, continuation in self.requests)
 
     @property
-    def free(self) -> int:
-        """Number of tokens before those positions, which may lie in a shared prefix."""
+    def sharable(self) -> int:
+        """Number of tokens before those positions, which may be part of a shared prefix."""
         return len(self.tokens) - self.scored
 
 
 class SharedPrefixLM(HFLM):
-    """The harness's Hugging Face model with faster log-likelihoods; they equal the original's.
+    """The harness's Hugging Face model with faster log-likelihoods, equal to the original's.
 
     Args:
         *args: As for ``HFLM``.
@@ -65,13 +75,13 @@ class SharedPrefixLM(HFLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cut = 0
-        """Number of requests that were longer than the model takes and lost their beginning."""
+        """Number of requests that were longer than the model allows and lost their beginning."""
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        whole: list[int] = []
+        by_tokens: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        whole: list[int] = []  # requests that the harness itself scores
         invocation = tuple(invocation_tokens(self.model))
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
@@ -81,17 +91,17 @@ class SharedPrefixLM(HFLM):
                 )
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             self.cut += len(context) + len(continuation) > self.max_length + 1
-            # An activated adapter acts from these tokens on, and finds them in one piece only.
-            if invocation and _holds(tokens, invocation):
+            # PEFT finds the invocation tokens of an activated adapter only in one piece.
+            if invocation and _contains(tokens, invocation):
                 whole.append(number)
             else:
-                rows.setdefault(tokens, []).append((number, continuation))
+                by_tokens.setdefault(tokens, []).append((number, continuation))
         scorer = _Scorer(self.model, len(requests), self.device, int(self.batch_size))
         with (
             tqdm(total=len(requests) - len(whole), desc="Log-likelihoods", disable=disable_tqdm) as bar,
             torch.no_grad(),
         ):
-            scorer.score([Row(tokens, rows[tokens]) for tokens in sorted(rows)], bar)
+            scorer.score([ScoredSequence(tokens, by_tokens[tokens]) for tokens in sorted(by_tokens)], bar)
         answers = list(zip(scorer.sums.tolist(), scorer.greedy.tolist(), strict=True))
         if whole:
             plain = super()._loglikelihood_tokens([requests[number] for number in whole], disable_tqdm, override_bs)
@@ -100,47 +110,50 @@ class SharedPrefixLM(HFLM):
         return answers
 
 
-def _holds(tokens: tuple[int, ...], part: tuple[int, ...]) -> bool:
-    return any(tokens[start : start + len(part)] == part for start in range(len(tokens) - len(part) + 1))
+def _contains(tokens: tuple[int, ...], piece: tuple[int, ...]) -> bool:
+    return any(tokens[start : start + len(piece)] == piece for start in range(len(tokens) - len(piece) + 1))
 
 
 class _Scorer:
-    """Adds up log-probabilities (``sums``) and tells whether each token was the likeliest (``greedy``), by request."""
+    """Sums of log-probabilities (``sums``) and whether each token was the likeliest (``greedy``), by request."""
 
     def __init__(self, model: Any, requests: int, device: torch.device, batch_size: int) -> None:
         self.model = model
         self.device = device
         self.batch_size = batch_size
         self.worth = _WORTH_ON_CPU if device.type == "cpu" else _WORTH
-        self.most_scored = max(1, _LOGITS // model.get_output_embeddings().weight.shape[0])
+        self.max_scored = max(1, _LOGITS // model.get_output_embeddings().weight.shape[0])
         self.sums = torch.zeros(requests, dtype=torch.float64)
         self.greedy = torch.ones(requests, dtype=torch.bool)
 
-    def score(self, rows: list[Row], bar: tqdm[Any]) -> None:
-        """Score rows that are in order of their tokens."""
-        self._run(self._visit(rows, 0, 0, None, bar), 0, None, bar)
+    def score(self, sequences: list[ScoredSequence], bar: tqdm[Any]) -> None:
+        """Score sequences that are sorted by their tokens."""
+        self._run(self._visit(sequences, 0, 0, None, bar), 0, None, bar)
 
-    def _visit(self, rows: list[Row], same: int, held: int, cache: Any, bar: tqdm[Any]) -> list[Row]:
-        """Score the rows that gain from a longer prefix and return the others.
+    def _visit(
+        self, sequences: list[ScoredSequence], depth: int, cached: int, cache: Any, bar: tqdm[Any]
+    ) -> list[ScoredSequence]:
+        """Score the sequences for which a longer cached prefix pays, and return the others.
 
         Args:
-            rows: Rows whose first ``same`` tokens are the same, in order.
-            same: Number of tokens.
-            held: Number of tokens that ``cache`` holds.
-            cache: Keys and values of those, for one row.
+            sequences: Sequences below one node of the prefix tree, sorted: their first ``depth`` tokens are equal.
+            depth: Number of these tokens.
+            cached: Number of tokens in ``cache``, at most ``depth``.
+            cache: Keys and values of those, for one sequence.
             bar: Progress in requests.
         """
-        others = [row for row in rows if row.free <= same]
-        for _, group in groupby((row for row in rows if row.free > same), key=lambda row: row.tokens[same]):
-            alike = list(group)
-            shared = _shared(alike)
-            if (len(alike) - 1) * (shared - held) >= self.worth:
-                longer = self._extend(cache, alike[0].tokens[held:shared])
-                self._run(self._visit(alike, shared, shared, longer, bar), shared, longer, bar)
-            elif len(alike) > 1:
-                others += self._visit(alike, shared, held, cache, bar)
+        others = [sequence for sequence in sequences if sequence.sharable <= depth]
+        deeper = (sequence for sequence in sequences if sequence.sharable > depth)
+        for _, group in groupby(deeper, key=lambda sequence: sequence.tokens[depth]):
+            child = list(group)
+            shared = _shared(child)
+            if (len(child) - 1) * (shared - cached) >= self.worth:
+                longer = self._extend(cache, child[0].tokens[cached:shared])
+                self._run(self._visit(child, shared, shared, longer, bar), shared, longer, bar)
+            elif len(child) > 1:
+                others += self._visit(child, shared, cached, cache, bar)
             else:
-                others += alike
+                others += child
         return others
 
     def _extend(self, cache: Any, tokens: Sequence[int]) -> Any:
@@ -148,82 +161,84 @@ class _Scorer:
         self._logits(torch.tensor([tokens], device=self.device), longer, torch.tensor([], dtype=torch.long))
         return longer
 
-    def _copy(self, cache: Any, rows: int) -> Any:
+    def _copy(self, cache: Any, batch_size: int) -> Any:
         if cache is None:
             return DynamicCache(config=self.model.config)
         branch = copy.deepcopy(cache)
-        if rows > 1:
-            branch.batch_repeat_interleave(rows)
+        if batch_size > 1:
+            branch.batch_repeat_interleave(batch_size)
         return branch
 
-    def _run(self, rows: list[Row], held: int, cache: Any, bar: tqdm[Any]) -> None:
-        for batch in self._batches(rows, held):
-            self._run_batch(batch, held, cache)
-            bar.update(sum(len(row.wanted) for row in batch))
+    def _run(self, sequences: list[ScoredSequence], cached: int, cache: Any, bar: tqdm[Any]) -> None:
+        for batch in self._batches(sequences, cached):
+            self._run_batch(batch, cached, cache)
+            bar.update(sum(len(sequence.requests) for sequence in batch))
 
-    def _batches(self, rows: list[Row], held: int) -> Iterator[list[Row]]:
-        batch: list[Row] = []
-        for row in sorted(rows, key=lambda row: -len(row.tokens)):
-            longest = len((batch or [row])[0].tokens)
+    def _batches(self, sequences: list[ScoredSequence], cached: int) -> Iterator[list[ScoredSequence]]:
+        batch: list[ScoredSequence] = []
+        for sequence in sorted(sequences, key=lambda sequence: -len(sequence.tokens)):
+            longest = len((batch or [sequence])[0].tokens)
             full = (
                 len(batch) == self.batch_size
                 or (len(batch) + 1) * longest > _BATCH_TOKENS
-                or sum(other.scored for other in batch) + row.scored > self.most_scored
-                or 2 * (len(row.tokens) - held) < longest - held  # it would be padding for the most part
+                or sum(other.scored for other in batch) + sequence.scored > self.max_scored
+                or 2 * (len(sequence.tokens) - cached) < longest - cached  # it would be mostly padding
             )
             if batch and full:
                 yield batch
                 batch = []
-            batch.append(row)
+            batch.append(sequence)
         if batch:
             yield batch
 
-    def _run_batch(self, batch: list[Row], held: int, cache: Any) -> None:
-        length = len(batch[0].tokens) - held
-        # Padding on the right needs no mask: no token before it sees it.
-        tokens = torch.tensor([[*row.tokens[held:], *[0] * (length + held - len(row.tokens))] for row in batch])
-        cells = torch.tensor(list(_cells(batch, held)))
-        # One row with too many predictions (a document) goes piece by piece.
-        width = length if len(cells) <= self.most_scored or len(batch) > 1 else self.most_scored
+    def _run_batch(self, batch: list[ScoredSequence], cached: int, cache: Any) -> None:
+        length = len(batch[0].tokens) - cached
+        # Padding on the right needs no mask: it comes after all tokens, which cannot see it.
+        padded = [[*one.tokens[cached:], *[0] * (length + cached - len(one.tokens))] for one in batch]
+        tokens = torch.tensor(padded)
+        predictions = torch.tensor(list(_predictions(batch, cached)))
+        # One sequence with too many predictions (a document) runs piece by piece.
+        width = length if len(predictions) <= self.max_scored or len(batch) > 1 else self.max_scored
         branch = None if cache is None and width == length else self._copy(cache, len(batch))
         for start in range(0, length, width):
             piece = tokens[:, start : start + width]
-            number, row, position, target = cells[(cells[:, 2] >= start) & (cells[:, 2] < start + width)].T
-            places, back = torch.unique(row * piece.shape[1] + position - start, return_inverse=True)
-            logits = self._logits(piece.to(self.device), branch, places).float()
+            in_piece = (predictions[:, 2] >= start) & (predictions[:, 2] < start + width)
+            number, index, position, target = predictions[in_piece].T
+            flat, back = torch.unique(index * piece.shape[1] + position - start, return_inverse=True)
+            logits = self._logits(piece.to(self.device), branch, flat).float()
             best = logits.argmax(-1).cpu()[back]
             chosen = logits[back.to(self.device), target.to(self.device)].cpu() - logits.logsumexp(-1).cpu()[back]
             self.sums.index_add_(0, number, chosen.double())
             self.greedy[number[best != target]] = False
 
-    def _logits(self, tokens: Tensor, cache: Any, places: Tensor) -> Tensor:
-        """Run tokens, on top of the cache where there is one, and predict at ``places`` of the flattened batch only."""
-        with _head_sees(self.model.get_output_embeddings(), places.to(self.device)):
-            kept = {} if cache is None else {cache_argument(self.model): cache}
-            output = self.model(input_ids=tokens, use_cache=cache is not None, **kept)
+    def _logits(self, tokens: Tensor, cache: Any, indices: Tensor) -> Tensor:
+        """Run tokens after those in the cache, if any; return logits at ``indices`` of the flattened batch only."""
+        with _head_only_at(self.model.get_output_embeddings(), indices.to(self.device)):
+            past = {} if cache is None else {cache_argument(self.model): cache}
+            output = self.model(input_ids=tokens, use_cache=cache is not None, **past)
         logits: Tensor = output.logits[0]
         return logits
 
 
-def _shared(rows: list[Row]) -> int:
-    """Return how many tokens rows in order have in common, of those that may lie in a prefix."""
-    most = min(row.free for row in rows)
-    return common_prefix([row.tokens[:most] for row in (rows[0], rows[-1])])
+def _shared(sequences: list[ScoredSequence]) -> int:
+    """Return the length of the prefix that sorted sequences share, without scored positions."""
+    limit = min(sequence.sharable for sequence in sequences)
+    return common_prefix([sequence.tokens[:limit] for sequence in (sequences[0], sequences[-1])])
 
 
-def _cells(batch: list[Row], held: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield each token to predict as number of the request, row, position behind the prefix, and token."""
-    for index, row in enumerate(batch):
-        for number, continuation in row.wanted:
-            start = len(row.tokens) - held - len(continuation)
+def _predictions(batch: list[ScoredSequence], cached: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each token to predict as (index of the request, index in the batch, position after the cache, token)."""
+    for index, sequence in enumerate(batch):
+        for number, continuation in sequence.requests:
+            start = len(sequence.tokens) - cached - len(continuation)
             yield from ((number, index, start + offset, token) for offset, token in enumerate(continuation))
 
 
-def _head_sees(head: torch.nn.Module, places: Tensor) -> AbstractContextManager[None]:
-    """Let the LM head work on some places of the flattened batch only: it is the dearest layer of a small model."""
+def _head_only_at(head: torch.nn.Module, indices: Tensor) -> AbstractContextManager[None]:
+    """Run the LM head at some indices of the flattened batch only: it is the slowest layer of a small model."""
 
     def select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, *others = args
-        return (states.flatten(0, 1)[places][None], *others), kwargs
+        return (states.flatten(0, 1)[indices][None], *others), kwargs
 
     return edited(head, before=select)

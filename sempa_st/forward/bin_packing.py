@@ -1,4 +1,4 @@
-"""Bin packing: which sequences share a pack, and how wide packs are."""
+"""Bin packing: which sequences share a pack, and how wide the packs are."""
 
 from __future__ import annotations
 
@@ -7,83 +7,91 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 _WIDTH, _STEP = 128, 16
-"""Tokens of a pack and how finely it is varied: some sentences, so few that the masked keys of others cost little."""
+"""Width of a pack in tokens, and the step in which narrower ones are tried: a few sentences fit, so few that masked
+keys of other sequences cost little."""
 _EVEN = 1500
+"""Width at which attention costs a small decoder as much as all of its other operations."""
 _MANY = 256
-"""Rows beyond which fewer widths are tried."""
+"""Number of sequences beyond which fewer widths are tried."""
 _MISSES = 32
-"""Rows one after another that do not fit, after which no more are tried for a pack: the rest would hardly fill it."""
+"""Consecutive sequences that do not fit, after which a pack is closed: the rest would hardly fill it."""
+
+Pack = list[tuple[int, int]]
+"""(Index of a sequence, length of the prefix shared with the previous sequence of the pack), in order."""
 
 
-def fill_packs(sizes: Sequence[int], alike: Sequence[int]) -> tuple[list[list[tuple[int, int]]], int]:
-    """Return what goes into each pack, and the width of the packs: the one that leaves little room.
+def fill_packs(sizes: Sequence[int], shared: Sequence[int]) -> tuple[list[Pack], int]:
+    """Distribute sequences over packs, and choose the width of the packs so that they cost the least.
 
-    A wider pack costs more attention: at :data:`_EVEN` tokens as much as the rest of a small decoder.
+    A shared prefix is stored once per pack. Here the third sequence shares 20 tokens with the second::
+
+        |---- 50 ----|-------- 100 --------|-- 40 --|      one pack, 190 tokens wide
+         sequence 0   sequence 1            sequence 2, without its 20 shared tokens
 
     Args:
-        sizes: Tokens of each row, the rows sorted by their tokens.
-        alike: How many tokens each row begins with as the one before it does; 0 for the first one.
+        sizes: Length of each sequence in tokens; the sequences are sorted by their tokens.
+        shared: Length of the prefix that each sequence shares with the one before it; 0 for the first one.
 
     Returns:
-        For each pack its rows by number, in their order, each with the number of tokens that it begins with as the one
-        before it in the pack does, and which the pack holds already.
+        Per pack, (sequence index, length of the prefix shared with the previous sequence of the pack); and the width.
 
     >>> fill_packs([50, 100, 60], [0, 0, 20])
     ([[(0, 0), (1, 0), (2, 20)]], 190)
     """
     longest = max(sizes)
-    # Of many rows the widest packs leave next to no room, whatever their exact width.
+    # With many sequences the widest packs are almost full, whatever their exact width.
     step = _STEP * (1 + len(sizes) // _MANY)
     widths = range(max(_WIDTH, 2 * longest), longest - 1, -step)
-    # The second leaves less room where rows are of very different lengths and share little.
-    found = [_fill(sizes, alike, width) for width in widths]
-    found += [_fill_longest_first(sizes, alike, width) for width in widths]
-    return min(found, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
+    # The second way leaves less empty space where lengths differ much and little is shared.
+    candidates = [_fill_in_order(sizes, shared, width) for width in widths]
+    candidates += [_fill_longest_first(sizes, shared, width) for width in widths]
+    return min(candidates, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
 
 
-def _fill(sizes: Sequence[int], alike: Sequence[int], most: int) -> tuple[list[list[tuple[int, int]]], int]:
-    """Fill packs of at most ``most`` tokens, each with the first rows in their order that still fit."""
-    packs: list[list[tuple[int, int]]] = []
+def _fill_in_order(sizes: Sequence[int], shared: Sequence[int], limit: int) -> tuple[list[Pack], int]:
+    """Fill packs of at most ``limit`` tokens one by one, each with the first remaining sequences that fit."""
+    packs: list[Pack] = []
     rooms: list[int] = []
-    left = list(zip(range(len(sizes)), alike, strict=True))
-    while left:
-        pack: list[tuple[int, int]] = []
-        rest: list[tuple[int, int]] = []
-        room, in_pack, in_rest, missed = most, 0, 0, 0
-        for number, (row, same) in enumerate(left):
-            in_pack, in_rest = min(in_pack, same), min(in_rest, same)
-            if sizes[row] - in_pack <= room:
-                pack.append((row, in_pack))
-                room -= sizes[row] - in_pack
-                in_pack, missed = sizes[row], 0
+    remaining: Pack = list(zip(range(len(sizes)), shared, strict=True))
+    while remaining:
+        pack: Pack = []
+        rest: Pack = []
+        # in_pack and in_rest: prefix that the next sequence shares with the last one of the pack, and of the rest.
+        room, in_pack, in_rest, missed = limit, 0, 0, 0
+        for number, (index, prefix) in enumerate(remaining):
+            in_pack, in_rest = min(in_pack, prefix), min(in_rest, prefix)
+            if sizes[index] - in_pack <= room:
+                pack.append((index, in_pack))
+                room -= sizes[index] - in_pack
+                in_pack, missed = sizes[index], 0
                 continue
-            rest.append((row, in_rest))
-            in_rest = sizes[row]
+            rest.append((index, in_rest))
+            in_rest = sizes[index]
             missed += 1
             if missed == _MISSES:
-                rest += left[number + 1 :]
+                rest += remaining[number + 1 :]
                 break
         packs.append(pack)
         rooms.append(room)
-        left = rest
-    return packs, most - min(rooms)
+        remaining = rest
+    return packs, limit - min(rooms)
 
 
-def _fill_longest_first(
-    sizes: Sequence[int], alike: Sequence[int], most: int
-) -> tuple[list[list[tuple[int, int]]], int]:
-    """Fill packs of at most ``most`` tokens: the longest rows first, each where it leaves the least room."""
+def _fill_longest_first(sizes: Sequence[int], shared: Sequence[int], limit: int) -> tuple[list[Pack], int]:
+    """Fill packs of at most ``limit`` tokens: the longest sequences first, each where the least room remains."""
     filled: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # of each pack, with its number, in order
-    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        least = bisect_left(rooms, (sizes[row], 0))
-        if least == len(rooms):
+    rooms: list[tuple[int, int]] = []  # (room, number of the pack), sorted
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        tightest = bisect_left(rooms, (sizes[index], 0))
+        if tightest == len(rooms):
             filled.append([])
-            room, number = most, len(filled) - 1
+            room, number = limit, len(filled) - 1
         else:
-            room, number = rooms.pop(least)
-        filled[number].append(row)
-        insort(rooms, (room - sizes[row], number))
-    ordered = [sorted(pack) for pack in filled]
-    packs = [[(pack[0], 0), *((two, min(alike[one + 1 : two + 1])) for one, two in pairwise(pack))] for pack in ordered]
-    return packs, max(sum(sizes[row] - same for row, same in pack) for pack in packs)
+            room, number = rooms.pop(tightest)
+        filled[number].append(index)
+        insort(rooms, (room - sizes[index], number))
+    packs: list[Pack] = [
+        [(pack[0], 0), *((after, min(shared[before + 1 : after + 1])) for before, after in pairwise(pack))]
+        for pack in map(sorted, filled)
+    ]
+    return packs, max(sum(sizes[index] - prefix for index, prefix in pack) for pack in packs)

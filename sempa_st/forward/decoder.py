@@ -1,4 +1,4 @@
-"""A decoder's layers, and runs that go on from a key/value cache, with padding in the middle of a row."""
+"""A decoder's properties and layers, and forward passes that stop early or continue from a key/value cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 
 
-class EndedEarly(Exception):  # noqa: N818 (it ends a pass early and is no error)
-    """A forward pass is over before its last layer; ``states`` are what it came to."""
+class EndedEarly(Exception):  # noqa: N818 (it ends a forward pass early and is no error)
+    """Ends a forward pass before its last layer; ``states`` are the hidden states so far."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class EndedEarly(Exception):  # noqa: N818 (it ends a pass early and is no error
 
 
 def last_hidden_states(decoder: Any, **inputs: Any) -> Tensor:
-    """Run a decoder and return its last hidden states, or those at which the pass was ended (:class:`EndedEarly`)."""
+    """Run a decoder and return its last hidden states, or those at which :class:`EndedEarly` ended the pass."""
     try:
         states: Tensor = decoder(**inputs).last_hidden_state
     except EndedEarly as ended:
@@ -37,18 +37,18 @@ def last_hidden_states(decoder: Any, **inputs: Any) -> Tensor:
 def forward_with_cache(
     decoder: Any, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> Tensor:
-    """Run tokens after those in the cache, which takes them up.
+    """Run tokens that follow those in the cache, and add them to the cache.
 
     Args:
         decoder: Layers without the LM head.
-        cache: What was run before; empty at first.
-        input_ids: Token ids of shape (rows, tokens).
-        attention_mask: 0 on padding, of shape (rows, tokens in the cache + tokens); or what is added to the scores, of
-            shape (rows, 1, tokens, tokens in the cache + tokens).
-        positions: Of the tokens, padding not counted, of shape (rows, tokens) or (1, tokens).
+        cache: Keys and values of the ``cached`` tokens so far; empty at first.
+        input_ids: Token ids of shape (batch, seq_len).
+        attention_mask: 0 on padding, which may stand in the middle, of shape (batch, cached + seq_len). Or an additive
+            attention mask, of shape (batch, 1, seq_len, cached + seq_len).
+        positions: Positions of the tokens, padding not counted, of shape (batch, seq_len) or (1, seq_len).
 
     Returns:
-        Last hidden states of shape (rows, tokens, hidden).
+        Last hidden states of shape (batch, seq_len, hidden).
     """
     return last_hidden_states(
         decoder,
@@ -61,30 +61,30 @@ def forward_with_cache(
 
 
 def cache_argument(model: Any) -> str:
-    """Return what a model's ``forward`` calls its key/value cache: ``cache`` since transformers 5.24."""
+    """Return the name of a model's argument for the key/value cache: ``cache`` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def within_sliding_window(decoder: Any, width: int) -> bool:
-    """Whether rows of ``width`` tokens may hold padding in their middle: a sliding window counts it as distance."""
+    """Whether rows of ``width`` tokens may hold padding in the middle: a sliding window counts it as distance."""
     window = getattr(decoder.config.get_text_config(), "sliding_window", None)
     return window is None or width <= window
 
 
 def accepts_position_ids(decoder: Any) -> bool:
-    """Whether a decoder can be told positions, which padding or another row before a token would shift."""
+    """Whether a decoder takes positions; without them, padding or another sequence in front would shift a token."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
 
 
 def attention_only(decoder: Any) -> bool:
-    """Whether all layers attend: convolution or recurrence would carry one row's tokens over into the next row."""
+    """Whether all layers attend: convolution or recurrence would mix the sequences of a pack."""
     config = decoder.config.get_text_config()
     kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
     return kinds <= _ATTENTION
 
 
 def gradient_checkpointing_enabled(decoder: Any) -> bool:
-    """Whether layers are run again for their gradients (gradient checkpointing), with which no cache is kept."""
+    """Whether layers run again for their gradients (gradient checkpointing), which rules out a cache."""
     return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.modules())
 
 
@@ -92,7 +92,7 @@ def layers_of(decoder: Any) -> nn.ModuleList:
     """Return the list of a decoder's layers.
 
     Raises:
-        SempaError: If it has none by the name that Llama, Gemma, OPT, GPT-NeoX and most others have for it.
+        SempaError: If there is no ``layers``, the name in Llama, Gemma, OPT, GPT-NeoX and most others.
     """
     layers = _layers(decoder)
     if layers is None:
@@ -101,13 +101,13 @@ def layers_of(decoder: Any) -> nn.ModuleList:
 
 
 def last_layer_of(decoder: Any) -> nn.Module | None:
-    """Return the last layer, or None for a decoder of another build (GPT-2)."""
+    """Return the last layer, or None for a decoder that names its layers differently (GPT-2)."""
     layers = _layers(decoder)
     return None if layers is None else layers[-1]
 
 
 def _layers(decoder: Any) -> nn.ModuleList | None:
-    # Its holder is among the first modules; all of them are gone through only where there is none.
+    # The list belongs to one of the first modules, so the search is short unless there is none.
     lists = (getattr(module, "layers", None) for module in decoder.modules())
     return next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)
 
@@ -123,57 +123,57 @@ def attention_output(layer: nn.Module) -> nn.Module:
         SempaError: If the layer's architecture has it under an unknown name.
     """
     attention = next((getattr(layer, name) for name in _ATTENTION_NAMES if hasattr(layer, name)), None)
-    found = next((getattr(attention, name) for name in _PROJECTION if hasattr(attention, name)), None)
-    if not isinstance(found, nn.Module):
+    projection = next((getattr(attention, name) for name in _PROJECTION if hasattr(attention, name)), None)
+    if not isinstance(projection, nn.Module):
         raise SempaError(
             f"The attention of {type(layer).__name__} has no output projection by a known name. Expected "
-            f"{' or '.join(_ATTENTION)} with {', '.join(_PROJECTION)}, as in Llama, Gemma, OPT or GPT-NeoX."
+            f"{' or '.join(_ATTENTION_NAMES)} with {', '.join(_PROJECTION)}, as in Llama, Gemma, OPT or GPT-NeoX."
         )
-    return found
+    return projection
 
 
-def states_after_layers(decoder: Any, run: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states after some of the layers, of shape (rows, tokens, hidden); later layers are not run.
+def states_after_layers(decoder: Any, num_layers: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the hidden states after ``num_layers`` layers, of shape (batch, seq_len, hidden).
 
     Args:
         decoder: Layers without the LM head.
-        run: Number of layers to run; the final norm is applied after the last one only.
-        input_ids: Token ids of shape (rows, tokens).
-        attention_mask: 0 on padding, of the same shape; or what is added to the scores, of shape (rows, 1, tokens,
-            tokens), all positions then counting.
+        num_layers: Number of layers to run; the final norm is applied only after the last layer.
+        input_ids: Token ids of shape (batch, seq_len).
+        attention_mask: 0 on padding, of the same shape. Or an additive attention mask of shape (batch, 1, seq_len,
+            seq_len).
     """
     padding = attention_mask if attention_mask.dim() == 2 else (attention_mask[:, 0].amax(dim=1) == 0).long()
-    # Positions count real tokens only, so that padding on the left moves no learned position embedding.
+    # Positions count real tokens only, so that padding on the left does not shift learned position embeddings.
     positions = {"position_ids": (padding.cumsum(-1) - 1).clamp(min=0)} if accepts_position_ids(decoder) else {}
-    with truncated(decoder, run):
+    with truncated(decoder, num_layers):
         return last_hidden_states(
             decoder, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         )
 
 
-def truncated(decoder: Any, run: int) -> AbstractContextManager[None]:
-    """Let this thread's passes by :func:`last_hidden_states` end after some of a decoder's layers.
+def truncated(decoder: Any, num_layers: int) -> AbstractContextManager[None]:
+    """End this thread's calls of :func:`last_hidden_states` after ``num_layers`` layers, within a block.
 
     Args:
         decoder: Layers without the LM head.
-        run: Number of layers to run; the final norm is applied after the last one only.
+        num_layers: Number of layers to run; the final norm is applied only after the last layer.
     """
     layers = layers_of(decoder)
-    if run == len(layers):
+    if num_layers == len(layers):
         return nullcontext()
 
     def end(output: Any) -> Any:
         raise EndedEarly(states_in(output))
 
-    return edited(layers[run - 1], after=end)
+    return edited(layers[num_layers - 1], after=end)
 
 
-def entering(module: nn.Module, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Change the states that enter a module, for the time of a block and in this thread only.
+def edit_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Change the hidden states that a module receives, within a block and in this thread only.
 
     Args:
         module: A layer, or a part of one.
-        change: Called with the states, of shape (rows, tokens, width); what it returns takes their place.
+        change: Takes the states, of shape (batch, seq_len, width), and returns those to use instead.
     """
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -185,17 +185,17 @@ def entering(module: nn.Module, change: Callable[[Tensor], Tensor]) -> AbstractC
 
 
 def at_tokens(states: Tensor, marked: Tensor, new: Tensor) -> Tensor:
-    """Return a copy of states in which each row's marked token has the row's new state.
+    """Return a copy of the states in which the marked token of each sequence has the new state.
 
     Args:
-        states: Of shape (rows, tokens, width).
-        marked: 1 on one token a row, of shape (rows, tokens).
-        new: Of shape (rows, width).
+        states: Hidden states of shape (batch, seq_len, width).
+        marked: 1 on one token per sequence, of shape (batch, seq_len).
+        new: New states of shape (batch, width).
     """
     return torch.where(marked.bool()[:, :, None], new[:, None].to(states.dtype), states)
 
 
 def states_in(output: Any) -> Tensor:
-    """Return the states in what a layer returns: that, or the first of several things."""
+    """Return the hidden states in a layer's output: the output itself, or the first item of a tuple."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

@@ -19,7 +19,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def supports(self, decoder: Any, attention_mask: Tensor) -> bool:
-        """Whether it gives the hidden states that a padded batch gives.
+        """Whether the strategy gives the hidden states that a padded batch gives.
 
         Args:
             decoder: Layers without the LM head.
@@ -28,7 +28,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def last_states(self, decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the hidden states at the sequences' last tokens, of shape (batch, hidden).
+        """Return the last tokens' hidden states, of shape (batch, hidden).
 
         Args:
             decoder: Layers without the LM head, for which :meth:`supports` holds.
@@ -41,19 +41,19 @@ class Varlen(Strategy):
     """All sequences in one row, without padding, by variable-length attention on CUDA."""
 
     def supports(self, decoder: Any, attention_mask: Tensor) -> bool:
-        """Whether the decoder is on a GPU, in 16 bits, and asks no more of its attention than the kernel does."""
+        """Whether the kernel runs the decoder; see :func:`supports_varlen`."""
         return supports_varlen(decoder)
 
     def last_states(self, decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the hidden states; raises :class:`VarlenUnsupported` on what only the pass itself shows."""
+        """Return the hidden states; raise :class:`VarlenUnsupported` if the pass shows that the kernel cannot."""
         return last_states_varlen(decoder, input_ids, attention_mask)
 
 
 class Packed(Strategy):
-    """Several sequences a row, with what they begin with alike computed once."""
+    """Several sequences per row, common prefixes computed once."""
 
     def supports(self, decoder: Any, attention_mask: Tensor) -> bool:
-        """Whether a mask of queries by keys tells the sequences of a pack apart."""
+        """Whether a mask of queries by keys keeps the sequences of a pack apart; see :func:`can_pack`."""
         return can_pack(decoder, int(attention_mask.sum(dim=1).max()))
 
     def last_states(self, decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class Packed(Strategy):
 
 
 class FastForward:
-    """The ``forward_rows`` of a :class:`PromptEOL` for inference: the first strategy that its decoder supports.
+    """The ``forward_rows`` of a :class:`PromptEOL` for inference: the first strategy that supports its decoder.
 
     Args:
-        strategies: Strategies in the order in which they are tried; a padded batch where none is supported.
+        *strategies: Strategies in the order in which they are tried. If none applies, the batch runs padded.
     """
 
     def __init__(self, *strategies: Strategy) -> None:
@@ -74,7 +74,7 @@ class FastForward:
     def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the pooled hidden states, of shape (batch, hidden)."""
         decoder = module.decoder
-        # PEFT finds the closing tokens by their place in a row of its own.
+        # An adapter of the suffix counts its tokens from the end of a row, so each sequence needs its own.
         if not module.num_suffix_tokens:
             with alora_on_last(module.model, None):
                 for strategy in self._strategies:
@@ -84,9 +84,9 @@ class FastForward:
         return embed_rows(module, input_ids, attention_mask)
 
     def packs_batches(self, module: PromptEOL) -> bool:
-        """Whether sequences of a batch share what they begin with, so that it is best made of such ones."""
+        """Whether sequences of a batch share prefixes, so that a batch should hold sequences that begin alike."""
         return not module.num_suffix_tokens and can_pack(module.decoder, 1)
 
 
 embed_rows_fast = FastForward()
-"""Varlen attention on a GPU, packs elsewhere, padding where neither can be."""
+"""Varlen attention on a GPU, packing elsewhere, padding where the decoder supports neither."""

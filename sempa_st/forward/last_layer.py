@@ -1,4 +1,4 @@
-"""The last layer for the tokens that are read: of all others it computes no more than what these attend to."""
+"""Run the last layer for the pooled tokens only; other tokens contribute keys and values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 
-_OF_TOKENS = ("position_ids", "position_embeddings")
-"""What a layer is given that has one entry a token, in its second dimension."""
-_QUERIES_BY_KEYS = 4
-"""Dimensions of a mask that has a row for each query."""
+_PER_TOKEN = ("position_ids", "position_embeddings")
+"""Arguments of a layer that have one entry per token, in their second dimension."""
+_DENSE_MASK_DIMS = 4
+"""Dimensions of a mask of queries by keys."""
 
 
 class _KeysValuesDone(Exception):  # noqa: N818 (it ends a call early and is no error)
@@ -21,28 +21,35 @@ class _KeysValuesDone(Exception):  # noqa: N818 (it ends a call early and is no 
 
 
 class _RecordingCache:
-    """Stands for a key/value cache: takes up what a layer adds, and gives it back to the same layer run again."""
+    """A key/value cache that ends the layer's first call once it has the keys and values, and repeats them after."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._recorded: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self._found is None:
-            self._found = self._cache.update(keys, values, *args, **kwargs)
+        if self._recorded is None:
+            self._recorded = self._cache.update(keys, values, *args, **kwargs)
             raise _KeysValuesDone
-        return self._found
+        return self._recorded
 
 
-def last_layer_only_at(layer: nn.Module, places: Tensor) -> AbstractContextManager[None]:
-    """Let a decoder's last layer return the states at some tokens alone, in this thread's forward pass with a cache.
+def last_layer_only_at(layer: nn.Module, index: Tensor) -> AbstractContextManager[None]:
+    """Let a decoder's last layer return the hidden states of some tokens only, within a block and in this thread.
 
-    The others' attention, output projection and MLP are left out: nothing would read what comes of them. A layer that
-    is called in another way than Llama's (with a cache and a mask of queries by keys, by name) is run whole.
+    Nothing reads the other tokens' output, so the layer runs twice: up to the attention for all tokens, and whole for
+    the pooled ones. For six tokens of which 2 and 5 are pooled::
+
+        first call    keys and values      k0 k1 k2 k3 k4 k5      ends in the cache's update
+        second call   queries                    q2       q5      attend to all keys above
+                      output                     h2       h5      attention output, MLP
+
+    A layer that is called in another way than Llama's (a cache and a mask of queries by keys, both by name) runs whole,
+    and its output is cut.
 
     Args:
-        layer: The last layer, not checkpointed.
-        places: Of the tokens that are read, of shape (rows, tokens read).
+        layer: The last layer, without gradient checkpointing.
+        index: Indices of the pooled tokens, of shape (batch, pooled).
     """
     narrowed = False
 
@@ -52,34 +59,32 @@ def last_layer_only_at(layer: nn.Module, places: Tensor) -> AbstractContextManag
         states = args[0] if args else kwargs.get("hidden_states")
         caches = {name: _RecordingCache(value) for name, value in kwargs.items() if isinstance(value, Cache)}
         mask = kwargs.get("attention_mask")
-        if len(args) > 1 or states is None or len(caches) != 1 or mask is None or mask.dim() != _QUERIES_BY_KEYS:
+        if len(args) > 1 or states is None or len(caches) != 1 or mask is None or mask.dim() != _DENSE_MASK_DIMS:
             return args, kwargs
         try:
-            # Keys and values of all tokens; the call ends where the attention would begin.
             layer.forward(*args, **{**kwargs, **caches})
         except _KeysValuesDone:
             narrowed = True
-        if not narrowed:  # it has no keys and values
+        if not narrowed:  # the layer has no keys and values
             return args, kwargs
-        chosen = {key: _at(kwargs[key], places) for key in _OF_TOKENS if kwargs.get(key) is not None}
-        chosen["attention_mask"] = mask.gather(2, places[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+        chosen = {key: _at(kwargs[key], index) for key in _PER_TOKEN if kwargs.get(key) is not None}
+        chosen["attention_mask"] = mask.gather(2, index[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
         if not args:
-            chosen["hidden_states"] = _at(states, places)
-        return ((_at(states, places),) if args else args), {**kwargs, **chosen, **caches}
+            chosen["hidden_states"] = _at(states, index)
+        return ((_at(states, index),) if args else args), {**kwargs, **chosen, **caches}
 
     def after(output: Any) -> Any:
-        return output if narrowed else _output_at(output, places)
+        if narrowed:
+            return output
+        return (_at(output[0], index), *output[1:]) if isinstance(output, tuple) else _at(output, index)
 
     return edited(layer, before=before, after=after)
 
 
-def _output_at(output: Any, places: Tensor) -> Any:
-    return (_at(output[0], places), *output[1:]) if isinstance(output, tuple) else _at(output, places)
-
-
-def _at(tensors: Any, places: Tensor) -> Any:
+def _at(tensors: Any, index: Tensor) -> Any:
+    """Select tokens of a tensor (batch or 1, seq_len, ...), or of each tensor of a tuple."""
     if isinstance(tensors, tuple):
-        return tuple(_at(tensor, places) for tensor in tensors)
-    tensors = tensors.expand(len(places), *tensors.shape[1:])
-    index = places.view(*places.shape, *[1] * (tensors.dim() - 2))
+        return tuple(_at(tensor, index) for tensor in tensors)
+    tensors = tensors.expand(len(index), *tensors.shape[1:])
+    index = index.view(*index.shape, *[1] * (tensors.dim() - 2))
     return tensors.gather(1, index.expand(-1, -1, *tensors.shape[2:]))

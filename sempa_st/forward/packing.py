@@ -1,4 +1,7 @@
-"""Rows of tokens run one behind another, what they begin with once, so that next to nothing that is run is padding."""
+"""Sequence packing with prefix sharing: several sequences per row, common prefixes computed once.
+
+``README.md`` in this folder draws a pack and says why packing gives the same vectors.
+"""
 
 from __future__ import annotations
 
@@ -22,180 +25,227 @@ from sempa_st.forward.decoder import (
 )
 from sempa_st.forward.last_layer import last_layer_only_at
 from sempa_st.forward.varlen import ATTENTIONS
+from sempa_st.model.patching import attention_implementation
 from sempa_st.model.token_rows import common_prefix
 
 DENSE_MASK_ATTENTION = (*ATTENTIONS, *ATTENTIONS.values())
-"""Implementations of attention that take a mask of queries by keys."""
+"""Attention implementations that take a mask of queries by keys."""
 
 
-class Packed(NamedTuple):
-    """States of shape (places, hidden) and, for each row, the places of its tokens (on the CPU)."""
+class PackedStates(NamedTuple):
+    """Hidden states (tokens, hidden) of all packs, and the indices into them of each sequence's tokens, on the CPU."""
 
     states: Tensor
-    places: list[Tensor]
+    indices: list[Tensor]
 
 
-class _Layout(NamedTuple):
-    """Tensors of shape (packs, tokens), and for each row the places of its tokens among all of these.
+class PackPlan(NamedTuple):
+    """The tokens of all packs; see :func:`plan_packs`.
 
-    What follows a token in a row stands behind it, and behind all of that stands what does not follow it: ``ends``
-    holds the place in the pack where that begins, so that a token is seen from its own place up to there.
+    Attributes:
+        ids: Token ids, of shape (packs, width), on the CPU.
+        positions: Position of each token in its own sequence, of the same shape.
+        ends: End of the subtree of each token in the prefix tree, of the same shape.
+        indices: For each sequence, the indices of its tokens in the flattened packs.
     """
 
     ids: Tensor
     positions: Tensor
     ends: Tensor
-    places: list[Tensor]
+    indices: list[Tensor]
 
 
 class Packs(NamedTuple):
-    """Rows laid out, the cache of what all of them begin with, and its states, of shape (tokens, hidden)."""
+    """Packs that are ready to run.
 
-    layout: _Layout
+    Attributes:
+        plan: Tokens of the packs, without the prefix that all sequences share.
+        cache: Keys and values of that prefix.
+        shared_prefix: Hidden states of that prefix, of shape (tokens, hidden).
+    """
+
+    plan: PackPlan
     cache: DynamicCache
-    opening: Tensor
+    shared_prefix: Tensor
 
 
-def states_packed(decoder: Any, rows: Sequence[Tensor]) -> Packed:
-    """Run a decoder on rows in packs, with gradients.
+def states_packed(decoder: Any, sequences: Sequence[Tensor]) -> PackedStates:
+    """Run a decoder on packed sequences and return all hidden states, with gradients.
 
-    What all rows begin with is run once, into a key/value cache; what some rows of a pack begin with beyond that, once
-    for these. Positions and a mask make each token see its own row and no other. Equal rows are one, except in
-    training, where dropout makes two views of them.
+    The prefix that all sequences share runs once, into a key/value cache. A longer prefix that some sequences of a pack
+    share runs once for these. Positions and a mask let each token see its own sequence and no other. Equal sequences
+    run once, except in training, where dropout makes two views of them.
 
     Args:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
-        rows: Token ids of each row, of shape (tokens,), without padding, on the CPU, where packs are laid out.
+        sequences: Token ids of each sequence, of shape (tokens,), without padding, on the CPU.
     """
-    begun = prepare_packs(decoder, rows)
-    states = run_packs(decoder, begun)
-    opening = len(begun.opening)
-    there = torch.arange(opening)
-    return Packed(
-        torch.cat([begun.opening, states.flatten(0, 1)]),
-        [torch.cat([there, opening + places]) for places in begun.layout.places],
+    packs = prepare_packs(decoder, sequences)
+    states = run_packs(decoder, packs)
+    length = len(packs.shared_prefix)
+    prefix = torch.arange(length)
+    return PackedStates(
+        torch.cat([packs.shared_prefix, states.flatten(0, 1)]),
+        [torch.cat([prefix, length + indices]) for indices in packs.plan.indices],
     )
 
 
-def last_states_packed(decoder: Any, rows: Sequence[Tensor]) -> Tensor:
-    """Return the states at the rows' last tokens, of shape (rows, hidden); arguments as for :func:`states_packed`."""
-    begun = prepare_packs(decoder, rows)
-    width = begun.layout.ids.shape[1]
-    packs: list[list[int]] = [[] for _ in begun.layout.ids]
-    found = []
-    for last in torch.stack([places[-1] for places in begun.layout.places]).tolist():
-        found.append((last // width, len(packs[last // width])))
-        packs[last // width].append(last % width)
-    read = pad_sequence([torch.tensor(pack) for pack in packs], batch_first=True).to(decoder.device)
+def last_states_packed(decoder: Any, sequences: Sequence[Tensor]) -> Tensor:
+    """Return the last tokens' hidden states, of shape (batch, hidden); arguments as for :func:`states_packed`."""
+    packs = prepare_packs(decoder, sequences)
+    width = packs.plan.ids.shape[1]
+    pooled: list[list[int]] = [[] for _ in packs.plan.ids]  # per pack, the indices of its last tokens
+    slots = []  # per sequence, its pack and the number of its last token in ``pooled``
+    for last in torch.stack([indices[-1] for indices in packs.plan.indices]).tolist():
+        slots.append((last // width, len(pooled[last // width])))
+        pooled[last // width].append(last % width)
+    index = pad_sequence([torch.tensor(tokens) for tokens in pooled], batch_first=True).to(decoder.device)
     last_layer = last_layer_of(decoder)
     if last_layer is None or gradient_checkpointing_enabled(decoder):
-        states = run_packs(decoder, begun)
-        states = states.gather(1, read[:, :, None].expand(-1, -1, states.shape[-1]))
+        states = run_packs(decoder, packs)
+        states = states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))
     else:
-        with last_layer_only_at(last_layer, read):
-            states = run_packs(decoder, begun)
-    return states.flatten(0, 1)[torch.tensor([pack * read.shape[1] + number for pack, number in found]).to(read.device)]
+        with last_layer_only_at(last_layer, index):
+            states = run_packs(decoder, packs)
+    flat = torch.tensor([pack * index.shape[1] + number for pack, number in slots])
+    return states.flatten(0, 1)[flat.to(index.device)]
 
 
-def last_positions(begun: Packs) -> Tensor | None:
-    """Return the rows' last tokens' places among all of the packs' tokens, of shape (rows,).
+def last_positions(packs: Packs) -> Tensor | None:
+    """Return the index of each sequence's last token in the flattened packs, of shape (batch,).
 
-    None where another row goes on from one of them, so that no change to it would be the one row's own.
+    None if another sequence continues from one of them: a change of that token's state would reach both sequences.
     """
-    last = torch.stack([places[-1] for places in begun.layout.places])
-    alone_there = begun.layout.ends.flatten()[last] == last % begun.layout.ids.shape[1] + 1
-    return last if alone_there.all() else None
+    last = torch.stack([indices[-1] for indices in packs.plan.indices])
+    exclusive = packs.plan.ends.flatten()[last] == last % packs.plan.ids.shape[1] + 1
+    return last if exclusive.all() else None
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """Return the token ids of each row, without padding and on the CPU."""
+    """Return the token ids of each sequence, without padding and on the CPU."""
     mask = attention_mask.bool().cpu()
     return list(input_ids.cpu()[mask].split(mask.sum(dim=1).tolist()))
 
 
 def can_pack(decoder: Any, longest: int) -> bool:
-    """Whether a decoder can be told rows in one pack apart.
+    """Whether a mask and positions keep the sequences of a pack apart in this decoder.
 
-    Its attention must be one of transformers' attention functions, which see no more than the mask lets them. GPT-Neo's
-    own, for one, counts its window in places of the pack.
+    Its attention must be one of transformers' attention functions, which let a token see what the mask allows and no
+    more. GPT-Neo's own attention, for example, counts its window in indices of the pack.
 
     Args:
         decoder: Layers without the LM head.
-        longest: Tokens of the longest row.
+        longest: Length of the longest sequence in tokens.
     """
     return (
         accepts_position_ids(decoder)
         and attention_only(decoder)
         and decoder.is_backend_compatible()
-        and decoder.config.get_text_config()._attn_implementation in DENSE_MASK_ATTENTION
+        and attention_implementation(decoder.config.get_text_config()) in DENSE_MASK_ATTENTION
         and within_sliding_window(decoder, longest)
     )
 
 
-def prepare_packs(decoder: Any, rows: Sequence[Tensor]) -> Packs:
-    """Run what all rows begin with, and lay out the rest; arguments as for :func:`states_packed`."""
-    lists = [row.tolist() for row in rows]
-    shortest = min(len(row) for row in lists)
-    opening = 0 if gradient_checkpointing_enabled(decoder) else min(common_prefix(lists), shortest - 1)
-    layout = plan_packs([row[opening:] for row in lists], views=decoder.training)
+def prepare_packs(decoder: Any, sequences: Sequence[Tensor]) -> Packs:
+    """Run the prefix that all sequences share, and plan packs of the rest; arguments as for :func:`states_packed`."""
+    lists = [sequence.tolist() for sequence in sequences]
+    shortest = min(len(tokens) for tokens in lists)
+    shared = 0 if gradient_checkpointing_enabled(decoder) else min(common_prefix(lists), shortest - 1)
+    plan = plan_packs([tokens[shared:] for tokens in lists], views=decoder.training)
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
-    if opening:
-        beginning = rows[0][None, :opening].to(decoder.device)
-        there = torch.arange(opening, device=decoder.device)[None]
-        states = forward_with_cache(decoder, cache, beginning, torch.ones_like(beginning), there)[0]
-        cache.batch_repeat_interleave(len(layout.ids))
-    return Packs(layout, cache, states)
+    if shared:
+        prefix = sequences[0][None, :shared].to(decoder.device)
+        positions = torch.arange(shared, device=decoder.device)[None]
+        states = forward_with_cache(decoder, cache, prefix, torch.ones_like(prefix), positions)[0]
+        cache.batch_repeat_interleave(len(plan.ids))
+    return Packs(plan, cache, states)
 
 
-def run_packs(decoder: Any, begun: Packs) -> Tensor:
-    """Return the states of packs that were begun, of shape (packs, tokens, hidden)."""
-    layout, opening, device = begun.layout, len(begun.opening), decoder.device
-    mask = prefix_tree_mask(layout.ends.to(device), opening, decoder.dtype)
-    return forward_with_cache(
-        decoder, begun.cache, layout.ids.to(device), mask, (opening + layout.positions).to(device)
-    )
+def run_packs(decoder: Any, packs: Packs) -> Tensor:
+    """Return the hidden states of prepared packs, of shape (packs, width, hidden)."""
+    plan, shared, device = packs.plan, len(packs.shared_prefix), decoder.device
+    mask = prefix_tree_mask(plan.ends.to(device), shared, decoder.dtype)
+    return forward_with_cache(decoder, packs.cache, plan.ids.to(device), mask, (shared + plan.positions).to(device))
 
 
-def plan_packs(rows: list[list[int]], *, views: bool) -> _Layout:
-    """Lay out rows in packs; ``views`` keeps equal rows apart."""
-    order = sorted(range(len(rows)), key=lambda row: rows[row])
-    pairs = [(rows[one], rows[two]) for one, two in pairwise(order)]
-    alike = [0, *(0 if views and pair[0] == pair[1] else common_prefix(pair) for pair in pairs)]
-    packs, width = fill_packs([len(rows[row]) for row in order], alike)
-    filled: list[list[list[int]]] = []
-    found: list[list[int]] = [[]] * len(rows)
-    for number, pack in enumerate(packs):
-        tokens: list[int] = []
-        along: list[int] = []
-        until = [width] * width
-        places: list[int] = []
-        for place, same in pack:
-            row = rows[order[place]]
-            places = [*places[:same], *range(len(tokens), len(tokens) + len(row) - same)]
-            tokens += row[same:]
-            along += range(same, len(row))
-            for there in places:
-                until[there] = len(tokens)
-            found[order[place]] = [number * width + there for there in places]
-        padding = [0] * (width - len(tokens))
-        filled.append([tokens + padding, along + padding, until])
-    ids, positions, ends = torch.tensor(filled).unbind(1)
-    places_of_all = torch.tensor(list(chain.from_iterable(found)))
-    return _Layout(ids, positions, ends, list(places_of_all.split([len(places) for places in found])))
+def plan_packs(sequences: list[list[int]], *, views: bool) -> PackPlan:
+    """Plan packs in which a common prefix of neighbouring sequences appears once.
 
+    The sequences of a pack form a prefix tree in depth-first order. ``ends[i]`` is the end of the subtree of token i:
+    tokens i to ``ends[i] - 1`` may attend to it. The sequences 1 2 3, 1 2 4 5 and 6 give one pack::
 
-def prefix_tree_mask(ends: Tensor, opening: int, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the attention scores, of shape (packs, 1, tokens, opening + tokens).
+        tree:   1 ── 2 ─┬─ 3            index      0  1  2  3  4  5
+                        └─ 4 ── 5       ids        1  2  3  4  5  6
+                6                       positions  0  1  2  2  3  0
+                                        ends       5  5  3  5  5  6
 
-    A token sees the opening and what leads to it in its own row; padding sees padding.
+    Args:
+        sequences: Token ids of each sequence.
+        views: Whether equal sequences stay apart.
+
+    >>> plan = plan_packs([[1, 2, 3], [1, 2, 4, 5], [6]], views=False)
+    >>> plan.ids.tolist(), plan.positions.tolist(), plan.ends.tolist()
+    ([[1, 2, 3, 4, 5, 6]], [[0, 1, 2, 2, 3, 0]], [[5, 5, 3, 5, 5, 6]])
+    >>> [indices.tolist() for indices in plan.indices]
+    [[0, 1, 2], [0, 1, 3, 4], [5]]
     """
-    there = torch.arange(ends.shape[1], device=ends.device)
-    own = (there[:, None] < ends[:, None]).tril()
-    seen = torch.cat([own.new_ones(*own.shape[:2], opening), own], dim=2)[:, None]
+    order = sorted(range(len(sequences)), key=lambda number: sequences[number])
+    pairs = [(sequences[one], sequences[two]) for one, two in pairwise(order)]
+    shared = [0, *(0 if views and pair[0] == pair[1] else common_prefix(pair) for pair in pairs)]
+    packs, width = fill_packs([len(sequences[number]) for number in order], shared)
+    rows: list[list[list[int]]] = []
+    indices: list[list[int]] = [[]] * len(sequences)
+    for pack_number, pack in enumerate(packs):
+        ids: list[int] = []
+        positions: list[int] = []
+        ends = [width] * width
+        path: list[int] = []  # indices in the pack of the current sequence's tokens
+        for rank, prefix in pack:
+            tokens = sequences[order[rank]]
+            path = [*path[:prefix], *range(len(ids), len(ids) + len(tokens) - prefix)]
+            ids += tokens[prefix:]
+            positions += range(prefix, len(tokens))
+            for index in path:
+                ends[index] = len(ids)
+            indices[order[rank]] = [pack_number * width + index for index in path]
+        padding = [0] * (width - len(ids))
+        rows.append([ids + padding, positions + padding, ends])
+    all_ids, all_positions, all_ends = torch.tensor(rows).unbind(1)
+    flat = torch.tensor(list(chain.from_iterable(indices)))
+    return PackPlan(all_ids, all_positions, all_ends, list(flat.split([len(tokens) for tokens in indices])))
+
+
+def prefix_tree_mask(ends: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask of packs, of shape (packs, 1, width, shared + width).
+
+    A token sees the shared prefix, its ancestors in the prefix tree, and itself. For the pack in :func:`plan_packs`,
+    with a shared prefix of two tokens (a row is a query, x is a key that it sees)::
+
+                 prefix    1  2  3  4  5  6
+            1     x  x     x
+            2     x  x     x  x
+            3     x  x     x  x  x
+            4     x  x     x  x  .  x
+            5     x  x     x  x  .  x  x
+            6     x  x     .  .  .  .  .  x
+
+    Padding at the end of a pack sees the prefix and padding.
+
+    Args:
+        ends: As in :class:`PackPlan`, of shape (packs, width).
+        shared: Length of the prefix that all sequences share.
+        dtype: Type of the mask.
+
+    >>> (prefix_tree_mask(torch.tensor([[2, 2, 3]]), 1, torch.float32) == 0).int().tolist()
+    [[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
+    """
+    index = torch.arange(ends.shape[1], device=ends.device)
+    own = (index[:, None] < ends[:, None]).tril()
+    seen = torch.cat([own.new_ones(*own.shape[:2], shared), own], dim=2)[:, None]
     return additive_mask(seen, dtype)
 
 
 def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what an attention mask adds to the scores: 0 where a key is seen, and where not the least number."""
+    """Return an additive attention mask: 0 where ``seen`` is True, and the lowest number of ``dtype`` elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""Rows under a template, run once up to its closing tokens and on from there as often as wanted."""
+"""Run sequences up to the suffix of their template once, and the suffix as often as wanted."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from sempa_st.model.prompt_eol import PromptEOL
 
 
 class PrefixCache:
-    """Rows that an activated adapter has yet to meet: a key/value cache of all but their closing tokens.
+    """KV cache of each sequence up to the adapter's invocation tokens; the suffix then runs with the aLoRA active.
 
-    What stands before the closing tokens is the base's, whatever the adapter, so it needs no gradients; and what all
-    of the rows begin with is run for one of them.
+    The cached part is the base model's, whatever the adapter, so it has no gradients. The prefix that all sequences
+    share (P) runs for one of them, and moves in front of the padding (-)::
+
+        input_ids                   cached, base model     run again and again, adapter active or not
+        - - P P P a a S S           P P P - - a a          S S
+        P P P b b b b S S           P P P b b b b          S S
 
     Args:
-        module: Embedding module around a model with adapters that act on the template's closing tokens.
-        input_ids: Rendered templates, padded on the left, of shape (rows, tokens).
+        module: Embedding module around a model whose adapters act on the template's suffix.
+        input_ids: Rendered templates, padded on the left, of shape (batch, seq_len).
         attention_mask: 0 on padding, of the same shape.
-        closing: Number of closing tokens; those of the active adapter when left out.
+        num_suffix_tokens: Length of the suffix; that of the active adapter when None.
 
     Attributes:
-        mask: 0 on padding, of shape (rows, tokens): what the rows open with, padding, the rest.
+        mask: 0 on padding, of shape (batch, seq_len), in the order of the cache: shared prefix, padding, the rest.
     """
 
     def __init__(
-        self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, *, closing: int | None = None
+        self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, *, num_suffix_tokens: int | None = None
     ) -> None:
         self._module = module
-        self._closing = module.num_suffix_tokens if closing is None else closing
+        self._suffix = module.num_suffix_tokens if num_suffix_tokens is None else num_suffix_tokens
         self._cache = DynamicCache()
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        shared = self._shared_tokens(input_ids, attention_mask)
-        # The rows' opening moves in front of the padding.
+        shared = self._shared_prefix(input_ids, attention_mask)
         self.mask = attention_mask * (positions >= shared)
         self.mask[:, :shared] = 1
         with torch.no_grad(), module.model.disable_adapter():
@@ -44,28 +47,28 @@ class PrefixCache:
                 self._run(input_ids[:1, start : start + shared], positions[:1, start : start + shared])
                 self._cache.batch_repeat_interleave(len(input_ids))
             self._ids, self._positions = input_ids[:, shared:], positions[:, shared:]
-            self._run(self._ids[:, : -self._closing], self._positions[:, : -self._closing])
+            self._run(self._ids[:, : -self._suffix], self._positions[:, : -self._suffix])
 
-    def last_states(self) -> Tensor:
-        """Return the states at the rows' last tokens, of shape (rows, hidden), under the adapter that is active."""
-        with alora_on_last(self._module.model, [self._closing] * len(self._ids)):
-            return self._close()
+    def suffix_states(self) -> Tensor:
+        """Return the last tokens' hidden states under the active adapter, of shape (batch, hidden)."""
+        with alora_on_last(self._module.model, [self._suffix] * len(self._ids)):
+            return self._run_suffix()
 
-    def base_states(self, rows: Tensor | None = None) -> Tensor:
-        """Return the same under the base, without gradients.
+    def base_suffix_states(self, indices: Tensor | None = None) -> Tensor:
+        """Return the last tokens' hidden states under the base model, without gradients.
 
         Args:
-            rows: Numbers of the rows that are wanted; the others are dropped for good. All rows when left out.
+            indices: Indices of the sequences to run; the others are dropped for good. All sequences when None.
         """
-        if rows is not None:
-            self._cache.batch_select_indices(rows)
-            self.mask, self._ids, self._positions = self.mask[rows], self._ids[rows], self._positions[rows]
+        if indices is not None:
+            self._cache.batch_select_indices(indices)
+            self.mask, self._ids, self._positions = self.mask[indices], self._ids[indices], self._positions[indices]
         with torch.no_grad(), self._module.model.disable_adapter():
-            return self._close()
+            return self._run_suffix()
 
-    def _close(self) -> Tensor:
-        states = self._run(self._ids[:, -self._closing :], self._positions[:, -self._closing :])
-        self._cache.crop(-self._closing)
+    def _run_suffix(self) -> Tensor:
+        states = self._run(self._ids[:, -self._suffix :], self._positions[:, -self._suffix :])
+        self._cache.crop(-self._suffix)
         return states[:, -1]
 
     def _run(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -74,13 +77,13 @@ class PrefixCache:
             self._module.decoder, self._cache, input_ids, self.mask[: len(input_ids), :seen], positions
         )
 
-    def _shared_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> int:
-        """Return how many tokens all rows begin with, at least one before the closing tokens left out."""
+    def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor) -> int:
+        """Return the length of the prefix that all sequences share, at least one token before the suffix left out."""
         width = input_ids.shape[1]
         if not within_sliding_window(self._module.decoder, width):
             return 0
         starts = attention_mask.argmax(dim=1, keepdim=True)
-        places = (starts + torch.arange(width, device=starts.device)).clamp(max=width - 1)
-        aligned = input_ids.gather(1, places)
-        same = (aligned == aligned[0]).all(dim=0)[: int(attention_mask.sum(dim=1).min()) - self._closing - 1]
+        indices = (starts + torch.arange(width, device=starts.device)).clamp(max=width - 1)
+        aligned = input_ids.gather(1, indices)
+        same = (aligned == aligned[0]).all(dim=0)[: int(attention_mask.sum(dim=1).min()) - self._suffix - 1]
         return int(same.long().cumprod(0).sum())

@@ -1,4 +1,7 @@
-"""Rows one behind another in one long row, without padding, each attending to itself by FlashAttention: on CUDA."""
+"""Varlen attention: all sequences of a batch in one row without padding, by FlashAttention on CUDA.
+
+``README.md`` in this folder draws it.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sempa_st.forward.decoder import accepts_position_ids, attention_only, last_hidden_states
+from sempa_st.model.patching import attention_implementation
 
 ATTENTIONS = {"sdpa": "sempa_st_sdpa", "eager": "sempa_st_eager"}
-"""Attention functions of transformers, and those of ours that do the same for any pass but one of rows by edges."""
-_OF_ROWS = ("cu_seq_lens_q", "max_length_q")
-"""What transformers calls the rows' edges and the longest row's tokens, on their way to an attention function."""
+"""Attention functions of transformers, and ours that run the same code unless a pass gives sequence boundaries."""
+_BOUNDARIES = ("cu_seq_lens_q", "max_length_q")
+"""Transformers' names for the cumulative sequence lengths and the longest length, as passed to attention functions."""
 _UNSUPPORTED_KWARGS = ("softcap", "s_aux", "position_bias")
-"""What some models ask of an attention function beyond its scale and window."""
+"""Arguments of some models' attention beyond a scale and a window."""
 _LARGEST_HEAD, _HEAD_STEP = 256, 8
 _CAPABILITY = (8, 0)
-"""Oldest GPUs that have the kernel (Ampere)."""
+"""Compute capability of the oldest GPUs that have the kernel (Ampere)."""
 
 
-class VarlenUnsupported(Exception):  # noqa: N818 (another way is taken then)
-    """A decoder's attention asks for something that FlashAttention does not do here."""
+class VarlenUnsupported(Exception):  # noqa: N818 (the caller then takes another way)
+    """A decoder's attention needs something that the varlen kernel does not offer."""
 
 
 def supports_varlen(decoder: Any) -> bool:
-    """Whether a decoder is where the kernel is (CUDA, 16-bit floating point) and asks no more of it than it does."""
+    """Whether the kernel runs a decoder: on CUDA, in 16 bits, with an attention that it can replace."""
     return (
         decoder.device.type == "cuda"
         and decoder.dtype in {torch.bfloat16, torch.float16}
@@ -42,12 +46,12 @@ def supports_varlen(decoder: Any) -> bool:
 
 
 def attention_is_exchangeable(decoder: Any) -> bool:
-    """Whether a decoder's attention can be exchanged for one that knows a scale and a window and nothing else."""
+    """Whether a decoder's attention can be replaced by one that knows a scale and a window and nothing else."""
     config = decoder.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         decoder.is_backend_compatible()
-        and config._attn_implementation in {*ATTENTIONS, *ATTENTIONS.values()}
+        and attention_implementation(config) in {*ATTENTIONS, *ATTENTIONS.values()}
         and accepts_position_ids(decoder)
         and attention_only(decoder)
         and width <= _LARGEST_HEAD
@@ -56,30 +60,30 @@ def attention_is_exchangeable(decoder: Any) -> bool:
 
 
 def last_states_varlen(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states at the rows' last tokens, of shape (rows, hidden).
+    """Return the last tokens' hidden states, of shape (batch, hidden), by varlen attention.
 
     Args:
-        decoder: Layers without the LM head, for which :func:`supports_varlen` holds. Its attention becomes ours of
-            :data:`ATTENTIONS` for good, with which any other pass, of another thread too, is what it was.
-        input_ids: Token ids of shape (rows, tokens).
+        decoder: Layers without the LM head, for which :func:`supports_varlen` holds. It keeps our attention function of
+            :data:`ATTENTIONS`, which leaves all other passes as they were, also in other threads.
+        input_ids: Token ids of shape (batch, seq_len).
         attention_mask: 0 on padding, which may stand anywhere, of the same shape.
 
     Raises:
-        VarlenUnsupported: If the decoder's attention asks for more than a scale, a window and the rows' edges.
+        VarlenUnsupported: If the decoder's attention needs more than a scale, a window and sequence boundaries.
     """
     kept = attention_mask.bool()
     lengths = kept.sum(dim=1)
     ends = lengths.cumsum(0)
-    rows = dict(zip(_OF_ROWS, (nn.functional.pad(ends, (1, 0)).int(), int(lengths.max())), strict=True))
-    _use_ours(decoder)
+    boundaries = dict(zip(_BOUNDARIES, (nn.functional.pad(ends, (1, 0)).int(), int(lengths.max())), strict=True))
+    _select_varlen(decoder)
     states = last_hidden_states(
         decoder,
         input_ids=input_ids[kept][None],
         position_ids=(kept.cumsum(dim=1) - 1)[kept][None],
-        # Transformers takes a mask of four dimensions for a finished one; this one is never looked at.
+        # Transformers builds no mask of its own if it gets one of four dimensions; nothing reads this one.
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=decoder.dtype, device=decoder.device),
         use_cache=False,
-        **rows,
+        **boundaries,
     )
     return states[0, ends - 1]
 
@@ -87,16 +91,16 @@ def last_states_varlen(decoder: Any, input_ids: Tensor, attention_mask: Tensor) 
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
-    """Attend within rows, each token to those before it and itself, by FlashAttention.
+    """Run causal attention within each sequence, by FlashAttention.
 
     Args:
-        queries: Shape (tokens, heads, size).
+        queries: Of shape (tokens, heads, head_dim), all sequences one after another.
         keys: Of the same shape.
         values: Of the same shape.
-        starts: Where each row starts and the last one ends, of shape (rows + 1,), int32.
-        longest: Tokens of the longest row.
-        scale: Of the scores.
-        window: Tokens that one sees, itself among them; None for all.
+        starts: Cumulative sequence lengths from 0, of shape (batch + 1,), int32.
+        longest: Length of the longest sequence in tokens.
+        scale: Factor of the scores.
+        window: Number of tokens that a token sees, itself included; None for all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -115,32 +119,32 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """Run :func:`attend` where rows are told by their edges, and else ``plain``, as one of transformers' functions."""
-    if any(kwargs.get(name) is None for name in _OF_ROWS):
+    """Run :func:`attend` if the pass gives sequence boundaries, else ``plain``, a function of transformers."""
+    if any(kwargs.get(name) is None for name in _BOUNDARIES):
         return plain(module, query, key, value, attention_mask, **kwargs)
-    size, further = query.shape[-1], [name for name in _UNSUPPORTED_KWARGS if kwargs.get(name) is not None]
-    if further or size % _HEAD_STEP or value.shape[-1] != size:
+    size, unsupported = query.shape[-1], [name for name in _UNSUPPORTED_KWARGS if kwargs.get(name) is not None]
+    if unsupported or size % _HEAD_STEP or value.shape[-1] != size:
         raise VarlenUnsupported(type(module).__name__)
     groups = query.shape[1] // key.shape[1]
     keys, values = (states[0].transpose(0, 1).repeat_interleave(groups, dim=1) for states in (key, value))
     scale = kwargs.get("scaling") or size**-0.5
-    starts, longest = (kwargs[name] for name in _OF_ROWS)
+    starts, longest = (kwargs[name] for name in _BOUNDARIES)
     states = attend(query[0].transpose(0, 1), keys, values, starts, longest, scale, kwargs.get("sliding_window"))
     return states[None], None
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run the eager attention of a module's architecture, which transformers has under this name in its file."""
+    """Run the eager attention of a module's architecture, which has this name in the architecture's file."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
-def _use_ours(decoder: Any) -> None:
-    name = decoder.config.get_text_config()._attn_implementation
+def _select_varlen(decoder: Any) -> None:
+    name = attention_implementation(decoder.config.get_text_config())
     if name in ATTENTIONS:
         decoder.set_attn_implementation(ATTENTIONS[name])
 
 
-# On import, since a model may come from another process with the names in its settings.
+# On import: a model unpickled from another process has these names in its config.
 AttentionInterface.register(ATTENTIONS["sdpa"], partial(_attention, sdpa_attention_forward))
 AttentionInterface.register(ATTENTIONS["eager"], partial(_attention, _eager))
 AttentionMaskInterface.register(ATTENTIONS["sdpa"], cast(Callable[..., Any], sdpa_mask))

@@ -1,1 +1,1 @@
-"""Ways to read a sentence's vector off a decoder, each in a file of its own."""
+"""Rival ways to embed a sentence with a language model that was not trained for it."""

@@ -1,4 +1,4 @@
-"""Ways to embed with an encoder that was not tuned for sentences: the mean of its states, and PromptBERT."""
+"""Methods for encoders that were not trained for sentences: mean pooling, and PromptBERT."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sempa_st.methods.method import MASK, Method, Rendered, Rows, mean_pooled
+from sempa_st.methods.method import MASK, Batch, Method, Rendered, mean_pooled
 from sempa_st.model.templates import normalize_sentence
 
 
 @dataclass(frozen=True)
 class EncoderMethod(Method):
-    """A method for encoders, whose tokens see each other anyway."""
+    """A method for encoders, whose attention is bidirectional."""
 
     for_encoders: ClassVar[bool] = True
     packs: ClassVar[bool] = False
@@ -22,24 +22,24 @@ class EncoderMethod(Method):
         """Return the number of layers."""
         return int(model.config.num_hidden_layers)
 
-    def states(self, model: Any, rows: Rows, attention_mask: Tensor) -> Tensor:
-        """Return the states of the layer that is read, of shape (rows, tokens, hidden)."""
-        output = model(input_ids=rows.input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        states: Tensor = output.hidden_states[self.layers_run(model)]
+    def states(self, model: Any, batch: Batch, attention_mask: Tensor) -> Tensor:
+        """Return the hidden states of the layer that is pooled, of shape (batch, seq_len, hidden)."""
+        output = model(input_ids=batch.input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        states: Tensor = output.hidden_states[self.num_layers(model)]
         return states
 
 
 @dataclass(frozen=True)
 class EncoderMean(EncoderMethod):
-    """The mean of the states of all tokens (BERT-avg, and T5's encoder likewise)."""
+    """Mean pooling over all tokens (BERT-avg, and the same for T5's encoder)."""
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
         """Return the sentence."""
         return (Rendered(normalize_sentence(sentence)),)
 
-    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, batch: Batch, *others: Batch) -> Tensor:
         """Return the means."""
-        return mean_pooled(self.states(model, rows, rows.attention_mask), rows.attention_mask)
+        return mean_pooled(self.states(model, batch, batch.attention_mask), batch.attention_mask)
 
 
 _PREFIX, _SUFFIX = 'This sentence of "', f'" means {MASK}.'
@@ -47,10 +47,10 @@ _PREFIX, _SUFFIX = 'This sentence of "', f'" means {MASK}.'
 
 @dataclass(frozen=True)
 class PromptBERT(EncoderMethod):
-    """The state at the mask of ``This sentence of "S" means [MASK].`` (arXiv 2201.04337).
+    """The hidden state at the mask of ``This sentence of "S" means [MASK].`` (arXiv 2201.04337).
 
     Args:
-        denoise: Whether that of the same template without the sentence, at the same positions, is subtracted.
+        denoise: Whether to subtract the state of the same template with the sentence masked.
     """
 
     denoise: bool = False
@@ -61,9 +61,9 @@ class PromptBERT(EncoderMethod):
         start, mask = len(_PREFIX), len(_PREFIX) + len(text) + len(_SUFFIX) - len(MASK) - 1
         return (Rendered(f"{_PREFIX}{text}{_SUFFIX}", (mask, mask + 1), hidden=(start, start + len(text))),)
 
-    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
-        """Return the states at the mask."""
-        found = mean_pooled(self.states(model, rows, rows.attention_mask), rows.read)
+    def vectors(self, model: Any, batch: Batch, *others: Batch) -> Tensor:
+        """Return the hidden states at the mask."""
+        states = mean_pooled(self.states(model, batch, batch.attention_mask), batch.read)
         if not self.denoise:
-            return found
-        return found - mean_pooled(self.states(model, rows, rows.attention_mask * (1 - rows.hidden)), rows.read)
+            return states
+        return states - mean_pooled(self.states(model, batch, batch.attention_mask * (1 - batch.hidden)), batch.read)

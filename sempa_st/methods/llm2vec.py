@@ -1,4 +1,4 @@
-"""LLM2Vec (arXiv 2404.05961): every token sees every other, and the sentence is the mean of its tokens."""
+"""LLM2Vec (arXiv 2404.05961): bidirectional attention and mean pooling."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import states_after_layers
 from sempa_st.forward.packing import DENSE_MASK_ATTENTION, additive_mask
-from sempa_st.methods.method import Method, Rendered, Rows, mean_pooled
+from sempa_st.methods.method import Batch, Method, Rendered, mean_pooled
+from sempa_st.model.patching import attention_implementation
 from sempa_st.model.templates import normalize_sentence
 
 
 @dataclass(frozen=True)
 class LLM2Vec(Method):
-    """The mean of the sentence's tokens without the causal mask.
+    """Mean pooling over the sentence's tokens, without the causal mask.
 
     Args:
-        before: Text before the sentence, which is not read: a chat format's, under which some checkpoints were trained.
-        after: Text behind it, which is read too.
+        before: Text before the sentence, not pooled: some checkpoints were trained under a chat format.
+        after: Text after the sentence, pooled too.
     """
 
     packs: ClassVar[bool] = False
@@ -32,17 +33,19 @@ class LLM2Vec(Method):
         text = f"{self.before}{normalize_sentence(sentence)}{self.after}"
         return (Rendered(text, (len(self.before), len(text))),)
 
-    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
+    def vectors(self, model: Any, batch: Batch, *others: Batch) -> Tensor:
         """Return the means."""
-        mask = rows.attention_mask
-        added = additive_mask(mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool(), model.dtype)
-        return mean_pooled(states_after_layers(model, self.layers_run(model), rows.input_ids, added), rows.read)
+        mask = batch.attention_mask
+        everywhere = additive_mask(mask[:, None, None].expand(-1, -1, mask.shape[1], -1).bool(), model.dtype)
+        states = states_after_layers(model, self.num_layers(model), batch.input_ids, everywhere)
+        return mean_pooled(states, batch.read)
 
     def check(self, model: Any) -> None:
-        """Raise :class:`SempaError` if the decoder's attention takes no mask of its own."""
+        """Raise :class:`SempaError` if the decoder's attention takes no mask of queries by keys."""
         super().check(model)
-        found = model.config.get_text_config()._attn_implementation
-        if found not in DENSE_MASK_ATTENTION:
+        attention = attention_implementation(model.config.get_text_config())
+        if attention not in DENSE_MASK_ATTENTION:
             raise SempaError(
-                f"llm2vec cannot lift the causal mask of attention {found!r}. Use one of {DENSE_MASK_ATTENTION}."
+                f"llm2vec cannot remove the causal mask of attention {attention!r}. Expected one of: "
+                f"{', '.join(DENSE_MASK_ATTENTION)}."
             )

@@ -1,4 +1,4 @@
-"""What a way to embed with a model is: texts to run, and vectors from their states."""
+"""The interface of an embedding method: texts to run for a sentence, and a vector from their hidden states."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sempa_st.forward.decoder import layers_of, states_after_layers, truncated
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
 
 MASK = "[MASK]"
-"""Stands for the tokenizer's mask token in a text."""
+"""Placeholder for the tokenizer's mask token in a text."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text for the model.
+    """A text for the model. Spans are (start, end) in characters, the end exclusive.
 
     Args:
         text: The text, without special tokens.
-        read: First character, and the one behind the last, of what is averaged; the last token is read when None.
-        placeholder: Character before whose token a placeholder token is put, if any.
-        hidden: First character, and the one behind the last, of what a second run may hide, if anything.
+        read: Span whose tokens are pooled by their mean; the last token is pooled when None.
+        placeholder: Index of the character before whose token a placeholder token is inserted, if any.
+        hidden: Span that a second forward pass may mask, if any.
     """
 
     text: str
@@ -34,15 +34,15 @@ class Rendered:
     hidden: tuple[int, int] | None = None
 
 
-class Rows(NamedTuple):
-    """Texts as the model reads them, padded on either side.
+class Batch(NamedTuple):
+    """Tokenised texts, padded on either side.
 
     Attributes:
-        input_ids: Token ids of shape (rows, tokens).
+        input_ids: Token ids of shape (batch, seq_len).
         attention_mask: 0 on padding, of the same shape.
-        read: 1 on the tokens that are read, of the same shape.
+        read: 1 on the tokens that are pooled, of the same shape.
         placeholder: 1 on placeholder tokens, of the same shape.
-        hidden: 1 on what a second run may hide, of the same shape.
+        hidden: 1 on the tokens that a second forward pass may mask, of the same shape.
     """
 
     input_ids: Tensor
@@ -54,84 +54,90 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to embed a sentence with a decoder, or an encoder; its fields are the settings.
+    """A way to embed a sentence with a decoder or an encoder; its fields are the settings.
 
     Args:
-        layer: Whose output is read, counted as in transformers' ``hidden_states``: -1 is the last one with the final
-            norm, -2 what enters the last layer, 1 the first layer's output. The method's own choice when None.
+        layer: Layer whose output is pooled, counted as in transformers' ``hidden_states``: -1 is the last layer with
+            the final norm, -2 the input of the last layer, 1 the output of the first. The method's choice when None.
     """
 
     layer: int | None = None
     for_encoders: ClassVar[bool] = False
     packs: ClassVar[bool] = True
-    """Whether rows are run in packs, on a model that allows it."""
+    """Whether sequences are packed, if the model allows it."""
 
     @abstractmethod
     def render(self, sentence: str) -> tuple[Rendered, ...]:
-        """Return the texts to run for a sentence; the first one is read."""
+        """Return the texts to run for a sentence; the vector comes from the first one."""
 
-    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
-        """Return one vector a row, of shape (rows, hidden).
+    def vectors(self, model: Any, batch: Batch, *others: Batch) -> Tensor:
+        """Return one vector per sentence, of shape (batch, hidden).
 
         Args:
             model: Layers without a head.
-            rows: The first text of each sentence.
-            *others: Its further texts.
+            batch: The first text of each sentence.
+            *others: The other texts of each sentence.
         """
-        run = self.layers_run(model)
-        if self.packs and can_pack(model, int(rows.attention_mask.sum(dim=1).max())):
-            with truncated(model, run):
-                return _packed_means(model, rows)
-        return mean_pooled(states_after_layers(model, run, rows.input_ids, rows.attention_mask), rows.read)
+        num_layers = self.num_layers(model)
+        if self.packs and can_pack(model, int(batch.attention_mask.sum(dim=1).max())):
+            with truncated(model, num_layers):
+                return _packed_means(model, batch)
+        return mean_pooled(states_after_layers(model, num_layers, batch.input_ids, batch.attention_mask), batch.read)
 
     def check(self, model: Any) -> None:
-        """Raise :class:`SempaError` if the method cannot be applied to a model as it is set."""
-        self.layers_run(model)
+        """Raise :class:`SempaError` if the method, with its settings, does not apply to a model."""
+        self.num_layers(model)
 
     def depth(self, model: Any) -> int:
         """Return the number of layers."""
         return len(layers_of(model))
 
     def default_layer(self, depth: int) -> int:
-        """Return the layer to read where none is set.
+        """Return the layer to pool when none is set.
 
         Args:
-            depth: Number of layers of the model.
+            depth: Number of the model's layers.
         """
         return -1
 
-    def layers_run(self, model: Any) -> int:
-        """Return how many layers are run for the state that is read."""
+    def num_layers(self, model: Any) -> int:
+        """Return the number of layers to run for the hidden states that are pooled.
+
+        Raises:
+            SempaError: If the model has no such layer.
+        """
         depth = self.depth(model)
         layer = self.default_layer(depth) if self.layer is None else self.layer
-        run = layer if layer > 0 else depth + 1 + layer
-        if not 1 <= run <= depth:
+        num_layers = layer if layer > 0 else depth + 1 + layer
+        if not 1 <= num_layers <= depth:
             raise SempaError(
                 f"There is no layer {layer} in {type(model).__name__} of {depth} layers. Expected -{depth} to -1, or "
                 f"1 to {depth}."
             )
-        return run
+        return num_layers
 
 
 def scaled_layer(depth: int, layer: int) -> int:
-    """Return the layer of a decoder of ``depth`` layers that stands where ``layer`` does among a paper's 32."""
+    """Scale a layer index that a paper gives for 32 layers to a decoder of ``depth`` layers."""
     return round(depth * layer / 32)
 
 
 def gather_read(states: Tensor, read: Tensor) -> Tensor:
-    """Return the state at each row's one token that is read, of shape (rows, width)."""
+    """Return the hidden state at the one marked token of each sequence, of shape (batch, width)."""
     return states[torch.arange(len(states), device=states.device), read.argmax(dim=1)]
 
 
 def mean_pooled(states: Tensor, read: Tensor) -> Tensor:
-    """Return the mean of the states at the tokens that are read, of shape (rows, hidden)."""
+    """Return the mean of the hidden states at the marked tokens, of shape (batch, hidden)."""
     weights = read.to(states.dtype)[:, :, None]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _packed_means(model: Any, rows: Rows) -> Tensor:
-    """Return :func:`mean_pooled` the states at the tokens that are read, the rows run in packs."""
-    packed = states_packed(model, unpadded(rows.input_ids, rows.attention_mask))
-    read = unpadded(rows.read, rows.attention_mask)
-    chosen = (places[kept.bool()].to(packed.states.device) for places, kept in zip(packed.places, read, strict=True))
-    return torch.stack([packed.states[places].mean(dim=0) for places in chosen])
+def _packed_means(model: Any, batch: Batch) -> Tensor:
+    """Return what :func:`mean_pooled` returns, by packing."""
+    packed = states_packed(model, unpadded(batch.input_ids, batch.attention_mask))
+    read = unpadded(batch.read, batch.attention_mask)
+    pooled = (
+        indices[marked.bool()].to(packed.states.device) for indices, marked in zip(packed.indices, read, strict=True)
+    )
+    return torch.stack([packed.states[indices].mean(dim=0) for indices in pooled])

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBas
 from sempa_st.errors import SempaError
 from sempa_st.forward.packing import can_pack
 from sempa_st.methods.encoders import PromptBERT
-from sempa_st.methods.method import MASK, Method, Rendered, Rows
+from sempa_st.methods.method import MASK, Batch, Method, Rendered
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.peft_models import ADAPTER_CONFIG, is_peft_model, load_adapter
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width, position_limit, save_model
@@ -24,16 +24,16 @@ from sempa_st.model.tokenizer import load_tokenizer, save_tokenizer
 
 
 class MethodModule(InputModule):
-    """Embed sentences with a model by one of the methods.
+    """Embed sentences by one of the methods.
 
     Args:
-        model: Causal language model, or a PEFT model around one; an encoder, for a method for encoders.
+        model: Causal language model, or a PEFT model around one; an encoder if the method is for encoders.
         tokenizer: Its tokenizer, a fast one.
-        method: Method with its settings, as :func:`parse_method` takes it.
-        max_seq_length: Longest text in tokens; a longer *sentence* is cut, never what stands around it.
+        method: Name and settings of the method, as :func:`parse_method` reads them.
+        max_seq_length: Longest text in tokens; a longer *sentence* is cut, never the text around it.
 
     Raises:
-        SempaError: If the method is unknown, or cannot be applied to this model.
+        SempaError: If the method is unknown, or does not apply to this model or tokenizer.
     """
 
     config_file_name = "sempa_method.json"
@@ -57,11 +57,13 @@ class MethodModule(InputModule):
         self._method.check(self.decoder)
         if not tokenizer.is_fast:
             raise SempaError(
-                f"{type(tokenizer).__name__} is written in Python and does not tell which characters a token stands "
-                f"for, which {method} needs. Use a fast tokenizer."
+                f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which {method} needs. "
+                "Use a fast tokenizer."
             )
         if isinstance(self._method, PromptBERT) and tokenizer.mask_token is None:
-            raise SempaError(f"{type(model).__name__} has no mask token, which {method} reads. Use one that has.")
+            raise SempaError(
+                f"{type(model).__name__} has no mask token, which {method} needs. Use a masked language model."
+            )
 
     @property
     def decoder(self) -> Any:
@@ -71,7 +73,7 @@ class MethodModule(InputModule):
 
     @property
     def packs_batches(self) -> bool:
-        """Whether a batch is best made of sentences that begin alike: the method runs them in packs."""
+        """Whether a batch should hold sentences that begin alike: the method packs them."""
         return self._method.packs and can_pack(self.decoder, 1)
 
     def get_embedding_dimension(self) -> int:
@@ -87,26 +89,26 @@ class MethodModule(InputModule):
             **kwargs: Ignored; sentence-transformers passes its task here.
 
         Returns:
-            The tensors of :class:`Rows`, those of a method's further texts with a number before their names.
+            The tensors of :class:`Batch`; those of a method's other texts have a number after their names.
 
         Raises:
-            ValueError: If an input is no sentence.
+            ValueError: If an input is not a sentence.
         """
         texts = [self._fitting(f"{prompt or ''}{sentence_in(text)}") for text in inputs]
         features: dict[str, Tensor] = {}
-        for number, rows in enumerate(zip(*texts, strict=True)):
-            features |= {_key(name, number): tensor for name, tensor in self._tensors(rows).items()}
+        for number, sequences in enumerate(zip(*texts, strict=True)):
+            features |= {_key(name, number): tensor for name, tensor in self._tensors(sequences).items()}
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` of shape (batch, hidden) to ``features``, in float32.
 
         Raises:
-            ValueError: If token embeddings are asked for.
+            ValueError: If the caller wants token embeddings.
         """
         if kwargs.get("token_embeddings"):
             raise ValueError(f"The method {self.method!r} gives one vector a sentence, and no token embeddings.")
-        features["sentence_embedding"] = self._method.vectors(self.decoder, *rows_in(features)).float()
+        features["sentence_embedding"] = self._method.vectors(self.decoder, *batches_in(features)).float()
         return features
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -126,75 +128,75 @@ class MethodModule(InputModule):
         here = {name: kwargs[name] for name in names if name in kwargs}
         folder = cls.load_dir_path(model_name_or_path, **here)
         assert folder is not None
-        adapted = Path(folder, ADAPTER_CONFIG).is_file()
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
-        # Whoever trusts this folder has said nothing of the base that it names.
-        trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code")) and not adapted}
+        has_adapter = Path(folder, ADAPTER_CONFIG).is_file()
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path if has_adapter else folder
+        # Trust in this folder says nothing about the base that it names.
+        trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code")) and not has_adapter}
         arguments = {**trust, **(kwargs.get("config_kwargs") or {}), **(kwargs.get("model_kwargs") or {})}
         settings = cls.load_config(model_name_or_path, **here)
         kind = AutoModel if parse_method(settings["method"]).for_encoders else AutoModelForCausalLM
         model: Any = kind.from_pretrained(base, use_safetensors=True, **arguments)
-        if adapted:
+        if has_adapter:
             model = load_adapter(model, folder)
         return cls(model.eval(), load_tokenizer(folder), **settings)
 
     def _fitting(self, sentence: str) -> list[dict[str, list[int]]]:
-        """Return the rows of a sentence's texts, the sentence cut at its end where one of them is too long."""
+        """Return the sequences of a sentence's texts; the sentence is cut at its end if one of them is too long."""
         while True:
-            rows = [self._row(text) for text in self._method.render(sentence)]
-            # A placeholder is no part of the text, and has a position all the same.
-            longest = max(len(row["input_ids"]) for row in rows)
-            text = max(len(row["input_ids"]) - sum(row["placeholder"]) for row in rows)
+            sequences = [self._sequence(text) for text in self._method.render(sentence)]
+            # A placeholder is not part of the text, but takes a position.
+            longest = max(len(sequence["input_ids"]) for sequence in sequences)
+            text = max(len(sequence["input_ids"]) - sum(sequence["placeholder"]) for sequence in sequences)
             excess = max(text - self.max_seq_length, longest - (position_limit(self.decoder.config) or longest))
             if excess <= 0 or not sentence:
-                return rows
+                return sequences
             ((_, spans),) = tokenize(self.tokenizer, [sentence], add_special_tokens=False)
             kept = max(0, len(spans) - max(1, excess // 2))  # a text may hold the sentence twice
             sentence = sentence[: spans[kept][0]]
 
-    def _tensors(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
+    def _tensors(self, sequences: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(sequence["input_ids"]) for sequence in sequences)
         tensors = {}
-        for name in Rows._fields:
+        for name in Batch._fields:
             filler = self.tokenizer.pad_token_id if name == "input_ids" else 0
-            padding = [[filler] * (width - len(row[name])) for row in rows]
-            pairs = zip(rows, padding, strict=True)
-            # Positions of an encoder count from the left edge.
-            sides = ((row[name], pad) if self._method.for_encoders else (pad, row[name]) for row, pad in pairs)
-            tensors[name] = torch.tensor([first + second for first, second in sides])
+            values = [sequence[name] for sequence in sequences]
+            padding = [[filler] * (width - len(own)) for own in values]
+            # On the right for an encoder, whose positions count from the left edge.
+            left, right = (values, padding) if self._method.for_encoders else (padding, values)
+            tensors[name] = torch.tensor([first + second for first, second in zip(left, right, strict=True)])
         return tensors
 
-    def _row(self, text: Rendered) -> dict[str, list[int]]:
+    def _sequence(self, text: Rendered) -> dict[str, list[int]]:
         whole = text.text.replace(MASK, self.tokenizer.mask_token or MASK)
         ((ids, spans),) = tokenize(self.tokenizer, [whole], add_special_tokens=True)
         (ids,) = fitting(self.tokenizer, [ids], self.decoder)
         if not ids:  # an empty text where the tokenizer adds no BOS
             ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
-        last = [int(place == len(ids) - 1) for place in range(len(ids))]
+        last = [0] * (len(ids) - 1) + [1]
         read = last if text.read is None else _marked(spans, text.read)
         hidden = _marked(spans, text.hidden or (0, 0))
         placeholder = [0] * len(ids)
         if text.placeholder is not None:
-            place = next(place for place, (_, end) in enumerate(spans) if end > text.placeholder)
-            for row, value in ((ids, self.tokenizer.eos_token_id), (read, 0), (hidden, 0), (placeholder, 1)):
-                row.insert(place, value)
+            index = next(index for index, (_, end) in enumerate(spans) if end > text.placeholder)
+            for values, value in ((ids, self.tokenizer.eos_token_id), (read, 0), (hidden, 0), (placeholder, 1)):
+                values.insert(index, value)
         if not any(read):
-            read[-1] = 1  # the empty sentence has no token of its own
-        return dict(zip(Rows._fields, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))
+            read[-1] = 1  # an empty sentence has no tokens
+        return dict(zip(Batch._fields, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))
 
 
 def _marked(spans: Sequence[tuple[int, int]], characters: tuple[int, int]) -> list[int]:
-    """Return 1 for each token that holds one of the characters, else 0."""
+    """Return 1 for each token that covers one of the characters, else 0."""
     start, end = characters
     return [int(first < min(end, last) and last > start) for first, last in spans]
 
 
-def rows_in(features: dict[str, Any]) -> list[Rows]:
-    """Return what :meth:`MethodModule.preprocess` put into ``features``, text by text."""
-    rows: list[Rows] = []
-    while _key("input_ids", len(rows)) in features:
-        rows.append(Rows(**{name: features[_key(name, len(rows))] for name in Rows._fields}))
-    return rows
+def batches_in(features: dict[str, Any]) -> list[Batch]:
+    """Return the batches that :meth:`MethodModule.preprocess` put into ``features``, one per text of the method."""
+    batches: list[Batch] = []
+    while _key("input_ids", len(batches)) in features:
+        batches.append(Batch(**{name: features[_key(name, len(batches))] for name in Batch._fields}))
+    return batches
 
 
 def _key(name: str, number: int) -> str:

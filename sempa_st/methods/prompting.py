@@ -1,4 +1,4 @@
-"""Echo embeddings (arXiv 2402.15449): the sentence twice, so that its second tokens have seen all of it."""
+"""Methods that only choose the text and the pooled tokens: templates, mean and last-token pooling, Echo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sempa_st.model.templates import embedding_template, normalize_sentence
 
 @dataclass(frozen=True)
 class OneWordTemplate(Method):
-    """The last token's state under a template (arXiv 2307.16645; CoT and KE: arXiv 2404.03921)."""
+    """Last-token pooling under a template (arXiv 2307.16645; CoT and KE: arXiv 2404.03921)."""
 
     template: str = "prompteol"
 
@@ -31,7 +31,7 @@ class PretendedCoT(OneWordTemplate):
 
 @dataclass(frozen=True)
 class KnowledgeEnhancement(OneWordTemplate):
-    """A template that says what matters in a sentence first; read from the second-to-last layer."""
+    """A template that first says what matters in a sentence; pooled from the second-to-last layer."""
 
     template: str = "knowledge-enhancement"
 
@@ -42,7 +42,7 @@ class KnowledgeEnhancement(OneWordTemplate):
 
 @dataclass(frozen=True)
 class MeanPooling(Method):
-    """The mean of the states of the sentence's tokens, BOS left out."""
+    """Mean pooling over the sentence's tokens, without BOS."""
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
         """Return the sentence."""
@@ -52,7 +52,7 @@ class MeanPooling(Method):
 
 @dataclass(frozen=True)
 class LastToken(Method):
-    """The state of the sentence's last token."""
+    """Last-token pooling of the sentence alone."""
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
         """Return the sentence."""
@@ -64,7 +64,7 @@ _FIRST, _SECOND = "Rewrite the sentence: ", "\nThe rewritten sentence: "
 
 @dataclass(frozen=True)
 class Echo(Method):
-    """The mean of the states of the second occurrence's tokens."""
+    """Echo embeddings (arXiv 2402.15449): the sentence twice, mean pooling over its second occurrence."""
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
         """Return a request to rewrite the sentence, and the sentence as its answer."""

@@ -30,8 +30,8 @@ METHODS: dict[str, type[Method]] = {
     "bert-avg": EncoderMean,
     "promptbert": PromptBERT,
 }
-_PARTS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^:])+""")
-"""What stands between colons; one inside quotes does not count."""
+_SETTINGS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^:])+""")
+"""The text between colons; a colon inside quotes does not separate."""
 
 
 def methods_for(*, encoders: bool) -> list[str]:
@@ -40,7 +40,7 @@ def methods_for(*, encoders: bool) -> list[str]:
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that ``NAME:SETTING=VALUE:...`` names.
+    """Parse ``NAME:SETTING=VALUE:...`` into a method.
 
     >>> parse_method("prompteol:layer=-2")
     OneWordTemplate(layer=-2, template='prompteol')
@@ -48,7 +48,7 @@ def parse_method(text: str) -> Method:
     Raises:
         SempaError: On an unknown name or setting, or a value of the wrong type.
     """
-    name, *settings = _PARTS.findall(text) or [text]
+    name, *settings = _SETTINGS.findall(text) or [text]
     if name not in METHODS:
         raise SempaError(f"Unknown method {name!r}. Expected one of: {', '.join(METHODS)}.")
     values: dict[str, Any] = {}
@@ -58,18 +58,18 @@ def parse_method(text: str) -> Method:
             raise SempaError(
                 f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known(name)}."
             )
-        # As in a YAML file, where false is no text.
+        # As in a YAML file, where false is not a string.
         try:
-            read = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SempaError(
                 f"The method {text!r} has a value that cannot be read: {value}. Put text into double quotes."
             ) from error
-        field, converted = convert_option(METHODS[name], key, read, f"The method {text!r}")
+        field, converted = convert_option(METHODS[name], key, parsed, f"The method {text!r}")
         values[field] = converted
     return METHODS[name](**values)
 
 
 def known(name: str) -> str:
-    """Return the names of a method's settings, for a message."""
+    """Return the names of a method's settings, for an error message."""
     return ", ".join(field.name for field in fields(METHODS[name]))

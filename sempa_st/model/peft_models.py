@@ -1,14 +1,12 @@
-"""PEFT's models: adapters that are put on a base whole, and activated ones that act on each thread's own rows.
+"""Models with a LoRA adapter of PEFT: loading one, and where an activated one (aLoRA) acts.
 
-This file needs nothing else of sempa_st; see ``prompt_eol.py``.
+This file needs ``patching.py`` and nothing else of sempa_st; see ``prompt_eol.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from functools import partial
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .patching import EVERY_TOKEN, alora_acting_on, patch_alora
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _START_AT_ZERO = ("lora_B", "lora_embedding_A")
-"""Factors of an update that are zero before training."""
-_APART = "_sempa_st_apart"
-"""Attribute of PEFT's model with the names of the adapters that are kept apart."""
-_EVERY_TOKEN = -1
-_ACTS_ON: ContextVar[list[int] | int | None] = ContextVar("sempa_st_activated", default=None)
-"""How many tokens at each row's end an activated adapter acts on in this thread's pass, or all (_EVERY_TOKEN)."""
+"""Parts of the names of matrices that are zero before training."""
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether a model is one of PEFT's around another, and not one that transformers put an adapter into."""
+    """Whether a model is PEFT's wrapper, and not a model that transformers itself added an adapter to."""
     return hasattr(model, "get_base_model")
 
 
 def invocation_tokens(model: Any) -> list[int]:
-    """Return the template's tokens from which on a model's activated adapter acts; none for any other model."""
+    """Return the tokens from which on a model's activated adapter (aLoRA) acts; empty for any other model."""
     if not is_peft_model(model):
         return []
     return getattr(model.active_peft_config, "alora_invocation_tokens", None) or []
@@ -41,103 +36,38 @@ def invocation_tokens(model: Any) -> list[int]:
 
 @contextmanager
 def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
-    """Let an activated adapter act on the end of each row, and nowhere else, in this thread's forward passes.
+    """Let an activated adapter act on the last tokens of each sequence only, within a block and in this thread.
 
-    PEFT looks for invocation tokens in what passes through the PEFT model; the decoder alone is run here, and what it
-    reads is always under the template.
+    PEFT searches the input of the PEFT model for the invocation tokens. This package runs the decoder alone, always on
+    the template, so it knows where they are.
 
     Args:
-        model: Any model; without an activated adapter nothing is done.
-        tokens: Number of tokens of each row that the adapter acts on, padding on the right included. None for every
-            token, as a plain adapter does and at its price: on rows under the template, an adapter that acts from the
-            template's opening on does so.
+        model: Any model; nothing happens without an activated adapter.
+        tokens: For each sequence, the number of tokens at its end that the adapter acts on, padding on the right
+            included. None for all tokens, at the price of a plain adapter; right for an adapter whose invocation tokens
+            are the template's prefix.
     """
     if not invocation_tokens(model):
         yield
         return
-    keep_activation_apart(model)  # it may have come after the module
-    with _acting_on(_EVERY_TOKEN if tokens is None else tokens):
-        yield
-
-
-@contextmanager
-def _acting_on(tokens: list[int] | int) -> Iterator[None]:
-    token = _ACTS_ON.set(tokens)
-    try:
-        yield
-    finally:
-        _ACTS_ON.reset(token)
-
-
-def keep_activation_apart(model: Any) -> None:
-    """Make a model's activated adapters read from the thread's context which tokens they act on.
-
-    PEFT tells the layers by hooks, which the passes of all threads run while they are there, and which an exception
-    leaves behind. Nothing is done to a model without such an adapter, nor a second time.
-    """
-    if not is_peft_model(model):
-        return
-    configs = model.peft_config.items()
-    names = {name for name, config in configs if getattr(config, "alora_invocation_tokens", None)}
-    lora = model.base_model
-    if names <= vars(lora).get(_APART, set()):
-        return
-    for layer in model.modules():
-        for name in names & getattr(layer, "lora_variant", {}).keys():
-            variant = layer.lora_variant[name]
-            variant.forward = partial(_forward_in_context, type(variant).forward)
-    # PEFT has no public way to say where an activated adapter acts. Seen in PEFT 0.21.
-    lora._enable_peft_forward_hooks = partial(_offsets_in_context, lora)
-    setattr(lora, _APART, names)
-
-
-def _forward_in_context(
-    forward: Callable[..., Tensor],
-    layer: Any,
-    *,
-    active_adapter: str,
-    x: Tensor,
-    result: Tensor,
-    alora_offsets: list[int | None] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Add what an activated adapter adds to a layer's output; ``forward`` and the arguments are PEFT's."""
-    acts_on = _ACTS_ON.get()
-    if isinstance(acts_on, int):
-        dropped = layer.lora_dropout[active_adapter](x)
-        update: Tensor = layer.lora_B[active_adapter](layer.lora_A[active_adapter](dropped))
-        return result + update * layer.scaling[active_adapter]
-    offsets = alora_offsets if acts_on is None else acts_on
-    return forward(layer, active_adapter=active_adapter, x=x, result=result, alora_offsets=offsets, **kwargs)
-
-
-@contextmanager
-def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Take the place of PEFT's hooks; ``lora`` and the arguments are those of PEFT's own method."""
-    offsets = kwargs.get("alora_offsets")
-    # Layers that are run again for their gradients are so when the context is gone, and beam search is refused there.
-    own = offsets is None or (kwargs.get("num_beams") or 1) > 1
-    own = own or any(getattr(layer, "gradient_checkpointing", False) for layer in lora.modules())
-    if not own:
-        kwargs["alora_offsets"] = None
-    context = nullcontext() if own else _acting_on(offsets or [])
-    with type(lora)._enable_peft_forward_hooks(lora, *args, **kwargs), context:
+    patch_alora(model)  # the adapter may have been added after the module was made
+    with alora_acting_on(EVERY_TOKEN if tokens is None else tokens):
         yield
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
-    """Put the LoRA adapter in ``folder`` on a causal language model and prove that all of it took effect.
+    """Add the LoRA adapter in ``folder`` to a causal language model, and check that all of it took effect.
 
     Args:
-        model: The base, with its LM head; its linear layers are replaced in place. On the meta device the names and
-            shapes are compared and nothing is loaded.
+        model: The base model with its LM head; its linear layers are replaced in place. On the meta device names and
+            shapes are compared, and nothing is loaded.
         folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The PEFT model, adapter active, weights frozen.
+        The PEFT model, with the adapter active and all weights frozen.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if none changes anything.
+        ValueError: If a tensor is missing, unexpected, of another shape or not finite, or if the adapter is all zero.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -145,49 +75,49 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     if on_meta := model.device.type == "meta":
-        config.init_lora_weights = True  # some ways to start would look at the weights
+        config.init_lora_weights = True  # some initialisations read the base's weights
     tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
     tuned = PeftModel(model, config)
     expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     tensors = full_names(tensors, expected, model.base_model_prefix)
     own = tuned.state_dict()
-    # PEFT saves a base's embedding beside an update of it.
+    # PEFT saves the base's embedding beside an update of it.
     copies = {name: own[name] for name in tensors if name.endswith(".base_layer.weight") and name in own}
     _check_fit(expected | copies, tensors)
     if on_meta:
         return tuned
-    if any(not torch.allclose(there.float(), tensors[name].float(), rtol=0.01) for name, there in copies.items()):
+    if any(not torch.allclose(weight.float(), tensors[name].float(), rtol=0.01) for name, weight in copies.items()):
         raise ValueError(f"It carries another embedding than the base has, in the tensor {min(copies)}.")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     set_peft_model_state_dict(tuned, tensors)
     live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if any(not torch.equal(live[name].to(saved.dtype), saved) for name, saved in tensors.items()):
         raise ValueError("Its tensors were read but did not reach the model. Check the peft version.")
-    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(part in name for part in _START_AT_ZERO)]
+    moved = [bool(tensor.any()) for name, tensor in tensors.items() if any(zero in name for zero in _START_AT_ZERO)]
     if moved and not any(moved) and all("lora_" in name for name in tensors):
         raise ValueError("It changes nothing: its B matrices are all zero, as before training.")
     return tuned.eval()
 
 
 def full_names(tensors: dict[str, Tensor], expected: Collection[str], layers: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the names that a model with its LM head gives them.
+    """Return an adapter's tensors under their names in a model with an LM head.
 
-    ``SentenceTransformer.save_pretrained`` knows the layers alone, and leaves their own name (``layers``) out.
+    ``SentenceTransformer.save_pretrained`` saves from the layers alone, without the name of these (``layers``).
     """
     outer = "base_model.model."
     renamed = {f"{outer}{layers}.{name.removeprefix(outer)}": tensor for name, tensor in tensors.items()}
     return renamed if renamed.keys() == set(expected) else tensors
 
 
-def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     faults = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {name for name in expected.keys() & found if expected[name].shape != found[name].shape},
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & tensors if expected[name].shape != tensors[name].shape},
         "infinite or no number, as after a training that diverged": {
-            name for name, tensor in found.items() if not tensor.isfinite().all()
+            name for name, tensor in tensors.items() if not tensor.isfinite().all()
         },
     }
-    told = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
-    if told:
-        raise ValueError(f"It does not fit this base; tensors: {'; '.join(told)}.")
+    descriptions = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
+    if descriptions:
+        raise ValueError(f"It does not fit this base; tensors: {'; '.join(descriptions)}.")

@@ -1,4 +1,4 @@
-"""From sentences to rows of token ids.
+"""From sentences to token ids.
 
 This file needs nothing else of sempa_st; see ``prompt_eol.py``.
 """
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def common_prefix(rows: Sequence[Any]) -> int:
-    """Return the length in tokens of the longest common prefix of rows: lists, or tuples, of token ids.
+def common_prefix(sequences: Sequence[Any]) -> int:
+    """Return the length of the longest common prefix of sequences of token ids, all lists or all tuples.
 
     >>> common_prefix([[2, 5, 7], [2, 5], [2, 5, 9]])
     2
     """
-    # All rows begin as the first and the last one do in lexicographic order.
-    first, last = min(rows), max(rows)
-    differing = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    # What the first and the last one in lexicographic order share, all of them share.
+    first, last = min(sequences), max(sequences)
+    differing = (index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
     return next(differing, len(first))
 
 
 def sentence_in(value: Any) -> str:
-    """Return the sentence that an input of sentence-transformers holds.
+    """Return the sentence in an input of sentence-transformers.
 
     Raises:
-        ValueError: If it is neither a string nor ``{"text": string}``.
+        ValueError: If the input is neither a string nor ``{"text": string}``.
     """
     text = value["text"] if isinstance(value, dict) and value.keys() == {"text"} else value
     if not isinstance(text, str):
-        # Not a TypeError: sentence-transformers would swallow it and call again without the prompt.
+        # Not a TypeError, which sentence-transformers catches, to call again without the prompt.
         raise ValueError(
             f"PromptEOL embeds sentences, each a string or {{'text': string}}, got {type(text).__name__}: {text!r:.80}."
         )
@@ -48,19 +48,19 @@ _WITHOUT_TRUNCATION: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 def tokenize(
     tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Return the token ids of texts, and the first character and the one behind the last of each token.
+    """Return the token ids of each text, and the (start, end) of each token in characters.
 
-    Padding and truncation are settings of a fast tokenizer and not arguments of a call. Another thread may set them
-    meanwhile, so they are neither relied on nor touched here.
+    Padding and truncation are state of a fast tokenizer, not arguments of a call, and another thread may set them at
+    any time. So this function neither relies on them nor changes them.
 
     Args:
-        tokenizer: Any tokenizer; one that is written in Python tells no characters.
+        tokenizer: Any tokenizer; a slow one gives no characters.
         texts: The texts.
-        add_special_tokens: Whether to add those that the tokenizer puts around a text.
+        add_special_tokens: Whether to add the special tokens that the tokenizer puts around a text.
     """
     if not tokenizer.is_fast:
-        rows = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
-        return [(row, []) for row in rows]
+        sequences = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+        return [(ids, []) for ids in sequences]
     shared = tokenizer.backend_tokenizer
     encodings = [] if shared.truncation else shared.encode_batch(texts, add_special_tokens=add_special_tokens)
     if shared.truncation or any(encoding.overflowing for encoding in encodings):
@@ -77,32 +77,35 @@ def _without_padding(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
     return (ids, offsets) if all(mask) else (list(compress(ids, mask)), list(compress(offsets, mask)))
 
 
-def fitting(tokenizer: Any, rows: list[list[int]], decoder: Any) -> list[list[int]]:
-    """Return rows without tokens that the decoder has no embedding of: a text may spell out one of an image's.
+def fitting(tokenizer: Any, sequences: list[list[int]], decoder: Any) -> list[list[int]]:
+    """Replace tokens without an embedding in the decoder: a text may spell out the special token of an image.
 
     Args:
-        tokenizer: Tokenizer that the rows come from; its unknown token, or else its pad token, takes their place.
-        rows: Token ids.
+        tokenizer: Tokenizer of the sequences; its unknown token, or else its pad token, is the replacement.
+        sequences: Token ids of each sequence.
         decoder: Layers with the input embeddings.
     """
-    entries = decoder.get_input_embeddings().weight.shape[0]
-    if max(map(max, filter(None, rows)), default=0) < entries:
-        return rows
+    vocabulary = decoder.get_input_embeddings().weight.shape[0]
+    if max(map(max, filter(None, sequences)), default=0) < vocabulary:
+        return sequences
     known = (token for token in (tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None)
-    stand_in = next((token for token in known if token < entries), 0)
-    return [[token if token < entries else stand_in for token in row] for row in rows]
+    replacement = next((token for token in known if token < vocabulary), 0)
+    return [[token if token < vocabulary else replacement for token in ids] for ids in sequences]
 
 
-def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of shape (rows, tokens): what ``tokenizer.pad`` does, much sooner.
+def pad_rows(tokenizer: Any, sequences: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` of shape (batch, seq_len), as ``tokenizer.pad`` does but faster.
 
-    ``rows`` are the rows' token ids, ``side`` the padding's (``left`` or ``right``, or None for the tokenizer's own).
+    Args:
+        tokenizer: Tokenizer with the pad token.
+        sequences: Token ids of each sequence.
+        side: Side of the padding, ``left`` or ``right``; the tokenizer's own when None.
     """
     import torch  # here: the command line reads settings that need this file, and no tensor
 
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    places = torch.arange(int(lengths.max()))
-    kept = places.flip(0) < lengths if (side or tokenizer.padding_side) == "left" else places < lengths
+    lengths = torch.tensor([len(ids) for ids in sequences])[:, None]
+    index = torch.arange(int(lengths.max()))
+    kept = index.flip(0) < lengths if (side or tokenizer.padding_side) == "left" else index < lengths
     input_ids = torch.full(kept.shape, tokenizer.pad_token_id or 0)
-    input_ids[kept] = torch.tensor(list(chain.from_iterable(rows)))
+    input_ids[kept] = torch.tensor(list(chain.from_iterable(sequences)))
     return {"input_ids": input_ids, "attention_mask": kept.long()}

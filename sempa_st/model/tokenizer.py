@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import string
 import tempfile
-from inspect import isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,31 +54,16 @@ def embedding_rows(folder: Path) -> int | None:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    """Read a folder's tokenizer, directly from ``tokenizer.json`` if the result is the same.
+    """Read a folder's tokenizer, from the file as it was saved where that gives the same."""
+    from transformers import AutoTokenizer
 
-    Many tokenizer classes, Gemma's among them, rebuild the tokenizer from lists of tokens and merges. That takes three
-    times as long, and the lists stay in memory.
-    """
-    from transformers import AutoTokenizer, TokenizersBackend
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    from sempa_st.model.patching import tokenizer_as_saved
 
     config = settings_if_any(folder, _TOKENIZER_CONFIG) or {}
-    whole = config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file()
-    named = (
-        tokenizer_class_from_name(str(config.get("tokenizer_class"))) if whole and "auto_map" not in config else None
-    )
-    # A class with other methods may need attributes that its constructor sets.
-    if named is None or named.__bases__ != (TokenizersBackend,) or _methods(named) != {"__init__"}:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    # The file contains the added tokens; without the argument transformers parses it a second time to find them.
-    tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={}, trust_remote_code=False)
-    tokenizer.__class__ = named  # save_pretrained writes the name of the class
-    tokenizer.model_input_names = list(named.model_input_names)
-    return tokenizer
-
-
-def _methods(kind: Any) -> set[str]:
-    return {name for name, value in vars(kind).items() if isroutine(value) or isinstance(value, property)}
+    tokenizer = None
+    if config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file() and "auto_map" not in config:
+        tokenizer = tokenizer_as_saved(folder, str(config.get("tokenizer_class")))
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False) if tokenizer is None else tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

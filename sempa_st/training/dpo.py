@@ -7,34 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import trl.trainer.utils
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import DPOTrainer
 
+from sempa_st.model.patching import completion_tokens_only
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import shared_states
 from sempa_st.training.reference import REFERENCE, cached_tensor
 
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-@contextmanager
-def completion_tokens_only() -> Iterator[None]:
-    """Make TRL's fused LM head skip prompt and padding positions on a CPU too, for the time of a call.
-
-    TRL does so where Triton runs and scores every position elsewhere, to throw most of them away: on a vocabulary of
-    262,144 that is three quarters of a step. The values of the loss are the same.
-    """
-    original = trl.trainer.utils._use_triton
-    trl.trainer.utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        trl.trainer.utils._use_triton = original
 
 
 class PreferenceTrainer(DevScoreTrainer, DPOTrainer):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from sempa_st.forward.batching import alike
+from sempa_st.forward.batching import groups_by_length
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.forward.prefix_cache import PrefixCache
@@ -47,16 +47,16 @@ def _suffix_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) -
     device = module.decoder.device
     states: dict[int, Tensor] = {}
     reference: dict[int, Tensor] = {}
-    for group in alike([len(row) for row in rows]):
+    for group in groups_by_length([len(row) for row in rows]):
         ids, mask = (
             pad_sequence([make(rows[row]) for row in group], batch_first=True, padding_side="left").to(device)
             for make in (torch.clone, torch.ones_like)
         )
         open_rows = PrefixCache(module, ids, mask)
-        states |= dict(zip(group, open_rows.last_states(), strict=True))
+        states |= dict(zip(group, open_rows.suffix_states(), strict=True))
         wanted = [place for place, row in enumerate(group) if row < reference_rows]
         if wanted:
-            base = open_rows.base_states(torch.tensor(wanted, device=device))
+            base = open_rows.base_suffix_states(torch.tensor(wanted, device=device))
             reference |= dict(zip([group[place] for place in wanted], base, strict=True))
     ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
     return ReadStates(ordered[0], ordered[1][:reference_rows])
@@ -142,5 +142,5 @@ def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
         return states
     packed = states_packed(decoder, unpadded(input_ids, attention_mask))
     places = torch.zeros_like(input_ids)
-    places[kept] = torch.cat(packed.places).to(places.device)
+    places[kept] = torch.cat(packed.indices).to(places.device)
     return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)

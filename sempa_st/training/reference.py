@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from sempa_st.data.nli import NliData
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import batches_within_tokens
+from sempa_st.model.patching import attention_implementation
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.training.batches import AnswerRows
@@ -94,7 +95,7 @@ def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype
         "base": base_digest,
         "data": data.fingerprint(),
         "dtype": str(dtype),
-        "attention": model.config._attn_implementation,
+        "attention": attention_implementation(model.config),
         "transformers": version("transformers"),
     }
 

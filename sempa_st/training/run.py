@@ -25,6 +25,7 @@ from sempa_st.folder.digests import folder_digest
 from sempa_st.folder.layout import RUN_RECORD, is_adapter_folder, weight_files
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
+from sempa_st.model.patching import attention_implementation, avoid_broken_sdpa
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL, within_positions
 from sempa_st.model.templates import embedding_template
@@ -36,7 +37,7 @@ from sempa_st.training.dev_score import DevScorer
 from sempa_st.training.record import run_record
 from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
-from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype
+from sempa_st.utils.devices import pick_device, pick_dtype
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 
 _MODEL_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG)
@@ -110,7 +111,7 @@ def _base_score(parts: RunInputs, model: Any) -> float:
         "template": config.template,
         "max_seq_length": config.max_seq_length,
         "dtype": str(parts.model.dtype),
-        "attention": parts.model.config._attn_implementation,
+        "attention": attention_implementation(parts.model.config),
         "device": parts.device,
     }
 

@@ -10,8 +10,6 @@ from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE_VARIABLE = "SEMPA_AUTO_DTYPE"
@@ -68,32 +66,6 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if device.startswith("cuda") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
-
-
-def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
-    """Switch decoders to eager attention where SDPA is incorrect on ``device``.
-
-    With an attention mask, CUDA's memory-efficient kernel returns wrong values if a single key/value head is broadcast
-    to all query heads, as in the small Gemma models, and the number of keys is 32 n + 1 (pytorch/pytorch issue 191937).
-
-    Args:
-        model: Module that contains transformers models.
-        device: Device on which the model will run.
-    """
-    from transformers import PreTrainedModel
-
-    if not device.startswith("cuda"):
-        return
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
-            continue
-        if _has_single_kv_head(module):
-            module.set_attn_implementation("eager")
-
-
-def _has_single_kv_head(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    return getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
 
 
 def cpu_has_bfloat16() -> bool:

@@ -1,4 +1,4 @@
-"""Rows run in packs equal rows run one at a time: states and gradients, on the architectures that transformers has."""
+"""Packed sequences equal sequences run one at a time: hidden states and gradients, on many architectures."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def note_batches(module: Any, seen: list[list[str]]) -> None:
     module.preprocess = preprocess
 
 
-def make_rows(lengths: list[int], opening: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:
-    """Make rows that begin alike, and alike in a group beyond that."""
+def make_rows(lengths: list[int], shared: int, group: int = 1, begin: int = 0) -> list[torch.Tensor]:
+    """Make sequences with a prefix that all share, and a longer one that each group shares."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(number: int) -> torch.Tensor:
         return torch.randint(3, 600, (number,), generator=generator)
 
-    first, rows = draw(opening), []
+    first, rows = draw(shared), []
     for start in range(0, len(lengths), group):
         same = draw(begin)
         rows += [torch.cat([first, same, draw(length)]) for length in lengths[start : start + group]]
@@ -73,7 +73,7 @@ def check_gradients(decoder: Any, found: torch.Tensor, expected: torch.Tensor) -
 
 
 def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
-    """The same for what the last tokens' states alone are run for."""
+    """Compare the last tokens' hidden states, for which the last layer runs at these tokens only."""
     together = last_states_packed(decoder, rows)
     alone = torch.stack([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -84,7 +84,7 @@ def check_last(decoder: Any, rows: list[torch.Tensor]) -> None:
 def check_equal(decoder: Any, rows: list[torch.Tensor]) -> None:
     assert can_pack(decoder, max(len(row) for row in rows))
     packed = states_packed(decoder, rows)
-    together = [packed.states[places] for places in packed.places]
+    together = [packed.states[places] for places in packed.indices]
     alone = [decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     directions = [torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) for states in alone]
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -96,19 +96,19 @@ def check_equal(decoder: Any, rows: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])  # GPT-2 has its layers by another name
-@pytest.mark.parametrize("opening", [0, 4])
-def test_packed_rows_equal_rows_alone(family: str, opening: int) -> None:
-    rows = make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], opening)
+@pytest.mark.parametrize("shared", [0, 4])
+def test_packed_sequences_equal_sequences_alone(family: str, shared: int) -> None:
+    rows = make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], shared)
     check_equal(make_decoder(family), rows)
     check_last(make_decoder(family), rows)
 
 
-def test_the_last_states_of_one_row_and_behind_a_projection() -> None:
+def test_the_last_states_of_one_sequence_and_after_a_projection() -> None:
     check_last(make_decoder("llama"), make_rows([7], 0))
     check_last(make_decoder("opt", word_embed_proj_dim=16), make_rows([9, 4, 30], 4))
 
 
-def test_a_layer_that_is_called_by_place_is_run_whole() -> None:
+def test_a_last_layer_with_positional_arguments_runs_whole() -> None:
     layer = make_decoder("gpt2").h[0]
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     whole = layer(states, None)
@@ -151,7 +151,7 @@ def test_two_threads_may_embed_with_one_model() -> None:
 
             def meet(*_: Any) -> None:
                 calls[get_ident()] += 1
-                if calls[get_ident()] != 2:  # the opening's pass, or the one after both
+                if calls[get_ident()] != 2:  # the shared prefix's pass, or the one after both
                     return
                 if get_ident() == first:
                     started.append(pool.submit(torch.no_grad()(embed_rows_fast), module, **batches[1]))
@@ -169,7 +169,7 @@ def test_two_threads_may_embed_with_one_model() -> None:
     torch.testing.assert_close([found, other, again], [*expected, expected[0]], rtol=0, atol=1e-6)
 
 
-def test_the_last_layer_runs_for_what_is_read() -> None:
+def test_the_last_layer_runs_for_the_pooled_tokens_only() -> None:
     decoder = make_llama().base_model
     seen: dict[str, list[int]] = {"q_proj": [], "k_proj": [], "down_proj": []}
     for number in (1, 2):
@@ -179,17 +179,17 @@ def test_the_last_layer_runs_for_what_is_read() -> None:
                     lambda _, inputs, short=short: seen[short].append(inputs[0].shape[:2].numel())
                 )
     last_states_packed(decoder, make_rows([6, 6, 6, 6], 5))
-    # Layer 1: the opening, then all tokens; layer 2: the opening, all up to the attention, the four last tokens.
+    # Layer 1: the shared prefix, then all tokens. Layer 2: the prefix, all up to the attention, four last tokens.
     assert seen["down_proj"] == [5, 5, 24, 4]
     assert seen["q_proj"] == [5, 5, 24, 24, 4]
     assert decoder.layers[2].forward.__func__ is type(decoder.layers[2]).forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("opening", [0, 4])
-def test_packed_groups_equal_rows_alone(family: str, opening: int) -> None:
-    """Answers to one request, whose tokens before them are run once; one answer is empty but for a token."""
-    check_equal(make_decoder(family), make_rows([5, 9, 1, 12, 3, 3, 8, 30, 20], opening, group=3, begin=6))
+@pytest.mark.parametrize("shared", [0, 4])
+def test_packed_groups_equal_sequences_alone(family: str, shared: int) -> None:
+    """Answers to one request, whose tokens run once; one answer has a single token."""
+    check_equal(make_decoder(family), make_rows([5, 9, 1, 12, 3, 3, 8, 30, 20], shared, group=3, begin=6))
 
 
 def test_the_attention_of_the_model_may_be_eager() -> None:
@@ -206,44 +206,44 @@ def test_gradient_checkpointing_keeps_no_cache_and_packs_all_the_same() -> None:
     check_last(decoder, make_rows([9, 4, 30, 7], 4))
 
 
-def test_rows_longer_than_the_sliding_window_are_not_packed() -> None:
+def test_sequences_longer_than_the_sliding_window_are_not_packed() -> None:
     decoder = make_decoder("gemma3_text")
     assert can_pack(decoder, 64)
     assert not can_pack(decoder, 65)
 
 
-@pytest.mark.parametrize("some_alike", [False, True])
-def test_packs_hold_everything_once_and_little_room(some_alike: bool) -> None:
+@pytest.mark.parametrize("some_shared", [False, True])
+def test_packs_hold_everything_once_and_leave_little_room(some_shared: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [int(size) for size in torch.randint(4, 60, (96,), generator=generator)]
-    alike = [0, *(int(torch.randint(min(pair), (1,), generator=generator)) // 3 for pair in pairwise(sizes))]
-    alike = [some_alike * tokens for tokens in alike]
-    packs, width = fill_packs(sizes, alike)
+    shared = [0, *(int(torch.randint(min(pair), (1,), generator=generator)) // 3 for pair in pairwise(sizes))]
+    shared = [some_shared * tokens for tokens in shared]
+    packs, width = fill_packs(sizes, shared)
     assert sorted(row for pack in packs for row, _ in pack) == list(range(96))
     for pack in packs:
         assert pack == sorted(pack)
         assert pack[0][1] == 0
-        assert all(same == min(alike[one + 1 : two + 1]) for (one, _), (two, same) in pairwise(pack))
+        assert all(same == min(shared[one + 1 : two + 1]) for (one, _), (two, same) in pairwise(pack))
     assert max(sum(sizes[row] - same for row, same in pack) for pack in packs) == width
     assert len(packs) * width < 1.05 * sum(sizes)
 
 
-def test_rows_that_share_beginnings_of_every_length_equal_rows_alone() -> None:
-    """A tree of rows: some are the beginning of others, some differ at their first token, two are equal."""
+def test_sequences_that_share_prefixes_of_every_length_equal_sequences_alone() -> None:
+    """A prefix tree: some sequences are prefixes of others, some differ at their first token, two are equal."""
     first, rows = torch.arange(10, 40), []
     for cut, rest in ((30, 0), (12, 0), (12, 9), (12, 3), (20, 5), (20, 1), (3, 4), (0, 6), (0, 1), (20, 5)):
         rows.append(torch.cat([first[:cut], torch.arange(50 * len(rows) + 50, 50 * len(rows) + 50 + rest)]))
     rows[9] = rows[4]
-    for opening in (torch.arange(3), torch.arange(0)):
+    for prefix in (torch.arange(3), torch.arange(0)):
         for family in ("llama", "gemma3_text", "opt"):
             decoder = make_decoder(family)
             assert not decoder.training
-            check_equal(decoder, [torch.cat([opening, row]) for row in rows])
-            check_last(decoder, [torch.cat([opening, row]) for row in rows])
+            check_equal(decoder, [torch.cat([prefix, row]) for row in rows])
+            check_last(decoder, [torch.cat([prefix, row]) for row in rows])
 
 
-def test_less_is_run_than_the_rows_hold() -> None:
-    """Three answers to each of four requests: the opening once, each request once."""
+def test_a_shared_prefix_runs_once() -> None:
+    """Three answers to each of four requests: the shared prefix runs once, each request once."""
     decoder = make_llama().base_model
     seen: list[int] = []
     decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
@@ -253,7 +253,7 @@ def test_less_is_run_than_the_rows_hold() -> None:
     assert sum(len(row) for row in rows) == 12 * 31
 
 
-def test_equal_rows_are_run_once_except_in_training() -> None:
+def test_equal_sequences_run_once_except_in_training() -> None:
     module = make_module()
     seen: list[int] = []
     module.decoder.get_submodule("layers.0").register_forward_pre_hook(
@@ -290,8 +290,8 @@ def test_batches_hold_texts_that_begin_alike_and_vectors_come_in_the_order_of_th
     assert reordering.encode("Snow").shape == (32,)
 
 
-def test_rows_that_are_padded_stay_sorted_by_length() -> None:
-    model = Reordering(modules=[make_module()], device="cpu")  # its rows are run padded
+def test_texts_that_run_padded_stay_sorted_by_length() -> None:
+    model = Reordering(modules=[make_module()], device="cpu")  # it runs padded batches
     seen: list[list[str]] = []
     note_batches(model[0], seen)
     model.encode(["A cat", "A cat sleeps in the snow", "The dog", "The dog runs in the snow"], batch_size=2)

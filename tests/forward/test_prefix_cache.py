@@ -1,4 +1,4 @@
-"""Adapters that act on the template's closing tokens only."""
+"""Activated adapters: of the template's suffix only, and of the whole sentence under the template."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def adapter_gradients(module: PromptEOL) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gemma])
-def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> None:
-    """States and gradients; the tiny Gemma's window of 16 tokens is shorter than most sentences here."""
+def test_prefix_cache_equals_one_pass(make: Any) -> None:
+    """Hidden states and gradients; the tiny Gemma's window of 16 tokens is shorter than most sentences here."""
     module = make_module(make())
     batch = module.preprocess(SENTENCES)
     lengths = batch["attention_mask"].sum(dim=1)
@@ -81,8 +81,8 @@ def test_the_two_stages_of_training_are_the_one_pass_of_reading(make: Any) -> No
 @pytest.mark.parametrize("make", [make_llama, make_gemma])
 @pytest.mark.parametrize("sentences", [SENTENCES, ["A cat", "A dog", "Birds"]], ids=["long", "short"])
 @pytest.mark.parametrize("activated", [False, True])
-def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentences: list[str], activated: bool) -> None:
-    """A plain adapter acts on the opening too, whose gradients come from all of the rows."""
+def test_sequences_that_share_a_prefix_equal_sequences_alone(make: Any, sentences: list[str], activated: bool) -> None:
+    """A plain adapter acts on the shared prefix too, whose gradients come from all sequences."""
     module = PromptEOL(*make_parts(make(), activated=activated), max_seq_length=160)
     module.forward_rows = TrainingForward()
     batch = module.preprocess(sentences)
@@ -97,7 +97,7 @@ def test_rows_that_share_their_opening_are_read_as_one_by_one(make: Any, sentenc
 
 @pytest.mark.parametrize("make", [make_llama, make_gemma])
 @torch.no_grad()
-def test_an_adapter_of_the_whole_template_is_read_as_a_plain_one(make: Any) -> None:
+def test_an_adapter_of_the_whole_template_runs_as_a_plain_one(make: Any) -> None:
     """At a plain one's price: PEFT's own way gathers the tokens that the adapter acts on in every layer."""
     tokenizer = make_tokenizer()
     install_template(tokenizer, TEMPLATE)
@@ -127,27 +127,27 @@ def check_gradients(module: PromptEOL, first: torch.Tensor, second: torch.Tensor
 
 
 @pytest.mark.parametrize("template", list(EMBEDDING_TEMPLATES))
-def test_every_sentence_ends_in_the_closing_tokens(template: str) -> None:
+def test_every_sentence_ends_in_the_suffix(template: str) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES[template])
-    closing = suffix_tokens(tokenizer, template)
-    assert len(closing) > 3
+    suffix = suffix_tokens(tokenizer, template)
+    assert len(suffix) > 3
     module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
     marks = [f"x{a}{b}" for a in string.punctuation + " " for b in string.printable]
     for row in module.token_rows([*marks, *sample_sentences(), *SENTENCES, "ö", "😀", "「猫」", "\n"]):
-        assert row[-len(closing) :] == closing
+        assert row[-len(suffix) :] == suffix
 
 
 @pytest.mark.parametrize("template", list(EMBEDDING_TEMPLATES))
-def test_every_sentence_begins_with_the_opening_tokens(template: str) -> None:
+def test_every_sentence_begins_with_the_prefix(template: str) -> None:
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES[template])
-    opening = prefix_tokens(tokenizer, template)
-    assert len(opening) > 2
+    prefix = prefix_tokens(tokenizer, template)
+    assert len(prefix) > 2
     module = PromptEOL(make_llama(), tokenizer, template=template, max_seq_length=160)
     marks = [f"{a}{b}x" for a in string.printable for b in string.punctuation + " "]
     for row in module.token_rows([*marks, *sample_sentences(), *SENTENCES, "ö", "😀", "「猫」", "\n"]):
-        assert row[: len(opening)] == opening
+        assert row[: len(prefix)] == prefix
 
 
 def train_words(base: Path, output: Path, activation: str) -> Path:
@@ -191,15 +191,15 @@ def test_the_generator_is_the_base_where_the_adapter_does_not_act(folder: Path, 
             drawn = [model.generate(**ids, max_new_tokens=8, do_sample=False) for model in (tuned, base)]
             assert torch.equal(*drawn)
         ids = tokenizer(TEMPLATE.text("A cat"), return_tensors="pt")
-        closing = len(tuned.active_peft_config.alora_invocation_tokens)
-        acts = closing if folder.name == "template" else ids["input_ids"].shape[1]
+        suffix = len(tuned.active_peft_config.alora_invocation_tokens)
+        acts = suffix if folder.name == "template" else ids["input_ids"].shape[1]
         logits = tuned(**ids).logits, base(**ids).logits
         assert torch.equal(*(values[:, :-acts] for values in logits))
         assert (logits[0] - logits[1])[:, -acts:].abs().amax(dim=-1).min() > 1e-3
 
 
 def vectors_by_peft(folder: Path) -> np.ndarray:
-    """One sentence at a time through PEFT's own search for the closing tokens."""
+    """One sentence at a time, through PEFT's own search for the invocation tokens."""
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer, vectors = make_tokenizer(), []
     for sentence in SENTENCES[:-1]:

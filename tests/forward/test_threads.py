@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 import sempa_st
 from sempa_st.folder.copying import copy_model
-from sempa_st.forward.patching import edited
+from sempa_st.model.patching import edited
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template, load_tokenizer, suffix_tokens
 

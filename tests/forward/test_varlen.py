@@ -1,4 +1,4 @@
-"""Rows without padding in one long row equal rows alone; FlashAttention runs on CUDA, so what it computes is here.
+"""Varlen attention equals sequences run alone. FlashAttention needs CUDA, so ``attend`` stands in for the kernel here.
 
 ``benchmarks/run_speed.py encode --device cuda`` gives the lowest cosine of the kernel's vectors with plain float32's.
 """
@@ -51,7 +51,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
-def test_rows_equal_rows_alone(family: str, side: str) -> None:
+def test_varlen_equals_sequences_alone(family: str, side: str) -> None:
     decoder = make_causal_lm(family).base_model
     assert attention_is_exchangeable(decoder)
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def test_rows_equal_rows_alone(family: str, side: str) -> None:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
-def test_all_other_passes_are_what_they_were(family: str, implementation: str) -> None:
+def test_other_passes_stay_the_same_after_varlen(family: str, implementation: str) -> None:
     """Bit for bit: padded batches, generation with its cache, and packs, whose mask is one of queries by keys."""
     model = make_causal_lm(family)
     model.set_attn_implementation(implementation)
@@ -89,12 +89,12 @@ def test_all_other_passes_are_what_they_were(family: str, implementation: str) -
     assert all(map(torch.equal, after, before))
 
 
-def test_what_the_kernel_cannot_do_is_left_to_packs() -> None:
+def test_varlen_is_refused_where_the_kernel_cannot() -> None:
     assert not attention_is_exchangeable(make_causal_lm("gemma2").base_model)  # caps its scores
     assert not attention_is_exchangeable(make_causal_lm("llama", head_dim=264).base_model)
     decoder = make_causal_lm("qwen3").base_model
     decoder.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    assert not attention_is_exchangeable(decoder)  # recurrence would go on from row to row
+    assert not attention_is_exchangeable(decoder)  # recurrence would continue into the next sequence
     assert not supports_varlen(make_llama().to(torch.bfloat16).base_model)  # not on CUDA
 
 
@@ -112,7 +112,7 @@ def make_module(model: Any) -> PromptEOL:
         ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),  # has sinks
     ],
 )
-def test_an_attention_that_asks_for_more_is_run_in_packs(
+def test_an_attention_that_varlen_does_not_support_is_packed(
     family: str, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make_module(make_causal_lm(family, **changes))
@@ -126,7 +126,7 @@ def test_an_attention_that_asks_for_more_is_run_in_packs(
 
 
 @pytest.mark.usefixtures("kernel")
-def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedder_uses_varlen_where_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make_module(make_llama())
     embedder = SentenceTransformer(modules=[module], device="cpu")
     expected = embedder.encode(sample_sentences(), convert_to_tensor=True)
@@ -145,7 +145,7 @@ def test_an_embedder_uses_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("kernel")
-def test_a_model_that_used_it_goes_to_another_process() -> None:
+def test_a_model_that_used_varlen_can_be_pickled() -> None:
     model = make_causal_lm("llama")
     ids = torch.tensor([[7, 30, 8, 12]])
     expected = model(input_ids=ids).logits

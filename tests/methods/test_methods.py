@@ -33,7 +33,7 @@ from sempa_st.forward.decoder import attention_output
 from sempa_st.forward.packing import last_positions, prepare_packs
 from sempa_st.methods import contrastive_prompting
 from sempa_st.methods.llm2vec import LLM2Vec
-from sempa_st.methods.method import Rows
+from sempa_st.methods.method import Batch
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import METHODS, methods_for, parse_method
 from sempa_st.model.base_model import load_causal_lm
@@ -191,10 +191,10 @@ def test_a_change_to_a_row_reaches_no_row_that_goes_on_from_it() -> None:
         input_ids, mask = torch.stack(filled).unbind(1)
         last = torch.zeros_like(mask)
         last[:, -1] = 1
-        rows = Rows(input_ids, mask, last, torch.zeros_like(mask), torch.zeros_like(mask))
-        unchanged = contrastive_prompting._padded(model, 3, rows, projection, lambda mixtures: mixtures)
+        batch = Batch(input_ids, mask, last, torch.zeros_like(mask), torch.zeros_like(mask))
+        unchanged = contrastive_prompting._padded(model, 3, batch, projection, lambda mixtures: mixtures)
         found, expected = (
-            run(model, 3, rows, projection, lambda mixtures: -mixtures)
+            run(model, 3, batch, projection, lambda mixtures: -mixtures)
             for run in (contrastive_prompting._packed, contrastive_prompting._padded)
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -328,7 +328,7 @@ def test_settings_that_make_no_sense(method: str, message: str) -> None:
     [
         ("mean:layer=4", "no layer 4 in LlamaModel of 3 layers"),
         ("token-prepending:exit=4", "does not fit 3 layers"),
-        ("contrastive-prompting:at=2:layer=2", "expected 0 to 1"),
+        ("contrastive-prompting:at=2:layer=2", "at layer 2, but 2 layers run. Expected 0 to 1"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(method: str, message: str) -> None:

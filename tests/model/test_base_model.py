@@ -27,9 +27,10 @@ import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base, load_causal_lm, resolve_base
+from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training.run import load_inputs
-from sempa_st.utils.devices import avoid_broken_sdpa, pick_device, pick_dtype, trim_malloc
+from sempa_st.utils.devices import pick_device, pick_dtype, trim_malloc
 from sempa_st.utils.files import cache_folder
 from sempa_st.utils.hub import model_folder
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_imports
 
 import sempa_st
 from sempa_st.folder.copying import copy_model
-from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.prompt_eol import SOURCES, PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.token_rows import pad_rows, tokenize
 from sempa_st.model.tokenizer import install_template
@@ -168,7 +170,7 @@ def test_a_prompt_goes_before_the_sentence() -> None:
     assert embedder.encode_document("a cat") == pytest.approx(embedder.encode("a cat"), abs=1e-6)
 
 
-def test_width_and_generation_are_there() -> None:
+def test_the_module_has_a_width_and_generates() -> None:
     module = make_module()
     embedder = SentenceTransformer(modules=[module], device="cpu")
     assert embedder.get_embedding_dimension() == 32
@@ -203,7 +205,12 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     loaded = PromptEOL.load(str(tmp_path), local_files_only=True)
     assert (loaded.max_seq_length, loaded.template) == (77, "prompteol")
     assert SentenceTransformer(modules=[loaded], device="cpu").encode(sentences) == pytest.approx(before, abs=1e-5)
-    assert (tmp_path / "prompt_eol.py").read_text() == Path("sempa_st/model/prompt_eol.py").read_text()
+    for name in SOURCES:
+        source = Path("sempa_st/model", name)
+        assert (tmp_path / name).read_text() == source.read_text()
+        # Transformers refuses a folder whose code names a package that is not installed.
+        packages = set(get_imports(source)) - sys.stdlib_module_names
+        assert packages <= {"torch", "transformers", "sentence_transformers", "peft", "safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""Patches of other libraries, and their private names: in this file and in no other.
+
+Each patch says why it is there and on which versions it was seen to work. ``tests/model/test_patching.py`` fails when a
+library changes underneath. This file needs nothing else of sempa_st (see ``prompt_eol.py``). Optional libraries are
+imported by name: transformers refuses a model folder whose import statements it cannot satisfy.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from importlib import import_module
+from inspect import isroutine
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+OVERRIDDEN = {
+    "transformers.Trainer._save": ("output_dir", "state_dict"),
+    "transformers.Trainer._load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "trl.DPOTrainer._precompute_ref_logps": ("dataset", "name", "batch_size"),
+    "lm_eval.models.huggingface.HFLM._loglikelihood_tokens": ("requests", "disable_tqdm", "override_bs"),
+    "torch.nn.Module._save_to_state_dict": ("destination", "prefix", "keep_vars"),
+}
+"""Private methods of base classes that a class of ours overrides, with the parameters that it relies on.
+
+Seen in transformers 5.23, trl 1.16, lm-eval 0.4.13 and torch 2.13."""
+
+# Any module of torch: arguments and output of its calls, by hooks. Seen in torch 2.13.
+
+Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""Takes the positional and the keyword arguments of a call, and returns those to use instead."""
+After = Callable[[Any], Any]
+"""Takes the output of a call, and returns the output to use instead."""
+_EDITABLE = "_sempa_st_editable"
+
+
+class _Edit(NamedTuple):
+    module: nn.Module
+    before: Before | None
+    after: After | None
+
+
+_EDITS: ContextVar[tuple[_Edit, ...]] = ContextVar("sempa_st_edits", default=())
+_INSTALLING = Lock()
+
+
+@contextmanager
+def edited(module: nn.Module, *, before: Before | None = None, after: After | None = None) -> Iterator[None]:
+    """Change the arguments or the output of a module's calls, within a block and in this thread only.
+
+    A hook that is registered for one forward pass also runs in every other thread that uses the module meanwhile. These
+    are registered once, stay, and do nothing unless the thread's context (:mod:`contextvars`) says so.
+
+    Args:
+        module: Any module.
+        before: Change of the arguments. It may call ``module.forward`` itself, which runs no hooks.
+        after: Change of the output. Of nested blocks, the outermost one's change is made first.
+    """
+    _make_editable(module)
+    token = _EDITS.set((*_EDITS.get(), _Edit(module, before, after)))
+    try:
+        yield
+    finally:
+        _EDITS.reset(token)
+
+
+def _make_editable(module: nn.Module) -> None:
+    # The mark is copied and pickled with the hooks. Not hasattr(): some wrappers pass it on to the module they wrap.
+    if _EDITABLE in vars(module):
+        return
+    with _INSTALLING:
+        if _EDITABLE not in vars(module):
+            module.register_forward_pre_hook(_before, with_kwargs=True)
+            module.register_forward_hook(_after)
+            setattr(module, _EDITABLE, True)
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for edit in _EDITS.get():
+        if edit.module is module and edit.before is not None:
+            args, kwargs = edit.before(args, kwargs)
+    return args, kwargs
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    for edit in _EDITS.get():
+        if edit.module is module and edit.after is not None:
+            output = edit.after(output)
+    return output
+
+
+def _new_lock() -> None:
+    global _INSTALLING
+    _INSTALLING = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a process forked while another thread held the lock would wait for it for ever
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+# PEFT: the tokens that an activated adapter (aLoRA) acts on. Seen in PEFT 0.21.
+
+EVERY_TOKEN = -1
+_PATCHED_ADAPTERS = "_sempa_st_patched_adapters"
+_ACTS_ON: ContextVar[list[int] | int | None] = ContextVar("sempa_st_activated", default=None)
+
+
+@contextmanager
+def alora_acting_on(tokens: list[int] | int) -> Iterator[None]:
+    """Tell the activated adapters of patched models (:func:`patch_alora`) their tokens, in this thread only.
+
+    Args:
+        tokens: For each sequence of the batch, the number of tokens at its end that the adapter acts on; or
+            :data:`EVERY_TOKEN`.
+    """
+    token = _ACTS_ON.set(tokens)
+    try:
+        yield
+    finally:
+        _ACTS_ON.reset(token)
+
+
+def patch_alora(model: Any) -> None:
+    """Make a PEFT model's activated adapters read from the thread's context which tokens they act on.
+
+    PEFT has no public way to say so. Its own hooks, registered for one forward pass, run in the passes of all threads,
+    and an exception leaves them behind. Nothing happens to a model without such an adapter, nor a second time.
+    """
+    if not hasattr(model, "get_base_model"):
+        return
+    configs = model.peft_config.items()
+    names = {name for name, config in configs if getattr(config, "alora_invocation_tokens", None)}
+    lora = model.base_model
+    if names <= vars(lora).get(_PATCHED_ADAPTERS, set()):
+        return
+    for layer in model.modules():
+        for name in names & getattr(layer, "lora_variant", {}).keys():
+            variant = layer.lora_variant[name]
+            variant.forward = partial(_forward_in_context, type(variant).forward)
+    lora._enable_peft_forward_hooks = partial(_offsets_in_context, lora)
+    setattr(lora, _PATCHED_ADAPTERS, names)
+
+
+def _forward_in_context(
+    forward: Callable[..., Tensor],
+    layer: Any,
+    *,
+    active_adapter: str,
+    x: Tensor,
+    result: Tensor,
+    alora_offsets: list[int | None] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Return a layer's output with the adapter's update; ``forward`` and the arguments are PEFT's."""
+    acts_on = _ACTS_ON.get()
+    if isinstance(acts_on, int):
+        dropped = layer.lora_dropout[active_adapter](x)
+        update: Tensor = layer.lora_B[active_adapter](layer.lora_A[active_adapter](dropped))
+        return result + update * layer.scaling[active_adapter]
+    offsets = alora_offsets if acts_on is None else acts_on
+    return forward(layer, active_adapter=active_adapter, x=x, result=result, alora_offsets=offsets, **kwargs)
+
+
+@contextmanager
+def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Replace PEFT's method of ``lora`` that registers the hooks; the arguments are that method's."""
+    offsets = kwargs.get("alora_offsets")
+    # PEFT's own hooks stay for gradient checkpointing, whose layers run again outside the context, and for beam search,
+    # which PEFT refuses in them.
+    own = offsets is None or (kwargs.get("num_beams") or 1) > 1
+    own = own or any(getattr(layer, "gradient_checkpointing", False) for layer in lora.modules())
+    if not own:
+        kwargs["alora_offsets"] = None
+    context = nullcontext() if own else alora_acting_on(offsets or [])
+    with type(lora)._enable_peft_forward_hooks(lora, *args, **kwargs), context:
+        yield
+
+
+# Transformers: the attention of a model, and tokenizers as they were saved. Seen in transformers 5.23.
+
+
+def attention_implementation(config: Any) -> str:
+    """Return the name of a model's attention function (``sdpa``, ``eager``, ...), which has a public setter only."""
+    name: str = config._attn_implementation
+    return name
+
+
+def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
+    """Select eager attention where a device's faster attention gives wrong hidden states.
+
+    Under a mask, CUDA's memory-efficient kernel is wrong for some numbers of keys (32 n + 1) if one key/value head is
+    broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
+
+    Args:
+        model: Any module that contains models of transformers.
+        device: Device that it will run on.
+    """
+    if not device.startswith("cuda"):
+        return
+    for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
+        config = part.config.get_text_config()
+        one_head = getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
+        if one_head and attention_implementation(part.config) == "sdpa":
+            part.set_attn_implementation("eager")
+
+
+def tokenizer_as_saved(folder: Path, class_name: str) -> Any:
+    """Read a folder's ``tokenizer.json`` as a tokenizer of a class; return None where that may not give the same.
+
+    Many classes, Gemma's too, rebuild it from lists of tokens and merges. They keep these and take three times as long.
+
+    Args:
+        folder: Folder with a saved fast tokenizer.
+        class_name: Name of its class in transformers.
+    """
+    from transformers import TokenizersBackend
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    kind: Any = tokenizer_class_from_name(class_name) or object
+    own = {name for name, value in vars(kind).items() if isroutine(value) or isinstance(value, property)}
+    # A class with methods of its own may need what its constructor leaves.
+    if kind.__bases__ != (TokenizersBackend,) or own != {"__init__"}:
+        return None
+    # The file contains the added tokens. Without this argument transformers parses it a second time to find them.
+    tokenizer = TokenizersBackend.from_pretrained(str(folder), added_tokens_decoder={}, trust_remote_code=False)
+    tokenizer.__class__ = kind  # its name is saved
+    tokenizer.model_input_names = list(kind.model_input_names)
+    return tokenizer
+
+
+# Names in modules of other libraries, replaced within a block and for all threads.
+
+
+@contextmanager
+def _replaced(module_name: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a name in a module by what ``make`` returns for its value."""
+    module = import_module(module_name)
+    original = getattr(module, name)
+    setattr(module, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def completion_tokens_only() -> AbstractContextManager[None]:
+    """Make TRL's fused LM head skip prompt and padding positions on a CPU too. Seen in trl 1.16.
+
+    TRL skips them where Triton runs. Elsewhere it scores every position and discards most of the scores, which is three
+    quarters of a step for a vocabulary of 262,144 tokens. The loss is the same.
+    """
+    return _replaced("trl.trainer.utils", "_use_triton", lambda original: lambda device: True)
+
+
+def gguf_parsed_once() -> AbstractContextManager[None]:
+    """Parse a GGUF file once: transformers parses it for the settings and again for the tensors, 20 s each.
+
+    Seen in transformers 5.23 and gguf 0.19.
+    """
+    return _replaced("gguf", "GGUFReader", functools.cache)
+
+
+def without_harness_bars() -> AbstractContextManager[None]:
+    """Hide the harness's progress bar for each task's prompts, which has no switch. Seen in lm-eval 0.4.13."""
+    return _replaced("lm_eval.api.task", "tqdm", lambda original: lambda rows, **_: rows)
+
+
+# Torch: products of eight-bit integers. Announced to go (pytorch/pytorch#184982); no other way to the fast kernel yet.
+# Seen in torch 2.13.
+
+
+def pack_int8(weight: Tensor, scales: Tensor) -> Any:
+    """Round a weight of shape (outputs, inputs) to multiples of ``scales`` (outputs,), and pack it for the kernel."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        zeros = torch.zeros(len(scales), dtype=torch.long)
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(rounded, None)
+
+
+def unpack_int8(packed: Any) -> tuple[Tensor, Tensor]:
+    """Return the integers and the scales of a packed weight."""
+    weight, _ = torch.ops.quantized.linear_unpack(packed)
+    return weight.int_repr(), weight.q_per_channel_scales()
+
+
+def linear_int8(states: Tensor, packed: Any) -> Tensor:
+    """Return the product of states (..., inputs), rounded to 7 bits, with a packed weight: shape (..., outputs)."""
+    output: Tensor = torch.ops.quantized.linear_dynamic(states, packed, True)
+    return output
