@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sempa_st.checks.inspection import read_settings
+from sempa_st.checks.inspection import CONFIG, settings_if_any
 from sempa_st.errors import SempaError
 
-_CONFIGS = ("config.json", "tokenizer_config.json")
 _ASKS_FOR_CODE = re.compile(
     "trust_remote_code|does not recognize this architecture|Unrecognized (model|configuration|processing class)|"
     "Tokenizer class .* does not exist"
@@ -60,17 +59,12 @@ def readable(folder: str | Path, what: str = "model", base: Path | None = None) 
 
 def quantisation(folder: str | Path) -> str | None:
     """Return the method by which the weights in a folder are quantised, if they are."""
-    settings = _settings(Path(folder), _CONFIGS[0]).get("quantization_config")
+    settings = (settings_if_any(Path(folder), CONFIG) or {}).get("quantization_config")
     return str(settings.get("quant_method") or "unknown method") if isinstance(settings, dict) else None
 
 
 def _brings_code(folder: Path) -> bool:
-    return any(_settings(folder, name).get("auto_map") for name in _CONFIGS)
-
-
-def _settings(folder: Path, name: str) -> dict[str, object]:
-    settings: dict[str, object] = read_settings(folder, name) if (folder / name).is_file() else {}
-    return settings
+    return any((settings_if_any(folder, name) or {}).get("auto_map") for name in (CONFIG, "tokenizer_config.json"))
 
 
 def _first_line(error: Exception) -> str:

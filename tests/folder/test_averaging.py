@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.averaging import average_models
-from sempa_st.folder.layout import invocation_of
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import merged_model
 from sempa_st.model.base_model import load_causal_lm, resolve_base
 from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
@@ -68,7 +68,7 @@ def test_activated_adapters_stay_activated(tiny_base: Path, tmp_path: Path) -> N
         for seed in (1, 2)
     ]
     output = average_models([str(run) for run in runs], tmp_path / "mean")
-    assert invocation_of(output) == tokens
+    assert ModelFolder(output).invocation == tokens
     found, *each = (load_file(folder / "adapter_model.safetensors") for folder in (output, *runs))
     name = next(name for name in found if "lora_A" in name)
     up = name.replace("lora_A", "lora_B")
