@@ -275,7 +275,7 @@ def test_the_packing_script(
     for arguments, code in (([PLAIN], 0), ([PLAIN], 2), ([PLAIN, "--overwrite"], 0)):
         monkeypatch.setattr(sys, "argv", ["pack_model.py", str(root / PLAIN), *arguments])
         with pytest.raises(SystemExit) as exit:
-            runpy.run_path("benchmarks/pack_model.py", run_name="__main__")
+            runpy.run_path("tools/pack_model.py", run_name="__main__")
         assert exit.value.code == code
     assert sorted(path.name for path in (tmp_path / PLAIN).iterdir()) == PACKED
     assert "not empty" in capsys.readouterr().err
