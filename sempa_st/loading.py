@@ -78,18 +78,11 @@ def load(
     if method:
         opened = _load_method(source, method, template, base, reader, torch_dtype, device)
     else:
-        _check_readable(source, reader)
-        if source.kind == "base":
-            opened = _load_base(source, template or DEFAULT_TEMPLATE, torch_dtype, device)
-        elif source.kind == "sempa" and reader == "sempa":
-            opened = _load_sempa(source, base, torch_dtype, device)
-        else:
-            opened = load_plain(source, torch_dtype, device)
+        opened = _load_by_kind(source, template, base, reader, torch_dtype, device)
     avoid_broken_sdpa(opened, device)
     if int8:
         _quantize(opened)
-    # All that decides a vector. It is the same on every machine, but for the type of the weights, which the device may
-    # have chosen.
+    # All that decides a vector, and nothing that differs between machines; only an "auto" dtype depends on the device.
     identity = {
         "model": source_digest(source, base),
         "method": method,
@@ -106,25 +99,10 @@ def load(
     return opened
 
 
-def _quantize(opened: SentenceTransformer) -> None:
-    """Quantise a model's linear layers, calibrated on sentences of the sample, after merging a plain adapter."""
-    from sempa_st.methods.module import MethodModule
-    from sempa_st.model.int8 import check_quantizable, quantize
-
-    module = opened[0]
-    if not isinstance(module, PromptEOL | MethodModule):
-        raise SempaError("int8 needs a model that this package reads: leave out the native reader, or int8.")
-    if isinstance(module, MethodModule) and parse_method(module.method).for_encoders:
-        raise SempaError(f"int8 is for decoders, and {module.method} reads an encoder. Leave it out.")
-    check_quantizable(module.model)
-    if is_peft_model(module.model):
-        module.model = module.model.merge_and_unload()
-    texts = [triplet.premise for triplet in load_nli("sample").triplets[:_CALIBRATION_SENTENCES]]
-    quantize(module.decoder, lambda: opened.encode(texts))
-
-
-def _check_readable(source: Source, reader: str) -> None:
-    """Raise :class:`SempaError` if a model needs a method, or cannot be read by ``reader``."""
+def _load_by_kind(
+    source: Source, template: str | None, base: str | None, reader: str, dtype: Any, device: str
+) -> SentenceTransformer:
+    """Load a model without a method; raises :class:`SempaError` if it needs one, or cannot be read by ``reader``."""
     if source.kind == "adapter":
         raise bare_adapter(source.name)
     if source.kind == "encoder":
@@ -137,6 +115,11 @@ def _check_readable(source: Source, reader: str) -> None:
         raise SempaError(
             f"{source.name} is a bare base. Make a native folder of it first: sempa copy {source.name} DIR"
         )
+    if source.kind == "base":
+        return _load_base(source, template or DEFAULT_TEMPLATE, dtype, device)
+    if source.kind == "sempa" and reader == "sempa":
+        return _load_sempa(source, base, dtype, device)
+    return load_plain(source, dtype, device)
 
 
 def _load_base(source: Source, template: str, dtype: Any, device: str) -> SentenceTransformer:
@@ -233,3 +216,20 @@ def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransfo
         similarity_fn_name=config.get("similarity_fn_name", "cosine"),
         truncate_dim=config.get("truncate_dim"),
     )
+
+
+def _quantize(opened: SentenceTransformer) -> None:
+    """Quantise a model's linear layers, calibrated on sentences of the sample, after merging a plain adapter."""
+    from sempa_st.methods.module import MethodModule
+    from sempa_st.model.int8 import check_quantizable, quantize
+
+    module = opened[0]
+    if not isinstance(module, PromptEOL | MethodModule):
+        raise SempaError("int8 needs a model that this package reads: leave out the native reader, or int8.")
+    if isinstance(module, MethodModule) and parse_method(module.method).for_encoders:
+        raise SempaError(f"int8 is for decoders, and {module.method} reads an encoder. Leave it out.")
+    check_quantizable(module.model)
+    if is_peft_model(module.model):
+        module.model = module.model.merge_and_unload()
+    texts = [triplet.premise for triplet in load_nli("sample").triplets[:_CALIBRATION_SENTENCES]]
+    quantize(module.decoder, lambda: opened.encode(texts))
