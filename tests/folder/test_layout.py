@@ -186,8 +186,8 @@ def test_a_moved_folder_is_repaired(tmp_path: Path) -> None:
     moved = shutil.move(tmp_path / "old", tmp_path / "new")
     with pytest.raises(SempaError, match=r"base of the adapter in .*old.*pass --base"):
         load(moved / "sempa")
-    found = sempa_st.load(moved / "sempa", base=str(moved / "base"), dtype="float32", device="cpu")
-    assert_same(found.encode(SENTENCES[:5]), expected)
+    model = sempa_st.load(moved / "sempa", base=str(moved / "base"), dtype="float32", device="cpu")
+    assert_same(model.encode(SENTENCES[:5]), expected)
     with pytest.raises(SempaError, match=r"cannot be used on the base .*of another shape"):
         wide = save_base(tmp_path / "wide", make_llama(hidden=64), make_tokenizer())
         copy_model(str(moved / "sempa"), tmp_path / "wrong", base=str(wide))

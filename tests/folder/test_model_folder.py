@@ -76,8 +76,8 @@ def test_a_change_is_seen_by_a_new_object(adapter_folder: Path, tmp_path: Path) 
 
 
 def test_weights_in_several_files_are_those_of_the_index(tmp_path: Path) -> None:
-    parts = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
-    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": parts})
+    files = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": files})
     names = ["model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
     assert ModelFolder(tmp_path).weight_files == names
     assert ModelFolder(tmp_path / "none").weight_files == ["model.safetensors", "adapter_model.safetensors"]
@@ -86,6 +86,6 @@ def test_weights_in_several_files_are_those_of_the_index(tmp_path: Path) -> None
 def test_an_adapter_is_activated_and_scaled_in_one_copy(adapter_folder: Path, tmp_path: Path) -> None:
     scaled = copy_model(str(adapter_folder), tmp_path / "scaled", scale=0.5)
     expected = copy_model(str(scaled), tmp_path / "two", activate=True)
-    found = copy_model(str(adapter_folder), tmp_path / "one", activate=True, scale=0.5)
-    assert ModelFolder(found).digest == ModelFolder(expected).digest
-    assert ModelFolder(found).is_activated
+    copy = copy_model(str(adapter_folder), tmp_path / "one", activate=True, scale=0.5)
+    assert ModelFolder(copy).digest == ModelFolder(expected).digest
+    assert ModelFolder(copy).is_activated

@@ -142,11 +142,11 @@ def test_a_shipped_name_opens_like_the_folder_that_was_packed(root: Path, name: 
     source = find_model(name)
     assert (source.name, source.kind) == (name, "sempa")
     assert source.folder.path.parent == root / "cache" / "models"
-    found = vectors(name)
-    assert_same(found, vectors(source.folder.path))
-    cosine = torch.nn.functional.cosine_similarity(torch.tensor(found), torch.tensor(vectors(root / name)))
+    embeddings = vectors(name)
+    assert_same(embeddings, vectors(source.folder.path))
+    cosine = torch.nn.functional.cosine_similarity(torch.tensor(embeddings), torch.tensor(vectors(root / name)))
     assert cosine.min() > 0.999
-    assert abs(found - vectors("gemma3-270m", template="pretended-cot")).max() > 1e-2
+    assert abs(embeddings - vectors("gemma3-270m", template="pretended-cot")).max() > 1e-2
 
 
 def test_plain_tools_open_the_completed_folder_and_its_copy(tmp_path: Path) -> None:
