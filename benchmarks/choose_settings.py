@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sempa_st.data.sts import GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.folder.digests import folder_digest
 from sempa_st.folder.resolve import find_model
 from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.forward.decoder import layers_of, states_in
@@ -51,15 +50,15 @@ def main() -> None:
     output = Path(args.output)
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
     folder = find_model(args.base).folder
-    digest = folder_digest(folder)
+    digest = folder.digest
     device = pick_device(args.device)
     held = read_json(output) if output.is_file() else {"base": digest, "device": device, "scores": {}}
     if (held["base"], held["device"]) != (digest, device):
         raise SempaError(f"{output} holds scores of another base or device. Choose another output.")
     found: dict[str, dict[str, float]] = held["scores"]
-    model: Any = load_causal_lm(folder, torch.float32).eval()
+    model: Any = load_causal_lm(folder.path, torch.float32).eval()
     avoid_broken_sdpa(model, device)
-    model, tokenizer = model.to(device), load_tokenizer(folder)
+    model, tokenizer = model.to(device), load_tokenizer(folder.path)
     for name in args.methods:
         if parse_method(name).layer is not None:
             raise SempaError(f"{name!r} names a layer. Every layer is scored: leave it out.")

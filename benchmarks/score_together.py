@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from sempa_st.data.sts import STS_TASKS, GradedPairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.folder.layout import invocation_of, is_adapter_folder, template_name
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import adapter_base, find_model
 from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.prefix_cache import PrefixCache
 from sempa_st.model.base_model import load_causal_lm
-from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
 from sempa_st.utils.files import read_json, write_json
@@ -85,29 +84,29 @@ def main() -> None:
     print(table(["model", *tasks, "average"], rows))
 
 
-def load_together(folders: list[Path]) -> Together:
+def load_together(folders: list[ModelFolder]) -> Together:
     """Put the adapters of all folders on one base, named 0, 1, ...
 
     Raises:
         SempaError: If a folder holds no adapter, or one that acts from the template's opening on.
     """
-    template = str(template_name(folders[0]))
-    tokenizer = load_tokenizer(folders[0])
+    template = str(folders[0].template)
+    tokenizer = load_tokenizer(folders[0].path)
     closing = suffix_tokens(tokenizer, template)
     first_layers: list[int | None] = []
     for folder in folders:
-        invocation = invocation_of(folder) if is_adapter_folder(folder) else None
-        if invocation is None or invocation not in ([], closing):
+        settings, invocation = folder.adapter_settings, folder.invocation
+        if settings is None or invocation not in ([], closing):
             raise SempaError(
-                f"{folder} cannot be scored with others. Expected an adapter, plain or of the closing tokens. Score it "
-                "with sempa evaluate."
+                f"{folder.path} cannot be scored with others. Expected an adapter, plain or of the closing tokens. "
+                "Score it with sempa evaluate."
             )
-        layers = read_json(folder / ADAPTER_CONFIG).get("layers_to_transform")
+        layers = settings.get("layers_to_transform")
         first_layers.append(None if invocation else min(layers or [0]))
     model = load_causal_lm(adapter_base(folders[0]).folder, torch.float32)
-    tuned = PeftModel.from_pretrained(model, folders[0], adapter_name="0")
+    tuned = PeftModel.from_pretrained(model, folders[0].path, adapter_name="0")
     for number, folder in enumerate(folders[1:], 1):
-        tuned.load_adapter(str(folder), adapter_name=str(number))
+        tuned.load_adapter(str(folder.path), adapter_name=str(number))
     return Together(PromptEOL(tuned.eval(), tokenizer, template=template), first_layers, len(closing))
 
 

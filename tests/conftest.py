@@ -15,6 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+collect_ignore = ["fixtures"]
+"""The code in stored model folders is theirs, and holds no tests."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

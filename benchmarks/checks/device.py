@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     sentences = [text for _, text in read_sentences(args.sentences, column=args.column)]
-    texts = batches(load_tokenizer(find_model(args.model).folder), sentences)
+    texts = batches(load_tokenizer(find_model(args.model).folder.path), sentences)
     rows: list[list[object]] = []
     for method in (None, *args.methods):
         cosines = cosine_similarity(*(vectors(args.model, method, device, texts) for device in ("cpu", args.device)))

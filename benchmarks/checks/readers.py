@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sempa_st
 from sempa_st.encoding import read_sentences
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.layout import is_adapter_folder, template_name
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.files import write_json
 from sempa_st.utils.run_info import run_info
@@ -41,10 +41,10 @@ def mixed_lengths(texts: list[str], count: int) -> list[str]:
 
 def manual_vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
     """The paper's procedure: plain tokenisation, all hidden states, the last layer's last token."""
-    auto_class = AutoPeftModelForCausalLM if is_adapter_folder(folder) else AutoModelForCausalLM
+    auto_class = AutoPeftModelForCausalLM if ModelFolder(folder).is_adapter else AutoModelForCausalLM
     model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    template = EMBEDDING_TEMPLATES[template_name(folder)]
+    template = EMBEDDING_TEMPLATES[ModelFolder(folder).template]
     vectors = []
     for sentence in tqdm(sentences, desc="manual"):
         inputs = tokenizer(template.text(sentence), return_tensors="pt")
@@ -77,7 +77,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"as is": args.folder}
-        if is_adapter_folder(args.folder):
+        if ModelFolder(args.folder).is_adapter:
             folders["merged"] = copy_model(str(args.folder), Path(scratch) / "merged", merge=True)
         for kind, folder in folders.items():
             for reader, model in readers(folder):

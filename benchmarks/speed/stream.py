@@ -35,7 +35,7 @@ def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = str(save_tiny(Path(scratch, "tiny"))) if args.tiny else args.model
-        weights = _weights(find_model(model).folder)
+        weights = _weights(find_model(model).folder.path)
         for length in args.lengths:
             source, output = Path(scratch, "sentences.txt"), Path(scratch, "vectors.npy")
             with source.open("w") as handle:

@@ -43,11 +43,11 @@ def run_demo(output: Path) -> None:
         output: Folder to write the model to; what an earlier demo left there is replaced, and nothing else is.
     """
     started = time.monotonic()
-    from sempa_st.folder.layout import read_record
+    from sempa_st.folder.layout import ModelFolder
     from sempa_st.training import train
     from sempa_st.training.record import run_table
 
-    earlier = (read_record(output) or {}).get("data", {}).get("source") == "sample"
+    earlier = (ModelFolder(output).record or {}).get("data", {}).get("source") == "sample"
 
     _say(f"1/4  Train {EMBEDDED_BASE} by {_OBJECTIVE} on {_TRIPLETS} of the shipped triplets")
     record = train(

@@ -1,4 +1,4 @@
-"""The mean of several adapters as one: runs that differ in their seed agree where they are right ("model soup")."""
+"""Average several adapters, such as those of training runs with different seeds, into one ("model soup")."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.checks.inspection import files_read, read_settings
+from sempa_st.checks.inspection import files_read
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.digests import folder_digest
-from sempa_st.folder.layout import RUN_RECORD, read_record, template_name
+from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.resolve import Source, adapter_base, find_model
 from sempa_st.folder.write import copy_files
 from sempa_st.model.adapter import check_adapter
@@ -23,30 +22,37 @@ from sempa_st.utils.portable import portable_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FREE = (
+_MAY_DIFFER = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "inference_mode", "peft_version",
     "layers_pattern", "init_lora_weights",
 )  # fmt: skip
-"""Settings in which adapters may differ."""
-_SCALINGS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Settings in which the adapters may differ."""
+_OTHER_UPDATES = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Settings with which an update is not alpha / r times B A."""
 
 
 def average_models(
     models: Sequence[str], output: str | Path, *, rank: int | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a model whose adapter's update is the mean of the updates of several adapters of one base.
+    """Write a model whose adapter adds the mean of what several adapters of one base add to its weights.
 
-    The update of an adapter is s B A, with s = alpha / r. The mean of n of them is, exactly, 1/n times the s B side by
-    side, times the A one above another. It is cut to ``rank`` by its singular values, to the nearest of that rank.
+    Adapter i adds s_i B_i A_i, with s_i = alpha_i / r_i. The mean of n adapters is one product of two factors:
+
+        1/n [s_1 B_1 | ... | s_n B_n]  times  A_1
+                                              ...
+                                              A_n
+
+    Its rank is the sum of the ranks. With ``rank`` it is replaced by the nearest matrix of that rank, by a truncated
+    singular value decomposition.
 
     Args:
-        models: Shipped models, SemPA folders or Hub ids, two or more, of one base, template and activation.
+        models: Two or more shipped models, SemPA folders or Hub ids, with the same base, template and activation.
         output: Folder to write, in the format of the first model.
         rank: Rank of the result, from 1 to the sum of the models' ranks; that sum when None.
-        overwrite: Replace what stands at ``output``.
+        overwrite: Replace ``output`` if it exists.
 
     Raises:
-        SempaError: If the models do not go together, or the rank or the output folder is not fit.
+        SempaError: If the adapters cannot be averaged, the rank is out of range, or the output cannot be written.
     """
     check_output_folder(output, overwrite=overwrite)
     sources = [find_model(model) for model in models]
@@ -54,19 +60,20 @@ def average_models(
     ranks = [int(each["r"]) for each in settings]
     if rank is not None and not 0 < rank <= sum(ranks):
         raise SempaError(f"--rank is {rank}. Expected 1 to {sum(ranks)}, the sum of the models' ranks.")
-    check_not_inside(output, [source.folder for source in sources])
+    folders = [source.folder.path for source in sources]
+    check_not_inside(output, folders)
     base = adapter_base(sources[0].folder)
-    for source in sources:
-        check_adapter(base, source.folder)
+    for path in folders:
+        check_adapter(base, path)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "averaged")
-        copy_files(sources[0].folder, folder, files_read(sources[0].folder))
+        copy_files(folders[0], folder, files_read(folders[0]))
         scales = [each["lora_alpha"] / each["r"] for each in settings]
-        _write_mean([source.folder for source in sources], scales, folder, rank)
-        # The scale is part of the weights now.
+        _write_mean(folders, scales, folder, rank)
+        # The weights contain the scale, so that alpha / r is 1.
         chosen = rank or sum(ranks)
         write_json(folder / ADAPTER_CONFIG, {**settings[0], "r": chosen, "lora_alpha": chosen})
-        record = read_record(folder)
+        record = sources[0].folder.record
         if record is not None:
             origins = [_origin(source) for source in sources]
             write_json(folder / RUN_RECORD, {**record, "averaged": origins, "rank": rank})
@@ -74,30 +81,31 @@ def average_models(
 
 
 def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return the settings of all adapters, or raise :class:`SempaError` unless they go together."""
+    """Return the settings of all adapters; raise :class:`SempaError` if they cannot be averaged."""
     if len(sources) < 2:
         named = ", ".join(source.name for source in sources) or "none"
         raise SempaError(f"These are too few models to average: {named}. Expected two or more.")
     settings = []
     for source in sources:
-        path = source.folder / ADAPTER_CONFIG
-        if source.kind != "sempa" or not path.is_file():
+        adapter = source.folder.adapter_settings
+        if source.kind != "sempa" or adapter is None:
             raise SempaError(f"{source.name} holds no adapter to average. Expected a SemPA folder with one.")
-        settings.append(read_settings(source.folder, ADAPTER_CONFIG))
-        odd = [name for name in _SCALINGS if settings[-1].get(name)]
-        if settings[-1].get("peft_type") != "LORA" or odd:
+        settings.append(adapter)
+        odd = [name for name in _OTHER_UPDATES if adapter.get(name)]
+        if adapter.get("peft_type") != "LORA" or odd:
             raise SempaError(
-                f"The adapter of {source.name} ({', '.join(odd) or settings[-1].get('peft_type')}) cannot be "
+                f"The adapter of {source.name} ({', '.join(odd) or adapter.get('peft_type')}) cannot be "
                 "averaged. Expected a plain LoRA."
             )
-        check_mean(source.name, source.folder)
+        check_mean(source.name, source.folder.path)
+        first = settings[0]
         differing = [
             name
-            for name in settings[0].keys() | settings[-1].keys()
-            # An option that a version of PEFT does not know yet is off.
-            if name not in _FREE and (settings[0].get(name) or None) != (settings[-1].get(name) or None)
+            for name in first.keys() | adapter.keys()
+            # An option that one version of PEFT does not know yet is off there.
+            if name not in _MAY_DIFFER and (first.get(name) or None) != (adapter.get(name) or None)
         ]
-        if template_name(source.folder) != template_name(sources[0].folder):
+        if source.folder.template != sources[0].folder.template:
             differing.append("template")
         if differing:
             raise SempaError(
@@ -118,22 +126,29 @@ def _write_mean(folders: Sequence[Path], scales: Sequence[float], output: Path, 
     mean: dict[str, Tensor] = {}
     for down in (name for name in adapters[0] if "lora_A" in name):
         up = down.replace("lora_A", "lora_B")
-        above = torch.cat([adapter[down].float() for adapter in adapters])
-        beside = torch.cat(
-            [scale * adapter[up].float() for scale, adapter in zip(scales, adapters, strict=True)], dim=1
-        )
-        pair = (above, beside / len(adapters))
-        mean[down], mean[up] = pair if rank is None else _nearest(*pair, rank)
+        stacked_down = torch.cat([adapter[down].float() for adapter in adapters])
+        scaled_ups = [scale * adapter[up].float() for scale, adapter in zip(scales, adapters, strict=True)]
+        factors = (stacked_down, torch.cat(scaled_ups, dim=1) / len(adapters))
+        mean[down], mean[up] = factors if rank is None else _truncated(*factors, rank)
     dtype = next(iter(adapters[0].values())).dtype
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in mean.items()}
     save_file(tensors, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _nearest(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the two factors, of shapes (rank, inputs) and (outputs, rank), that come nearest to ``up @ down``."""
+def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the matrix of rank ``rank`` that is nearest to ``up @ down``.
+
+    Args:
+        down: Shape (total rank, inputs).
+        up: Shape (outputs, total rank).
+        rank: Rank of the result.
+
+    Returns:
+        Two factors of shapes (rank, inputs) and (outputs, rank).
+    """
     import torch
 
-    # Of the small product between orthogonal bases, in place of the large one.
+    # With QR decompositions of both factors, only a matrix of shape (total rank, total rank) is decomposed.
     right, inner = torch.linalg.qr(down.T)
     left, outer = torch.linalg.qr(up)
     vectors, values, others = torch.linalg.svd(outer @ inner.T)
@@ -142,5 +157,5 @@ def _nearest(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _origin(source: Source) -> dict[str, Any]:
-    config = (read_record(source.folder) or {}).get("config") or {}
-    return {"model": portable_name(source.name), "seed": config.get("seed"), "digest": folder_digest(source.folder)}
+    config = (source.folder.record or {}).get("config") or {}
+    return {"model": portable_name(source.name), "seed": config.get("seed"), "digest": source.folder.digest}

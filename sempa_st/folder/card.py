@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sempa_st.checks.inspection import read_settings
-from sempa_st.folder.layout import SETTINGS, folder_format, is_activated, is_adapter_folder, template_name
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.base_model import Base
 from sempa_st.model.gemma import EMBEDDED_BASE, EMBEDDED_HUB_ID
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
@@ -16,18 +15,18 @@ from sempa_st.utils.portable import portable_name
 
 
 def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | None) -> None:
-    """Write ``README.md`` into a finished folder, and the notices that Gemma's terms ask for.
+    """Write the model card (``README.md``) of a finished folder, and the notices that Gemma's terms require.
 
     Args:
-        folder: Model folder with its embedding files in place.
-        name: Name to show and to use in the examples.
+        folder: Model folder; all its other files are written.
+        name: Name of the model in the title and in the examples.
         base: The base that it was derived from.
-        record: Run record of the training, if there was one.
+        record: Run record of the training; None for a model that was not trained.
     """
     from huggingface_hub import ModelCard
 
-    adapter = is_adapter_folder(folder)
-    template = EMBEDDING_TEMPLATES.get(template_name(folder) or "")
+    model = ModelFolder(folder)
+    template = EMBEDDING_TEMPLATES.get(model.template or "")
     card = ModelCard.from_template(
         _metadata(base, record),
         template_path=str(asset_path("model_card.md")),
@@ -35,12 +34,12 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         base=portable_name(base.name),
         data=portable_name(record["data"]["source"]) if record else "",
         template=template.prefix + "{sentence}" + template.suffix if template else "",
-        format=folder_format(folder),
-        adapter=adapter,
-        activated=is_activated(folder),
-        generator_class="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
+        format=model.format,
+        adapter=model.is_adapter,
+        activated=model.is_activated,
+        generator_class="AutoPeftModelForCausalLM" if model.is_adapter else "AutoModelForCausalLM",
         record=record,
-        max_seq_length=read_settings(folder, SETTINGS)["max_seq_length"],
+        max_seq_length=model.max_seq_length,
         gemma=base.is_gemma,
     )
     write_text(folder / "README.md", str(card))
@@ -51,7 +50,7 @@ def _metadata(base: Base, record: dict[str, Any] | None) -> Any:
     from huggingface_hub import ModelCardData
 
     hub_id = EMBEDDED_HUB_ID if base.name == EMBEDDED_BASE else base.name
-    # A local folder's name means nothing on the Hub, and the Hub refuses a card that names one as a base.
+    # The Hub refuses a card that names a local folder as its base.
     is_hub_id = hub_id.count("/") == 1 and not Path(hub_id).exists()
     data = (record or {}).get("data", {}).get("source", "")
     return ModelCardData(

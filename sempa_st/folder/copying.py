@@ -1,28 +1,16 @@
-"""Copy a model: onto another machine, into the other format, merged, or a bare base made an embedding folder."""
+"""Copy a model: to another machine or format, merged into its base, activated, scaled; or make a base embed."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
-from sempa_st.folder.layout import (
-    RUN_RECORD,
-    ST_CONFIG,
-    check_format,
-    embedding_settings,
-    folder_format,
-    invocation_of,
-    is_activated,
-    is_adapter_folder,
-    read_record,
-    template_name,
-    weight_files,
-)
+from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG, check_format
 from sempa_st.folder.resolve import Source, adapter_base, find_model
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.adapter import check_adapter, check_runs_activated, merged_model
@@ -34,7 +22,7 @@ from sempa_st.model.adapter_kinds import (
     write_native_settings,
 )
 from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolve_base
-from sempa_st.model.peft_models import ADAPTER_CONFIG
+from sempa_st.model.gemma import TERMS_FILE
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer, prefix_tokens
@@ -45,7 +33,8 @@ from sempa_st.utils.portable import portable_record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
+_COPIED = (ST_CONFIG, "NOTICE", TERMS_FILE)
+"""Files that a copy takes over as they are, beside those of the model."""
 
 
 def copy_model(
@@ -61,129 +50,191 @@ def copy_model(
     template: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model folder from another one (or from a bare base) that works on this machine.
+    """Write a model folder that works on this machine, from another one or from a bare base.
 
     Args:
         model: Shipped model, SemPA folder or Hub id, or a base.
         output: Folder to write.
-        format: ``native`` or ``custom``; when None that of the source (``native`` for a base), or what ``activate``
-            needs.
-        activate: Let a plain adapter act on sentences under the template and on nothing else: the vectors stay, and
-            any other text gets the base's output bit for bit.
-        merge: Add the adapter's update to the base's weights and write a full causal language model.
-        scale: What the adapter's update is multiplied by, above 0. Below 1 all text moves less, ordinary text included.
-        dtype: Type of merged weights; float32 keeps the vectors, bfloat16 halves the file.
-        base: Base to point to, where the one the adapter names has moved.
+        format: ``native`` or ``custom``. When None, that of the source; ``native`` for a base, and ``custom`` with
+            ``activate``.
+        activate: Turn a plain adapter into an activated one, which acts on sentences under the template only. The
+            vectors stay the same, and for any other text the model gives exactly the base's output.
+        merge: Add the adapter's update to the base's weights, and write a full causal language model.
+        scale: Factor of the adapter's update, above 0. A factor below 1 changes the output for all text less.
+        dtype: Type of merged weights. float32 keeps the vectors, bfloat16 halves the size.
+        base: Base to point to instead of the one that the adapter names.
         template: Embedding template for a bare base.
-        overwrite: Replace what stands at ``output``.
+        overwrite: Replace ``output`` if it exists.
 
     Raises:
-        SempaError: If the source, the base or the output folder is not fit.
+        SempaError: If the model, the base or the output folder cannot be used as asked.
     """
     check_output_folder(output, overwrite=overwrite)
-    source = find_model(model)
-    if source.kind == "sentence-transformers":
-        raise SempaError(f"{model} is a plain sentence-transformers model. Expected a SemPA folder or a base.")
-    format = format or ("custom" if activate else folder_format(source.folder)) or "native"
-    check_format(format)
-    adapter = is_adapter_folder(source.folder)
-    if activate and (merge or format == "native" or not adapter or is_activated(source.folder)):
-        raise SempaError(
-            f"--activate cannot be applied to {model} like this. Expected a model that holds a plain adapter, no "
-            "--merge, and format custom."
-        )
-    if merge and not adapter:
-        raise SempaError(f"{model} holds no adapter, so there is nothing to merge. Leave out --merge.")
-    if scale != 1 and (merge or not adapter or not 0 < scale < math.inf):
-        raise SempaError(
-            f"--scale {scale} cannot be applied. Expected a number above 0, a model that holds an adapter, and "
-            "no --merge (merge the scaled copy instead)."
-        )
-    if scale != 1:
-        check_scaled(model, source.folder)
-    if not adapter:
-        check_causal_lm(source.folder)
-    if is_activated(source.folder) and (merge or format == "native"):
-        _check_whole_rows(model, source.folder, merge)
-    if source.kind == "sempa" and template:
-        raise SempaError(f"{model} brings its own template; --template {template!r} is for bare bases only.")
-    origin = _origin(source, adapter, base)
-    check_not_inside(output, [source.folder, origin.folder])
-    if adapter:
-        check_adapter(origin, source.folder)
-    tokenizer, template, length = _embedding_settings(source, origin, template)
+    request = _Request(find_model(model), format, merge, activate, scale, template)
+    request.check()
+    source = request.source
+    origin = _origin(source, base)
+    check_not_inside(output, [source.folder.path, origin.folder])
+    if source.folder.is_adapter:
+        check_adapter(origin, source.folder.path)
+    tokenizer, template, length = _embedding_settings(request, origin)
     with atomic_folder(output, overwrite=overwrite) as folder:
         if merge:
-            save_model(merged_model(origin, source.folder, pick_dtype(dtype, "cpu")), folder)
+            save_model(merged_model(origin, source.folder.path, pick_dtype(dtype, "cpu")), folder)
+        elif activate:
+            _write_activated(request, origin, folder, prefix_tokens(tokenizer, template))
+        elif source.folder.is_adapter:
+            _write_adapter(request, origin, folder)
         else:
-            copy_files(source.folder, folder, [*_SETTINGS, *weight_files(source.folder)])
-            if adapter:
-                set_base_reference(folder, origin.reference)
-                if format == "native" and is_activated(folder):
-                    set_invocation(folder, None)
-                    (folder / CONFIG).unlink()  # it refused the readers that can open the copy
-                if activate:
-                    opening = prefix_tokens(tokenizer, template)
-                    set_invocation(folder, opening)
-                    check_activated(origin, model, folder)
-                rewrite_tensors(origin, folder, scale)
-                if activate:
-                    check_runs_activated(origin, model, folder, opening)
-                if format == "native":
-                    write_native_settings(origin, folder)
-                    check_native(origin, model, folder)
+            _copy_files(source, folder)
         write_embedding_files(
             folder,
             tokenizer,
             template=template,
             max_seq_length=length,
             config=load_config(origin.folder),
-            format=format,
+            format=request.target_format,
         )
-        record = read_record(source.folder)
-        if record is not None:
-            record = portable_record({**record, "base": origin.name})
-            if scale != 1:
-                record["scale"] = scale * (record.get("scale") or 1)
-            write_json(folder / RUN_RECORD, record)
+        record = _write_record(request, origin, folder)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)
 
 
-def _origin(source: Source, adapter: bool, base: str | None) -> Base:
+@dataclass(frozen=True)
+class _Request:
+    """The copy that is asked for; arguments as of :func:`copy_model`."""
+
+    source: Source
+    format: str | None
+    merge: bool
+    activate: bool
+    scale: float
+    template: str | None
+
+    @property
+    def target_format(self) -> str:
+        """Format of the copy."""
+        return self.format or ("custom" if self.activate else self.source.folder.format) or "native"
+
+    def check(self) -> None:
+        """Raise :class:`SempaError` if the source is of a kind that no such copy can be made of."""
+        source, folder = self.source, self.source.folder
+        if source.kind == "sentence-transformers":
+            raise SempaError(
+                f"{source.name} is a plain sentence-transformers model. Expected a SemPA folder or a base."
+            )
+        check_format(self.target_format)
+        self._check_activate()
+        if self.merge and not folder.is_adapter:
+            raise SempaError(f"{source.name} holds no adapter, so there is nothing to merge. Leave out --merge.")
+        self._check_scale()
+        if not folder.is_adapter:
+            check_causal_lm(folder.path)
+        if folder.is_activated and (self.merge or self.target_format == "native"):
+            self._check_deactivate()
+        if source.kind == "sempa" and self.template:
+            raise SempaError(
+                f"{source.name} brings its own template; --template {self.template!r} is for bare bases only."
+            )
+
+    def _check_activate(self) -> None:
+        folder = self.source.folder
+        is_plain = folder.is_adapter and not folder.is_activated
+        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
+            raise SempaError(
+                f"--activate cannot be applied to {self.source.name} like this. Expected a model that holds a plain "
+                "adapter, no --merge, and format custom."
+            )
+
+    def _check_scale(self) -> None:
+        if self.scale == 1:
+            return
+        if self.merge or not self.source.folder.is_adapter or not 0 < self.scale < math.inf:
+            raise SempaError(
+                f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an adapter, "
+                "and no --merge (merge the scaled copy instead)."
+            )
+        check_scaled(self.source.name, self.source.folder.path)
+
+    def _check_deactivate(self) -> None:
+        """Raise :class:`SempaError` unless the activated adapter acts from the beginning of the template on.
+
+        As a plain adapter it then gives the same vectors; for any other text it changes the base's output.
+        """
+        name, folder = self.source.name, self.source.folder
+        if self.merge:
+            raise SempaError(
+                f"The adapter of {name} is an activated one, which cannot be merged. If it acts on whole sentences, "
+                "a copy with --format native can be."
+            )
+        if folder.invocation != prefix_tokens(load_tokenizer(folder.path), folder.template or DEFAULT_TEMPLATE):
+            raise SempaError(
+                f"The adapter of {name} is an activated one: it acts on the template's closing tokens only. In the "
+                "format native it would act on every token or on none. Expected format custom."
+            )
+
+
+def _origin(source: Source, base: str | None) -> Base:
     """Return the base that the copy points to or derives from."""
-    if adapter:
+    if source.folder.is_adapter:
         return adapter_base(source.folder, base)
     if base:
         raise SempaError(f"{source.name} is a whole model without a base; leave out --base {base}.")
     if source.kind == "base":
         return resolve_base(source.name)
-    # A merged model: its own folder stands in for the base, under the base's recorded name.
-    record = read_record(source.folder) or {}
-    return replace(resolve_base(str(source.folder)), name=str(record.get("base") or source.name))
+    # A merged model is its own base, under the name of the base that it was merged from.
+    record = source.folder.record or {}
+    return replace(resolve_base(str(source.folder.path)), name=str(record.get("base") or source.name))
 
 
-def _embedding_settings(source: Source, origin: Base, template: str | None) -> tuple[PreTrainedTokenizerBase, str, int]:
-    tokenizer = load_tokenizer(source.folder, embedding_rows(origin.folder))
+def _embedding_settings(request: _Request, origin: Base) -> tuple[PreTrainedTokenizerBase, str, int]:
+    """Return the copy's tokenizer with the template installed, the template's name and the longest input in tokens."""
+    source = request.source
+    tokenizer = load_tokenizer(source.folder.path, embedding_rows(origin.folder))
     if source.kind == "base":
-        chosen = embedding_template(template or DEFAULT_TEMPLATE)
-        install_template(tokenizer, chosen)
-        return tokenizer, chosen.name, DEFAULT_MAX_SEQ_LENGTH
-    return tokenizer, *embedding_settings(source.folder, tokenizer)
+        template = embedding_template(request.template or DEFAULT_TEMPLATE)
+        install_template(tokenizer, template)
+        return tokenizer, template.name, DEFAULT_MAX_SEQ_LENGTH
+    return tokenizer, *source.folder.embedding_settings(tokenizer)
 
 
-def _check_whole_rows(model: str, folder: Path, merge: bool) -> None:
-    """Raise :class:`SempaError` unless the activated adapter in ``folder`` acts on the whole of what is embedded.
+def _copy_files(source: Source, folder: Path) -> None:
+    """Copy a model as it is."""
+    copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
 
-    A plain adapter of the same weights then gives the same vectors; it only acts on all other text as well.
-    """
-    if merge:
-        raise SempaError(
-            f"The adapter of {model} is an activated one, which cannot be merged. If it acts on whole sentences, "
-            "a copy with --format native can be."
-        )
-    if invocation_of(folder) != prefix_tokens(load_tokenizer(folder), template_name(folder) or DEFAULT_TEMPLATE):
-        raise SempaError(
-            f"The adapter of {model} is an activated one: it acts on the template's closing tokens only. In the format "
-            "native it would act on every token or on none. Expected format custom."
-        )
+
+def _write_adapter(request: _Request, origin: Base, folder: Path) -> None:
+    """Copy an adapter with its update scaled; from an activated one make a plain one for the format native."""
+    source = request.source
+    _copy_files(source, folder)
+    set_base_reference(folder, origin.reference)
+    native = request.target_format == "native"
+    if native and source.folder.is_activated:
+        set_invocation(folder, None)
+        (folder / CONFIG).unlink()  # It keeps transformers from opening the folder, which can be opened now.
+    rewrite_tensors(origin, folder, request.scale)
+    if native:
+        write_native_settings(origin, folder)
+        check_native(origin, source.name, folder)
+
+
+def _write_activated(request: _Request, origin: Base, folder: Path, tokens: list[int]) -> None:
+    """Copy a plain adapter, with its update scaled, as one that acts from ``tokens`` on."""
+    source = request.source
+    _copy_files(source, folder)
+    set_base_reference(folder, origin.reference)
+    set_invocation(folder, tokens)
+    check_activated(origin, source.name, folder)
+    rewrite_tensors(origin, folder, request.scale)
+    check_runs_activated(origin, source.name, folder, tokens)
+
+
+def _write_record(request: _Request, origin: Base, folder: Path) -> dict[str, Any] | None:
+    """Write and return the run record of a trained model, without paths of this machine."""
+    if request.source.folder.record is None:
+        return None
+    record = portable_record({**request.source.folder.record, "base": origin.name})
+    if request.scale != 1:
+        record["scale"] = request.scale * (record.get("scale") or 1)
+    write_json(folder / RUN_RECORD, record)
+    return record

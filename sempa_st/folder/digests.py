@@ -1,4 +1,4 @@
-"""Digests of model folders: all that decides the model is hashed, and large files are read once."""
+"""Digests of model folders, which tell models apart. The digests of large files are kept on disk."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.folder.layout import MODULES, RUN_RECORD
+from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.utils.files import cache_folder, file_sha256, read_json, write_text
 from sempa_st.utils.names import is_plain_path
 
@@ -20,29 +21,34 @@ _RECORDS = (RUN_RECORD, "trainer_state.json")
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model")
 _VOCABULARIES = ("vocab.txt", "merges.txt")
 _TEMPLATES = "additional_chat_templates"
-_PLACES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
-"""Settings that say where on a machine something came from."""
-_WITH_PLACES = ("config.json", "adapter_config.json", "tokenizer_config.json")
+_ORIGINS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
+"""Settings that say from which path or repository something was loaded."""
+_WITH_ORIGINS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _LARGE = 1 << 22
-"""Bytes of a file from which on its digest is worth remembering."""
+"""Bytes from which on the digest of a file is kept on disk."""
 _SETTLED = 2.0
-"""Seconds after a change within which a file might change again and keep its time."""
+"""Seconds after a change within which a file may change again without a new modification time."""
 
 
-def folder_digest(folder: Path) -> str:
-    """Return a SHA-256 (hex) that tells models apart: of settings, weights, tokenizer and templates, whole.
+def folder_digest(folder: Path, module_folders: Sequence[str]) -> str:
+    """Return a SHA-256 (hex) of the whole content of all files that decide a model.
 
-    What does not decide the model is left out: records, cards, and where on this machine something lies. The base of an
-    adapter is not part of its folder.
+    These are settings, weights, tokenizer and templates. Left out are records, model cards, and settings that say from
+    where something was loaded, so that a moved folder keeps its digest. The base of an adapter is not part of its
+    folder.
+
+    Args:
+        folder: Model folder.
+        module_folders: Names of the folders of its sentence-transformers modules.
     """
     digest = hashlib.sha256()
-    for name, path in sorted(_files_of_model(folder)):
+    for name, path in sorted(_files_of_model(folder, module_folders)):
         digest.update(f"{name}:{_content_digest(path)}:".encode())
     return digest.hexdigest()
 
 
-def _files_of_model(folder: Path) -> Iterator[tuple[str, Path]]:
-    inner = [path for part in (_TEMPLATES, *module_folders(folder)) for path in (folder / part).rglob("*")]
+def _files_of_model(folder: Path, module_folders: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    inner = [path for name in (_TEMPLATES, *module_folders) for path in (folder / name).rglob("*")]
     for path in {*folder.iterdir(), *inner, *_indexed(folder)}:
         kept = path.suffix in _SUFFIXES or path.name in _VOCABULARIES
         if kept and path.name not in _RECORDS and path.is_file():
@@ -50,7 +56,7 @@ def _files_of_model(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _indexed(folder: Path) -> Iterator[Path]:
-    """Yield the files that an index of weights names, which may lie in a folder within."""
+    """Yield the files that an index of weights names, which may lie in subfolders."""
     for path in folder.glob("*.safetensors.index.json"):
         index = read_json(path)
         names = index.get("weight_map") if isinstance(index, dict) else None
@@ -59,23 +65,16 @@ def _indexed(folder: Path) -> Iterator[Path]:
                 yield folder / name
 
 
-def module_folders(folder: Path) -> list[str]:
-    """Return the folders of a sentence-transformers model's modules, none of them outside and not its own."""
-    modules = read_json(folder / MODULES) if (folder / MODULES).is_file() else []
-    named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    return [path for path in named if isinstance(path, str) and path.strip("./") and is_plain_path(path)]
-
-
 def _content_digest(path: Path) -> str:
-    if path.name in _WITH_PLACES:
-        # A file that is no JSON is refused where it is read; here it is only told from others.
+    if path.name in _WITH_ORIGINS:
+        # A file that is not JSON is hashed like any other here, and refused where it is read.
         with contextlib.suppress(SempaError):
             content: Any = read_json(path)
             if isinstance(content, dict):
-                content = {key: value for key, value in content.items() if key not in _PLACES}
-            return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+                content = {key: value for key, value in content.items() if key not in _ORIGINS}
+            return combined_digest(content)
     stat = path.stat()
-    # The time of the last change of any kind cannot be set back, as that of the content can.
+    # Tools set the modification time back, but never the change time (ctime).
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     changed = max(stat.st_mtime, stat.st_ctime)
     if stat.st_size < _LARGE or not 0 <= changed < time.time() - _SETTLED:
@@ -85,19 +84,32 @@ def _content_digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _remembered(key: tuple[str | int, ...]) -> str:
-    """Return the digest of the file that ``key`` names first, kept on disk for other processes."""
-    note = cache_folder() / "digests" / f"{hashlib.sha256(str(key[0]).encode(errors='replace')).hexdigest()[:32]}.json"
+    """Return the digest of the file whose path is the first part of ``key``, from the cache on disk if it is there."""
+    path = str(key[0])
+    entry = cache_folder() / "digests" / f"{hashlib.sha256(path.encode(errors='replace')).hexdigest()[:32]}.json"
     with contextlib.suppress(SempaError, KeyError, TypeError):
-        held = read_json(note)
-        if held["file"] == list(key):
-            return str(held["sha256"])
-    digest = file_sha256(Path(str(key[0])))
-    # A cache that cannot be written costs the next process the reading.
+        kept = read_json(entry)
+        if kept["file"] == list(key):
+            return str(kept["sha256"])
+    digest = file_sha256(Path(path))
+    # Without a writable cache, the next process reads the file again.
     with contextlib.suppress(SempaError, OSError):
-        write_text(note, json.dumps({"file": key, "sha256": digest}))
+        write_text(entry, json.dumps({"file": key, "sha256": digest}))
     return digest
 
 
-def combined_digest(parts: dict[str, Any]) -> str:
-    """Return the SHA-256 (hex) of some JSON values by name."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def combined_digest(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digested_name(name: str, identity: dict[str, Any]) -> str:
+    """Return a model name for MTEB, which gives two models of one name the same cached scores.
+
+    Args:
+        name: What the user called the model; of a path or Hub id the last part is kept.
+        identity: All that decides a vector.
+    """
+    # Of "." the folder's name is wanted; abspath, unlike resolve, keeps the name of a link.
+    shown = os.path.abspath(name) if Path(name).is_dir() else name  # noqa: PTH100
+    return f"local/{Path(shown).name}-{combined_digest(identity)[:12]}"

@@ -2,144 +2,182 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG, read_settings, settings_if_any
 from sempa_st.errors import SempaError
+from sempa_st.folder.digests import folder_digest
+from sempa_st.folder.formats import (
+    CUSTOM_TYPES,
+    MODULES,
+    POOLING_CONFIG,
+    POOLING_TYPE,
+    RUN_RECORD,
+    SETTINGS,
+    TRANSFORMER_TYPE,
+)
 from sempa_st.model.chat_templates import check_embedding_template
 from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, PromptEOL
+from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("native", "custom")
-"""``native``: built-in modules only, opens with no flag. ``custom``: our module, opens with trust_remote_code=True."""
-RUN_RECORD = "sempa_run.json"
-MODULES = "modules.json"
-SETTINGS = PromptEOL.config_file_name
-ST_CONFIG = "config_sentence_transformers.json"
-POOLING = "1_Pooling"
-_POOLING_CONFIG = f"{POOLING}/config.json"
-ACTIVATED_MODEL_TYPE = (
-    "activated adapter: embed with sempa_st.load or SentenceTransformer(..., trust_remote_code=True), generate with "
-    "peft.AutoPeftModelForCausalLM"
-)
-"""Model type of a folder whose adapter transformers' own Auto classes would load and never apply."""
-CUSTOM_TYPES = ("prompt_eol.PromptEOL", "sempa_st.model.prompt_eol.PromptEOL", "sempa_st.prompt_eol.PromptEOL")
-"""How modules.json names our module: in a ``custom`` folder, and as
-``SentenceTransformer.save_pretrained`` has it, of this version and of earlier ones."""
-TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
-POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+_WEIGHT_INDEX = "model.safetensors.index.json"
 
 
-def check_format(format: str) -> None:
-    """Raise :class:`SempaError` unless ``format`` is one of :data:`FORMATS`."""
-    if format not in FORMATS:
-        raise SempaError(f"Unknown folder format {format!r}. Expected one of: {', '.join(FORMATS)}.")
+@dataclass(frozen=True)
+class ModelFolder:
+    """What the settings of a model folder say. Each settings file is read at most once, when it is first needed.
 
-
-def folder_format(folder: Path) -> str | None:
-    """Return the format of a folder that this package wrote, or None for any other folder, more modules included."""
-    if not (folder / MODULES).is_file() or not (folder / SETTINGS).is_file() or template_name(folder) is None:
-        return None
-    types = [module["type"] for module in read_settings(folder, MODULES)]
-    if types == [TRANSFORMER_TYPE, POOLING_TYPE]:
-        return "native" if read_settings(folder, _POOLING_CONFIG).get("pooling_mode") == "lasttoken" else None
-    return "custom" if len(types) == 1 and types[0] in CUSTOM_TYPES else None
-
-
-def template_name(folder: Path) -> str | None:
-    """Return the name of the embedding template that the folder's settings point to, if any."""
-    processing = read_settings(folder, SETTINGS).get("processing_kwargs") or {}
-    name: str | None = (processing.get("chat_template") or {}).get("chat_template")
-    return name
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold the model, and not other forms of it that may lie beside them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [index.name, *sorted(set(read_settings(folder, index.name)["weight_map"].values()))]
-    return ["model.safetensors", ADAPTER_WEIGHTS]
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds an adapter and not a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
-def invocation_of(folder: Path) -> list[int]:
-    """Return the tokens from which on the adapter in ``folder`` acts, if it is an activated one."""
-    if not is_adapter_folder(folder):
-        return []
-    return read_settings(folder, ADAPTER_CONFIG).get("alora_invocation_tokens") or []
-
-
-def is_activated(folder: Path) -> bool:
-    """Whether the adapter in ``folder`` acts under the template only (an activated LoRA)."""
-    return bool(invocation_of(folder))
-
-
-def base_of_adapter(folder: Path) -> str:
-    """Return the base that the adapter names; where that is a folder now gone, what the run record calls it.
-
-    The record's name is that of the embedded base, a Hub id, or the last part of a folder, which is looked for beside
-    ``folder``: the two may have moved together.
-    """
-    reference = str(read_settings(folder, ADAPTER_CONFIG).get("base_model_name_or_path"))
-    record = folder / RUN_RECORD
-    if not Path(reference).is_absolute() or Path(reference).is_dir() or not record.is_file():
-        return reference
-    name = str(read_settings(folder, RUN_RECORD).get("base") or reference)
-    beside = folder.resolve().parent / name
-    if "/" not in name and (beside / CONFIG).is_file():
-        return str(beside)
-    return name if "/" in name or name == EMBEDDED_BASE else reference
-
-
-def folder_max_seq_length(folder: Path) -> int:
-    """Return the longest input in tokens that the folder's settings allow."""
-    return int(read_settings(folder, SETTINGS).get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
-
-
-def embedding_settings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """Return the name of a folder's embedding template and the longest input in tokens, checked against each other.
+    An object does not see later changes: after writing into the folder, make a new one.
 
     Args:
-        folder: Model folder.
-        tokenizer: Its tokenizer.
+        path: Any folder with a model or an adapter; it need not be one of this package.
 
     Raises:
-        SempaError: If there is no such template, it is not fit or cannot be rendered, or leaves no room for a sentence.
+        SempaError: From any property, if a settings file cannot be read or departs from its schema.
     """
-    name, length = template_name(folder) or DEFAULT_TEMPLATE, folder_max_seq_length(folder)
-    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if name not in templates:
-        raise SempaError(
-            f"{folder / SETTINGS} names the template {name!r:.80}, and the tokenizer has only: "
-            f"{', '.join(sorted(templates)) or 'none'}. Restore the folder from where it came."
-        )
-    check_embedding_template(f"The template {name!r} in {folder}", templates[name], tokenizer.special_tokens_map)
-    try:
-        rendered: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], chat_template=name, tokenize=True, return_dict=True
-        )
-    except Exception as error:  # a template is a program, and may raise anything
-        raise SempaError(f"The template {name!r} in {folder} cannot be rendered ({error}). Mend it.") from error
-    shortest = len(rendered["input_ids"]) + 1
-    if length < shortest:
-        raise SempaError(
-            f"{folder / SETTINGS}: max_seq_length is {length}, which leaves no room for a sentence. Expected at least "
-            f"{shortest}: the template and one token."
-        )
-    return name, length
 
+    path: Path
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the run record of a folder, if it has one."""
-    record: dict[str, Any] | None = settings_if_any(folder, RUN_RECORD)
-    return record
+    @cached_property
+    def format(self) -> str | None:
+        """One of :data:`FORMATS`, or None if this package did not write the folder, or modules were added to it."""
+        if not self.modules or not (self.path / SETTINGS).is_file() or self.template is None:
+            return None
+        types = [module["type"] for module in self.modules]
+        if types == [TRANSFORMER_TYPE, POOLING_TYPE]:
+            return "native" if read_settings(self.path, POOLING_CONFIG).get("pooling_mode") == "lasttoken" else None
+        return "custom" if len(types) == 1 and types[0] in CUSTOM_TYPES else None
+
+    @property
+    def template(self) -> str | None:
+        """Name of the embedding template."""
+        processing = self._settings.get("processing_kwargs") or {}
+        name: str | None = (processing.get("chat_template") or {}).get("chat_template")
+        return name
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest input in tokens, template included."""
+        return int(self._settings.get("max_seq_length") or DEFAULT_MAX_SEQ_LENGTH)
+
+    @cached_property
+    def adapter_settings(self) -> dict[str, Any] | None:
+        """PEFT's settings of the adapter; None for a whole model."""
+        settings: dict[str, Any] | None = settings_if_any(self.path, ADAPTER_CONFIG)
+        return settings
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter and not a whole model."""
+        return self.adapter_settings is not None
+
+    @property
+    def invocation(self) -> list[int]:
+        """Token ids from which on an activated adapter acts; empty for a plain adapter or a whole model."""
+        return (self.adapter_settings or {}).get("alora_invocation_tokens") or []
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether the adapter acts under the template only (an activated LoRA)."""
+        return bool(self.invocation)
+
+    @cached_property
+    def base(self) -> str:
+        """Name or folder of the adapter's base; empty for a whole model.
+
+        The adapter's settings may name a folder that is gone. The run record then has a portable name: that of the
+        embedded base, a Hub id, or the last part of the folder's path. A folder of that name beside this one is taken,
+        since the two may have been moved together.
+        """
+        if self.adapter_settings is None:
+            return ""
+        reference = str(self.adapter_settings.get("base_model_name_or_path"))
+        if not Path(reference).is_absolute() or Path(reference).is_dir() or self.record is None:
+            return reference
+        name = str(self.record.get("base") or reference)
+        beside = self.path.resolve().parent / name
+        if "/" not in name and (beside / CONFIG).is_file():
+            return str(beside)
+        return name if "/" in name or name == EMBEDDED_BASE else reference
+
+    @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """The run record of a trained model."""
+        record: dict[str, Any] | None = settings_if_any(self.path, RUN_RECORD)
+        return record
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all files that decide the model; see :func:`sempa_st.folder.digests.folder_digest`."""
+        return folder_digest(self.path, self.module_folders)
+
+    @cached_property
+    def modules(self) -> list[dict[str, Any]]:
+        """The modules that sentence-transformers would load, in order; empty if the folder lists none."""
+        modules: list[dict[str, Any]] = settings_if_any(self.path, MODULES) or []
+        return modules
+
+    @property
+    def module_folders(self) -> list[str]:
+        """Names of the folders that modules have of their own."""
+        return [module["path"] for module in self.modules if module["path"].strip("./")]
+
+    @cached_property
+    def weight_files(self) -> list[str]:
+        """Names of the files that may hold the weights; a whole model, in one file or several, or an adapter."""
+        index = settings_if_any(self.path, _WEIGHT_INDEX)
+        if index is not None:
+            return [_WEIGHT_INDEX, *sorted(set(index["weight_map"].values()))]
+        return ["model.safetensors", ADAPTER_WEIGHTS]
+
+    @property
+    def model_files(self) -> list[str]:
+        """Names of the files that may hold the model: its settings and weights, without tokenizer or modules."""
+        return [CONFIG, "generation_config.json", ADAPTER_CONFIG, *self.weight_files]
+
+    def embedding_settings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+        """Return the name of the embedding template and the longest input in tokens, checked against each other.
+
+        Args:
+            tokenizer: The folder's tokenizer.
+
+        Raises:
+            SempaError: If there is no such template, it is not fit or cannot be rendered, or leaves no room for a
+                sentence.
+        """
+        name, length = self.template or DEFAULT_TEMPLATE, self.max_seq_length
+        settings = self.path / SETTINGS
+        templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        if name not in templates:
+            raise SempaError(
+                f"{settings} names the template {name!r:.80}, and the tokenizer has only: "
+                f"{', '.join(sorted(templates)) or 'none'}. Restore the folder from where it came."
+            )
+        where = f"The template {name!r} in {self.path}"
+        check_embedding_template(where, templates[name], tokenizer.special_tokens_map)
+        try:
+            rendered: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": ""}], chat_template=name, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise SempaError(f"{where} cannot be rendered ({error}). Mend it.") from error
+        shortest = len(rendered["input_ids"]) + 1
+        if length < shortest:
+            raise SempaError(
+                f"{settings}: max_seq_length is {length}, which leaves no room for a sentence. Expected at least "
+                f"{shortest}: the template and one token."
+            )
+        return name, length
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = read_settings(self.path, SETTINGS)
+        return settings

@@ -1,4 +1,4 @@
-"""Models that the package ships: small adapter folders, completed once on this machine from the embedded base."""
+"""Shipped models: small adapter folders in the package, completed in the cache folder from the embedded base."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from typing import Any
 
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
-from sempa_st.folder.digests import folder_digest
-from sempa_st.folder.layout import (
-    MODULES,
-    RUN_RECORD,
-    base_of_adapter,
-    folder_format,
-    folder_max_seq_length,
-    is_activated,
-    is_adapter_folder,
-    read_record,
-    template_name,
-)
+from sempa_st.folder.formats import MODULES, RUN_RECORD
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import set_base_reference, write_embedding_files
 from sempa_st.model.adapter import attach_adapter
 from sempa_st.model.base_model import Base, load_causal_lm, load_config, resolve_base
@@ -34,10 +24,10 @@ from sempa_st.utils.files import atomic_folder, build_once, cache_folder, check_
 from sempa_st.utils.portable import portable_record
 
 SHIPPED_MODELS = asset_path("models")
-"""Folder of the package with one small folder a model: adapter, run record, model card and notices."""
+"""Folder with one small folder per model: adapter, run record, model card and notices."""
 _CARD = "README.md"
-_MAKERS = ("folder", "model")
-"""Folders of our code that decide what a completed folder holds."""
+_CODE = ("folder", "model")
+"""Folders of the package whose code decides what is in a completed folder."""
 
 
 def shipped_names() -> list[str]:
@@ -46,13 +36,13 @@ def shipped_names() -> list[str]:
 
 
 def shipped_model(name: str) -> Path:
-    """Return the complete folder of a shipped model, made in the cache folder on first use (some seconds).
+    """Return the complete folder of a shipped model; on first use it is written to the cache folder (some seconds).
 
     Args:
         name: One of :func:`shipped_names`.
 
     Raises:
-        SempaError: If there is no such model, or its base is not installed.
+        SempaError: If there is no shipped model of this name, or its base is not installed.
     """
     if name not in shipped_names():
         raise SempaError(f"Unknown shipped model {name!r}. Expected one of: {', '.join(shipped_names()) or 'none'}.")
@@ -66,12 +56,10 @@ def shipped_model(name: str) -> Path:
 
 
 def _digest(packed: Path, base: Base) -> str:
-    """Return a SHA-256 (hex) of all that a completed folder is made from, the base's place included."""
-    digest = hashlib.sha256(f"{base.reference}:{folder_digest(base.folder)}".encode())
-    for path in (
-        *sorted(packed.iterdir()),
-        *(path for name in _MAKERS for path in sorted((PACKAGE / name).glob("*.py"))),
-    ):
+    """Return a SHA-256 (hex) of all that a completed folder is made from, and of the base's path, which it names."""
+    digest = hashlib.sha256(f"{base.reference}:{ModelFolder(base.folder).digest}".encode())
+    code = [path for name in _CODE for path in sorted((PACKAGE / name).glob("*.py"))]
+    for path in (*sorted(packed.iterdir()), *code):
         content = path.read_bytes()
         digest.update(f"{path.name}:{len(content)}:".encode())
         digest.update(content)
@@ -79,11 +67,12 @@ def _digest(packed: Path, base: Base) -> str:
 
 
 def _complete(packed: Path, base: Base, folder: Path) -> None:
-    """Write into ``folder`` the model folder that ``packed`` and the base's tokenizer make."""
+    """Write into ``folder`` the complete model folder of the small folder ``packed``."""
     for path in packed.iterdir():
         shutil.copyfile(path, folder / path.name)
     set_base_reference(folder, base.reference)
-    config = _record(folder)["config"]
+    model = ModelFolder(folder)
+    config = _record(model)["config"]
     tokenizer = load_tokenizer(base.folder)
     install_template(tokenizer, embedding_template(config["template"]))
     write_embedding_files(
@@ -92,73 +81,74 @@ def _complete(packed: Path, base: Base, folder: Path) -> None:
         template=config["template"],
         max_seq_length=config["max_seq_length"],
         config=load_config(base.folder),
-        format="custom" if is_activated(folder) else "native",
+        format="custom" if model.is_activated else "native",
     )
 
 
 def pack_model(
     folder: str | Path, target: str | Path, *, results: list[dict[str, Any]] | None = None, overwrite: bool = False
 ) -> Path:
-    """Make the small folder that the package ships from a finished model folder on the embedded base.
+    """Write the small folder that the package ships, from a trained model on the embedded base.
 
-    The adapter's weights are rounded to bfloat16. Before anything is kept, the small folder is completed again and its
-    adapter put on the base.
+    The adapter's weights are rounded to bfloat16. The small folder is then completed in a scratch folder and loaded,
+    and is kept only if the settings and the rounded weights are unchanged.
 
     Args:
         folder: Folder that ``sempa train`` wrote.
-        target: Folder to write; its last part is the name of the model.
-        results: Tables of measured figures for the run record and the card, each with ``title``, ``columns``, ``rows``.
-        overwrite: Replace what stands at ``target``.
+        target: Folder to write; its name is the name of the model.
+        results: Tables of measured figures for the run record and the model card, each with ``title``, ``columns`` and
+            ``rows``.
+        overwrite: Replace ``target`` if it exists.
 
     Raises:
-        SempaError: If ``folder`` is no trained adapter on the embedded base, or does not come back as it was.
+        SempaError: If ``folder`` holds no trained adapter on the embedded base, or the completed folder differs.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder, target = Path(folder), Path(target)
-    if not is_adapter_folder(folder) or not folder_format(folder):
+    model, target = ModelFolder(Path(folder)), Path(target)
+    if not model.is_adapter or not model.format:
         raise SempaError(f"{folder} is no adapter folder of this package. Expected one that `sempa train` wrote.")
-    record = _record(folder)
+    record = _record(model)
     record = portable_record({**record, "base": EMBEDDED_BASE, "config": {**record["config"], "base": EMBEDDED_BASE}})
     record |= {"results": results} if results else {}
-    base = resolve_base(base_of_adapter(folder))
+    base = resolve_base(model.base)
     if base.name != EMBEDDED_BASE:
         raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")
-    check_not_inside(target, [folder, base.folder])
-    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    check_not_inside(target, [model.path, base.folder])
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(model.path / ADAPTER_WEIGHTS).items()}
     with atomic_folder(target, overwrite=overwrite) as packed, tempfile.TemporaryDirectory() as scratch:
-        shutil.copyfile(folder / ADAPTER_CONFIG, packed / ADAPTER_CONFIG)
+        shutil.copyfile(model.path / ADAPTER_CONFIG, packed / ADAPTER_CONFIG)
         set_base_reference(packed, EMBEDDED_BASE)
         write_json(packed / RUN_RECORD, record)
         save_file(rounded, packed / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         base.write_notices(packed)
         complete = Path(scratch)
         _complete(packed, base, complete)
-        _check_same(folder, complete, base, rounded)
+        _check_same(model, ModelFolder(complete), base, rounded)
         write_card(complete, target.name, base, record)
         shutil.copyfile(complete / _CARD, packed / _CARD)
     return target
 
 
-def _check_same(folder: Path, complete: Path, base: Base, rounded: dict[str, Any]) -> None:
-    """Raise :class:`SempaError` unless ``complete`` reads like ``folder`` and its adapter is the ``rounded`` one."""
+def _check_same(trained: ModelFolder, complete: ModelFolder, base: Base, rounded: dict[str, Any]) -> None:
+    """Raise :class:`SempaError` unless ``complete`` has the settings of ``trained`` and the ``rounded`` adapter."""
     import torch
     from peft import get_peft_model_state_dict
 
-    for read in (template_name, folder_max_seq_length):
-        if read(folder) != read(complete):
-            raise SempaError(f"{folder} says {read(folder)!r}, its run record {read(complete)!r}. Restore one of them.")
-    tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), complete, base.name)
+    for name in ("template", "max_seq_length"):
+        own, recorded = getattr(trained, name), getattr(complete, name)
+        if own != recorded:
+            raise SempaError(f"{trained.path} says {own!r}, its run record {recorded!r}. Restore one of them.")
+    tuned = attach_adapter(load_causal_lm(base.folder, torch.float32), complete.path, base.name)
     live = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if live.keys() != rounded.keys() or any(not torch.equal(live[name], rounded[name].float()) for name in rounded):
-        raise SempaError(f"The adapter of {folder} does not come back as it was packed. Check the peft version.")
+        raise SempaError(f"The adapter of {trained.path} does not come back as it was packed. Check the peft version.")
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    record = read_record(folder)
-    if record is None:
+def _record(folder: ModelFolder) -> dict[str, Any]:
+    if folder.record is None:
         raise SempaError(
-            f"{folder} has no {RUN_RECORD}, so what it was trained on is unknown. Expected a trained model."
+            f"{folder.path} has no {RUN_RECORD}, so what it was trained on is unknown. Expected a trained model."
         )
-    return record
+    return folder.record

@@ -1,4 +1,4 @@
-"""Write the files that make a folder with a model or an adapter an embedding model."""
+"""Write the files that turn a folder with a model or an adapter into an embedding model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG, read_settings
 from sempa_st.errors import SempaError
-from sempa_st.folder.layout import (
+from sempa_st.folder.formats import (
     ACTIVATED_MODEL_TYPE,
     CUSTOM_TYPES,
     MODULES,
@@ -20,8 +20,8 @@ from sempa_st.folder.layout import (
     ST_CONFIG,
     TRANSFORMER_TYPE,
     check_format,
-    is_activated,
 )
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import copy_sources, embedding_width, transformer_config, within_positions
 from sempa_st.model.tokenizer import save_tokenizer
@@ -41,27 +41,27 @@ def write_embedding_files(
     config: PreTrainedConfig,
     format: str,
 ) -> None:
-    """Write into ``folder`` all that makes a model folder an embedding model: tokenizer, template, module list.
+    """Write the tokenizer, the template, the settings and the module list of an embedding model.
 
     Args:
-        folder: Folder that holds (or will hold) the model or adapter.
+        folder: Folder to write to. An adapter must be in it already; a whole model may be added later.
         tokenizer: Tokenizer with the template installed.
         template: Name of the template.
-        max_seq_length: Longest input in tokens, template included; cut to the positions that the decoder has.
-        config: The decoder's own settings.
+        max_seq_length: Longest input in tokens, template included; reduced to the decoder's number of positions.
+        config: Configuration of the decoder.
         format: One of :data:`FORMATS`.
 
     Raises:
         SempaError: If the format is unknown, or ``native`` for an activated adapter.
     """
     check_format(format)
-    if is_activated(folder):
+    if ModelFolder(folder).is_activated:
         if format != "custom":
             raise SempaError(
                 f"The adapter for {folder.name} is an activated one, which plain sentence-transformers does not "
                 "apply. Expected format custom."
             )
-        # With this file beside the adapter, transformers refuses to open the folder, and quotes the reason.
+        # Because of this file transformers refuses to open the folder, and its error quotes the model type.
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
     save_tokenizer(tokenizer, folder)
     write_json(folder / SETTINGS, transformer_config(template, within_positions(max_seq_length, config)))
@@ -96,22 +96,29 @@ def _sentence_transformers_config() -> dict[str, Any]:
 
 
 def set_base_reference(folder: Path, base_reference: str) -> None:
-    """Rewrite the base that the adapter in ``folder`` names."""
+    """Make the adapter in ``folder`` name another base, by path or Hub id."""
+    _set_in_adapter(folder, "base_model_name_or_path", base_reference)
+
+
+def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
+    """Make the adapter in ``folder`` act from these token ids on only; always when None."""
+    _set_in_adapter(folder, "alora_invocation_tokens", list(tokens) if tokens else None)
+
+
+def _set_in_adapter(folder: Path, name: str, value: Any) -> None:
     settings = read_settings(folder, ADAPTER_CONFIG)
-    write_json(folder / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_reference})
+    write_json(folder / ADAPTER_CONFIG, {**settings, name: value})
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those of some files that are there; raises :class:`SempaError` on one that leads out of its folder."""
+    """Copy the files of these names, as far as they exist.
+
+    Raises:
+        SempaError: If a name, or a link, leads out of ``source``.
+    """
     for name in names:
         path = inside(source, name)
         if path.is_file():
             check_entry(source, path)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name)
-
-
-def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
-    """Let the adapter in ``folder`` act from these tokens on, or always."""
-    settings = read_settings(folder, ADAPTER_CONFIG)
-    write_json(folder / ADAPTER_CONFIG, {**settings, "alora_invocation_tokens": list(tokens) if tokens else None})

@@ -21,7 +21,7 @@ from sempa_st.data.nli import NliData
 from sempa_st.data.passages import Passages
 from sempa_st.data.preferences import preference_rows
 from sempa_st.errors import SempaError
-from sempa_st.folder.digests import folder_digest
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
@@ -96,7 +96,7 @@ def _dpo_trainer(parts: RunInputs, arguments: dict[str, Any]) -> PreferenceTrain
     rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
     # Weights that are trained themselves are float32; the arithmetic need not be.
     dtype = pick_dtype(config.dtype, parts.device)
-    identity = reference_identity(parts.data, parts.model, dtype, folder_digest(parts.base.folder))
+    identity = reference_identity(parts.data, parts.model, dtype, ModelFolder(parts.base.folder).digest)
     return PreferenceTrainer(
         dev_scorer=parts.scorer,
         reference=answers_identity(config, identity, 2),
@@ -122,7 +122,7 @@ def _alignment_trainer(parts: RunInputs, arguments: dict[str, Any]) -> Alignment
     # The reference is the base as it stands before it gets an adapter; it runs where the training will.
     model: Any = parts.model
     module = _module(parts, model.to(PartialState().device))
-    digest = folder_digest(parts.base.folder)
+    digest = ModelFolder(parts.base.folder).digest
     makers = make_batch_makers(parts.config, parts.data, parts.tokenizer, module, digest, parts.passages)
     tuned = _tuned(parts)
     return AlignmentTrainer(

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from sempa_st.errors import SempaError
-from sempa_st.folder.layout import weight_files
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.utils.files import file_sha256, read_json, write_json
 from sempa_st.utils.leftovers import write_through
@@ -148,7 +148,7 @@ def _fault_by_content(checkpoint: Path, names: list[str]) -> str | None:
         if not whole:
             return f"{name} cannot be read"
     try:
-        weights = weight_files(checkpoint)
+        weights = ModelFolder(checkpoint).weight_files
     except SempaError as error:  # an index that is no index
         return str(error)
     there = [name for name in weights if name in names]

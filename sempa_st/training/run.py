@@ -15,18 +15,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sempa_st.checks.inspection import CONFIG
 from sempa_st.data.nli import NliData, load_nli
 from sempa_st.data.passages import read_passages
 from sempa_st.data.sts import data_dir_or_default, dev_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
-from sempa_st.folder.digests import folder_digest
-from sempa_st.folder.layout import RUN_RECORD, is_adapter_folder, weight_files
+from sempa_st.folder.formats import RUN_RECORD
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
 from sempa_st.model.patching import attention_implementation, avoid_broken_sdpa
-from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL, within_positions
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, prefix_tokens
@@ -39,8 +37,6 @@ from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_device, pick_dtype
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
-
-_MODEL_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def _base_score(parts: RunInputs, model: Any) -> float:
     """Return the dev score of an untrained model, kept on disk for the next run on the same base."""
     config = parts.config
     identity = {
-        "base": folder_digest(parts.base.folder),
+        "base": ModelFolder(parts.base.folder).digest,
         "dev": parts.scorer.fingerprint(),
         "template": config.template,
         "max_seq_length": config.max_seq_length,
@@ -223,8 +219,9 @@ def _finish(parts: RunInputs, work: RunFolder, best: str | None, record: dict[st
         raise SempaError(f"The run has no whole checkpoint with a dev score in {work.path}. Train anew.")
     config = parts.config
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
-        copy_files(Path(best), folder, [*_MODEL_SETTINGS, *weight_files(Path(best))])
-        if is_adapter_folder(folder):
+        checkpoint = ModelFolder(Path(best))
+        copy_files(checkpoint.path, folder, checkpoint.model_files)
+        if checkpoint.is_adapter:
             set_base_reference(folder, parts.base.reference)
         if config.activation == "sentence":
             set_invocation(folder, prefix_tokens(parts.scorer.tokenizer, config.template))

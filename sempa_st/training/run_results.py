@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sempa_st.folder.layout import read_record
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.peft_models import ADAPTER_WEIGHTS
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.record import settings_digest
@@ -48,7 +48,7 @@ class RunResult:
     @property
     def record(self) -> dict[str, Any] | None:
         """The run record, once a run with these settings is finished."""
-        record = read_record(self.folder)
+        record = ModelFolder(self.folder).record
         return record if record and record.get("settings_digest") == self.digest else None
 
     @property

@@ -26,7 +26,8 @@ from sempa_st.data.nli import load_nli
 from sempa_st.data.sts import data_dir_or_default, dev_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
-from sempa_st.folder.layout import RUN_RECORD, read_record
+from sempa_st.folder.formats import RUN_RECORD
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.base_model import resolve_base
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.journal import JOURNAL, open_journal, open_study
@@ -206,7 +207,7 @@ class _Sweep:
     def _publish(self, best: RunResult) -> None:
         target = self.folder / BEST
         record = best.record
-        if read_record(target) == record:
+        if ModelFolder(target).record == record:
             return
         with atomic_folder(target, overwrite=True) as folder:
             shutil.copytree(best.folder, folder, dirs_exist_ok=True)

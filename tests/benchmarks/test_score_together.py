@@ -12,6 +12,7 @@ from helpers.tiny import finish_adapter, make_llama, make_tokenizer, sample_sent
 import sempa_st
 from benchmarks.score_together import continued, load_together
 from sempa_st.errors import SempaError
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template, prefix_tokens, suffix_tokens
 
@@ -27,7 +28,7 @@ def test_each_model_gets_its_own_vectors(tiny_base: Path, tmp_path: Path) -> Non
         finish_adapter(tmp_path / str(seed), tiny_base, make_llama(), seed=seed, **settings)
         for seed, settings in enumerate(adapters)
     ]
-    together = load_together(folders)
+    together = load_together([ModelFolder(folder) for folder in folders])
     sentences = sample_sentences()[:5]
     found = list(continued(together, together.module.token_rows(sentences)))
     alone = [
@@ -45,4 +46,4 @@ def test_an_adapter_of_the_whole_template_is_refused(tiny_base: Path, tmp_path: 
     opening = prefix_tokens(tokenizer, "prompteol")
     folder = finish_adapter(tmp_path / "model", tiny_base, make_llama(), invocation=opening, format="custom")
     with pytest.raises(SempaError, match="Expected an adapter, plain or of the closing tokens"):
-        load_together([folder])
+        load_together([ModelFolder(folder)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.averaging import average_models
-from sempa_st.folder.layout import invocation_of
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import merged_model
 from sempa_st.model.base_model import load_causal_lm, resolve_base
 from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
@@ -43,9 +43,9 @@ def updates(base: Path, folder: str | Path) -> dict[str, torch.Tensor]:
 def test_the_mean_is_that_of_the_merged_weights(tiny_base: Path, models: list[str], tmp_path: Path) -> None:
     output = average_models(models, tmp_path / "mean")
     each = [updates(tiny_base, model) for model in models]
-    found = updates(tiny_base, output)
-    assert len(found) == 3 * 7
-    for name, update in found.items():
+    mean = updates(tiny_base, output)
+    assert len(mean) == 3 * 7
+    for name, update in mean.items():
         torch.testing.assert_close(update, sum(one[name] for one in each) / 3, atol=1e-6, rtol=1e-4)
     assert read_json(output / "adapter_config.json")["r"] == 7
     assert sempa_st.load(output, dtype="float32").encode(["A cat sleeps.", "Snow falls."]).shape == (2, 32)
@@ -68,13 +68,13 @@ def test_activated_adapters_stay_activated(tiny_base: Path, tmp_path: Path) -> N
         for seed in (1, 2)
     ]
     output = average_models([str(run) for run in runs], tmp_path / "mean")
-    assert invocation_of(output) == tokens
-    found, *each = (load_file(folder / "adapter_model.safetensors") for folder in (output, *runs))
-    name = next(name for name in found if "lora_A" in name)
+    assert ModelFolder(output).invocation == tokens
+    mean, *each = (load_file(folder / "adapter_model.safetensors") for folder in (output, *runs))
+    name = next(name for name in mean if "lora_A" in name)
     up = name.replace("lora_A", "lora_B")
     scale = 32 / 8
     expected = sum(scale * one[up] @ one[name] for one in each) / 2
-    torch.testing.assert_close(found[up] @ found[name], expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(mean[up] @ mean[name], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_one_adapter_averaged_with_itself_is_itself(tiny_base: Path, models: list[str], tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_adapters_that_other_versions_of_peft_wrote_go_together(
     change(str(other), "peft_version", "0.99.0")
     change(str(other), "an_option_of_the_future", False)
     change(str(other), "layers_to_transform", [])
-    found = updates(tiny_base, average_models([models[0], str(other)], tmp_path / "found"))
-    torch.testing.assert_close(found, expected)
+    mean = updates(tiny_base, average_models([models[0], str(other)], tmp_path / "mean"))
+    torch.testing.assert_close(mean, expected)
 
 
 def test_what_does_not_go_together_is_refused(

@@ -23,7 +23,7 @@ import sempa_st
 from sempa_st.data.rows import read_rows
 from sempa_st.folder import digests
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.digests import folder_digest
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, find_model, source_digest
 from sempa_st.training.run import train
 from sempa_st.utils.assets import asset_path
@@ -66,33 +66,33 @@ def test_what_decides_a_model_is_hashed(adapter_folder: Path, tmp_path: Path, na
     shutil.copytree(adapter_folder, folder)
     modules = read_json(folder / "modules.json")
     write_json(folder / "modules.json", [*modules, {"idx": 2, "name": "2", "path": "2_Dense", "type": "x"}])
-    before = folder_digest(folder)
+    before = ModelFolder(folder).digest
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text('{"changed": true}')
-    assert (folder_digest(folder) != before) is decides
+    assert (ModelFolder(folder).digest != before) is decides
 
 
 def test_where_a_model_lies_decides_nothing(tmp_path: Path) -> None:
-    found = set()
-    for place in ("here", "there"):
-        base = save_base(tmp_path / place / "base", make_llama(), make_tokenizer())
-        folder = finish_adapter(tmp_path / place / "model", base, make_llama())
+    identities = set()
+    for location in ("here", "there"):
+        base = save_base(tmp_path / location / "base", make_llama(), make_tokenizer())
+        folder = finish_adapter(tmp_path / location / "model", base, make_llama())
         config = read_json(base / "config.json")
         write_json(base / "config.json", {**config, "_name_or_path": str(base)})
-        found.add((folder_digest(folder), sempa_st.load(folder, device="cpu").model_card_data.model_name))
-    assert len(found) == 1
+        identities.add((ModelFolder(folder).digest, sempa_st.load(folder, device="cpu").model_card_data.model_name))
+    assert len(identities) == 1
 
 
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
-    """Count what is read in full, files of any size being worth remembering."""
-    read: list[Path] = []
+    """List the files that are read in full; the digest of any file, however small, is kept on disk."""
+    files: list[Path] = []
     original = digests.file_sha256
-    monkeypatch.setattr(digests, "file_sha256", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(digests, "file_sha256", lambda path: (files.append(path), original(path))[1])
     monkeypatch.setattr(digests, "_LARGE", 0)
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     digests._remembered.cache_clear()
-    return read
+    return files
 
 
 def settle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,23 +105,23 @@ def test_a_file_is_read_once(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_base, folder)
-    first = folder_digest(folder)
-    read = len(readings)
-    assert folder_digest(folder) == first
-    assert len(readings) == 2 * read, "a file just written may change within its time's grain"
+    first = ModelFolder(folder).digest
+    first_time = len(readings)
+    assert ModelFolder(folder).digest == first
+    assert len(readings) == 2 * first_time, "a file just written may change within its time's grain"
     settle(folder, monkeypatch)
-    assert folder_digest(folder) == first
-    assert len(readings) == 3 * read
+    assert ModelFolder(folder).digest == first
+    assert len(readings) == 3 * first_time
     digests._remembered.cache_clear()  # as in another process
-    assert folder_digest(folder) == first
-    assert len(readings) == 3 * read
+    assert ModelFolder(folder).digest == first
+    assert len(readings) == 3 * first_time
     weights = folder / "model.safetensors"
     times = weights.stat()
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert folder_digest(folder) != first, "the same size and time of change"
+    assert ModelFolder(folder).digest != first, "the same size and time of change"
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"file": 3}'])
@@ -129,15 +129,15 @@ def test_a_damaged_or_unwritable_cache_is_no_error(
     tiny_base: Path, tmp_path: Path, readings: list[Path], monkeypatch: pytest.MonkeyPatch, note: str
 ) -> None:
     settle(tiny_base, monkeypatch)
-    expected = folder_digest(tiny_base)
+    expected = ModelFolder(tiny_base).digest
     for path in (tmp_path / "cache" / "digests").iterdir():
         path.write_text(note)
     digests._remembered.cache_clear()
-    assert folder_digest(tiny_base) == expected
+    assert ModelFolder(tiny_base).digest == expected
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file where the folder should be")
     digests._remembered.cache_clear()
-    assert folder_digest(tiny_base) == expected
+    assert ModelFolder(tiny_base).digest == expected
 
 
 def other_base(tmp_path: Path) -> Path:
@@ -203,7 +203,7 @@ def test_a_name_is_of_the_folder_however_it_is_called(
 
 def test_an_adapters_digest_holds_its_base(adapter_folder: Path, tmp_path: Path) -> None:
     source = find_model(str(adapter_folder))
-    assert source_digest(source) == source_digest(source) != folder_digest(adapter_folder)
+    assert source_digest(source) == source_digest(source) != ModelFolder(adapter_folder).digest
     assert source_digest(source, str(other_base(tmp_path))) != source_digest(source)
 
 
@@ -224,32 +224,32 @@ def test_all_that_plain_readers_restore_is_restored(adapter_folder: Path, tmp_pa
     for options in ({}, {"prompt_name": "query"}, {"truncate_dim": 5}, {"normalize_embeddings": True}):
         expected = plain.encode(texts, **options)
         np.testing.assert_allclose(ours.encode(texts, **options), expected, atol=1e-4)
-    found, wanted = (model.similarity(*[torch.tensor(expected)] * 2) for model in (ours, plain))
-    torch.testing.assert_close(found, wanted)
+    actual, expected_similarity = (model.similarity(*[torch.tensor(expected)] * 2) for model in (ours, plain))
+    torch.testing.assert_close(actual, expected_similarity)
     assert json.loads((folder / "config_sentence_transformers.json").read_text())["truncate_dim"] == 8
 
 
-@pytest.mark.parametrize("place", ["", "0_Transformer"])
-def test_the_base_of_an_adapter_in_a_plain_model_is_part_of_it(place: str, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("subfolder", ["", "0_Transformer"])
+def test_the_base_of_an_adapter_in_a_plain_model_is_part_of_it(subfolder: str, tiny_base: Path, tmp_path: Path) -> None:
     """As of a native folder to which somebody has added a module."""
     digests_found = set()
     for seed, base in enumerate((tiny_base, save_base(tmp_path / "other", make_llama(7), make_tokenizer()))):
         folder = tmp_path / str(seed)
-        finish_adapter(folder / place, base, make_llama())
+        finish_adapter(folder / subfolder, base, make_llama())
         modules = [
-            {"idx": 0, "name": "0", "path": place, "type": "x"},
+            {"idx": 0, "name": "0", "path": subfolder, "type": "x"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "y"},
         ]
         write_json(folder / "modules.json", modules)
-        digests_found.add(source_digest(Source("model", folder, "sentence-transformers")))
+        digests_found.add(source_digest(Source("model", ModelFolder(folder), "sentence-transformers")))
     assert len(digests_found) == 2
 
 
 def test_weights_that_an_index_names_are_hashed_where_they_lie(tmp_path: Path) -> None:
     (tmp_path / "within").mkdir()
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "within/a.safetensors"}})
-    found = set()
+    found_digests = set()
     for content in (b"first", b"second"):
         (tmp_path / "within" / "a.safetensors").write_bytes(content)
-        found.add(folder_digest(tmp_path))
-    assert len(found) == 2
+        found_digests.add(ModelFolder(tmp_path).digest)
+    assert len(found_digests) == 2

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.layout import folder_format
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 
 pytestmark = pytest.mark.names_dtype
@@ -72,7 +72,7 @@ def test_native_opens_without_sempa_st(folder: Path, tmp_path: Path) -> None:
 
 def test_custom_opens_without_sempa_st_when_trusted(folder: Path, tmp_path: Path) -> None:
     custom = copy_model(str(folder), tmp_path / "custom-model", format="custom")
-    assert folder_format(custom) == "custom"
+    assert ModelFolder(custom).format == "custom"
     assert not (custom / "1_Pooling").exists()
     vectors = encode_without_sempa_st(custom, SENTENCES, trust=True, cwd=tmp_path)
     assert_same(vectors, load(folder).encode(SENTENCES))
@@ -80,7 +80,7 @@ def test_custom_opens_without_sempa_st_when_trusted(folder: Path, tmp_path: Path
     with pytest.raises(ValueError, match="trust_remote_code"):
         SentenceTransformer(str(custom), device="cpu")
     back = copy_model(str(custom), tmp_path / "native-again")
-    assert folder_format(back) == "custom"
+    assert ModelFolder(back).format == "custom"
     native = copy_model(str(custom), tmp_path / "native", format="native")
     assert_same(SentenceTransformer(str(native), device="cpu").encode(SENTENCES), vectors)
 
@@ -186,8 +186,8 @@ def test_a_moved_folder_is_repaired(tmp_path: Path) -> None:
     moved = shutil.move(tmp_path / "old", tmp_path / "new")
     with pytest.raises(SempaError, match=r"base of the adapter in .*old.*pass --base"):
         load(moved / "sempa")
-    found = sempa_st.load(moved / "sempa", base=str(moved / "base"), dtype="float32", device="cpu")
-    assert_same(found.encode(SENTENCES[:5]), expected)
+    model = sempa_st.load(moved / "sempa", base=str(moved / "base"), dtype="float32", device="cpu")
+    assert_same(model.encode(SENTENCES[:5]), expected)
     with pytest.raises(SempaError, match=r"cannot be used on the base .*of another shape"):
         wide = save_base(tmp_path / "wide", make_llama(hidden=64), make_tokenizer())
         copy_model(str(moved / "sempa"), tmp_path / "wrong", base=str(wide))

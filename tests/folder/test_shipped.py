@@ -141,12 +141,12 @@ def test_a_packed_model_is_small_public_and_rounded(root: Path, name: str) -> No
 def test_a_shipped_name_opens_like_the_folder_that_was_packed(root: Path, name: str) -> None:
     source = find_model(name)
     assert (source.name, source.kind) == (name, "sempa")
-    assert source.folder.parent == root / "cache" / "models"
-    found = vectors(name)
-    assert_same(found, vectors(source.folder))
-    cosine = torch.nn.functional.cosine_similarity(torch.tensor(found), torch.tensor(vectors(root / name)))
+    assert source.folder.path.parent == root / "cache" / "models"
+    embeddings = vectors(name)
+    assert_same(embeddings, vectors(source.folder.path))
+    cosine = torch.nn.functional.cosine_similarity(torch.tensor(embeddings), torch.tensor(vectors(root / name)))
     assert cosine.min() > 0.999
-    assert abs(found - vectors("gemma3-270m", template="pretended-cot")).max() > 1e-2
+    assert abs(embeddings - vectors("gemma3-270m", template="pretended-cot")).max() > 1e-2
 
 
 def test_plain_tools_open_the_completed_folder_and_its_copy(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_other_names_fall_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shipped_model("x")
     monkeypatch.chdir(tmp_path)
     copy_model(str(adapter_folder), PLAIN)
-    assert find_model(PLAIN).folder == Path(PLAIN)
+    assert find_model(PLAIN).folder.path == Path(PLAIN)
     monkeypatch.setattr(shipped, "SHIPPED_MODELS", tmp_path / "none")
     assert shipped_names() == []
     with pytest.raises(SempaError, match=f"Unknown model '{ACTIVATED}'"):

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausa
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.layout import folder_format, is_activated
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
@@ -171,7 +171,7 @@ def test_on_whole_sentences_it_is_trained_as_a_plain_one(folder: Path, tiny_base
 
 
 def test_training_writes_a_custom_folder(folder: Path) -> None:
-    assert (folder_format(folder), is_activated(folder)) == ("custom", True)
+    assert (ModelFolder(folder).format, ModelFolder(folder).is_activated) == ("custom", True)
     settings = json.loads((folder / "adapter_config.json").read_text())
     tokenizer = load_tokenizer(folder)
     tokens = {"template": suffix_tokens, "sentence": prefix_tokens}[folder.name](tokenizer, "prompteol")
@@ -271,7 +271,7 @@ def test_a_native_copy_of_whole_sentences_has_the_same_vectors(folder: Path, tmp
 
 def test_a_plain_adapter_can_be_activated(adapter_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     copy = copy_model(str(adapter_folder), tmp_path / "activated", activate=True)
-    assert folder_format(copy) == "custom"
+    assert ModelFolder(copy).format == "custom"
     plain, activated, base = (
         sempa_st.load(path, dtype="float32", device="cpu") for path in (adapter_folder, copy, tiny_base)
     )

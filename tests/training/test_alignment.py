@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 import sempa_st
 import sempa_st.training.alignment
 from sempa_st.data.rows import read_rows
-from sempa_st.folder.layout import read_record
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
@@ -135,7 +135,7 @@ def test_the_adapter_moved_and_the_base_did_not(run: Runs, name: str, tiny_base:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_record_names_the_objective(run: Runs, name: str) -> None:
     output, record = run(name)
-    assert read_record(output) == record
+    assert ModelFolder(output).record == record
     assert record["objective"] == RUNS[name]["objective"]
     assert [score["samples"] for score in record["dev"]["scores"]] == [0, 24, 48, 72]
     assert RUNS[name]["objective"] in (output / "README.md").read_text()

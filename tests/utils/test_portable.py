@@ -11,7 +11,7 @@ from sempa_st.cli.main import main
 from sempa_st.cli.sweep import make_configs
 from sempa_st.folder.averaging import average_models
 from sempa_st.folder.copying import copy_model
-from sempa_st.folder.layout import base_of_adapter
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.training.record import settings_digest
 from sempa_st.training.run import train
 from sempa_st.training.run_results import place
@@ -132,15 +132,15 @@ def test_a_base_that_moved_with_its_adapter_is_found(trained: Path, tmp_path: Pa
     settings = json.loads((root / "moved" / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "/gone/my-base"
     (root / "moved" / "adapter_config.json").write_text(json.dumps(settings))
-    assert base_of_adapter(root / "moved") == "/gone/my-base"  # nothing better is known
+    assert ModelFolder(root / "moved").base == "/gone/my-base"  # nothing better is known
     save_base(root / "my-base", make_gemma(), make_tokenizer(chat=None))
-    assert base_of_adapter(root / "moved") == str(root / "my-base")
+    assert ModelFolder(root / "moved").base == str(root / "my-base")
     vectors = [sempa_st.load(f, dtype="float32", device="cpu").encode("A cat") for f in (trained, root / "moved")]
     assert vectors[1] == pytest.approx(vectors[0], abs=1e-5)
     for name in ("gemma3-270m", "owner/base"):
         record = json.loads((root / "moved" / "sempa_run.json").read_text()) | {"base": name}
         (root / "moved" / "sempa_run.json").write_text(json.dumps(record))
-        assert base_of_adapter(root / "moved") == name
+        assert ModelFolder(root / "moved").base == name
 
 
 def test_a_sweep_knows_its_finished_runs_by_the_settings_as_given(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What a ModelFolder says of a folder, and how often it reads the files."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny import finish_adapter, make_llama
+
+from sempa_st.checks import inspection
+from sempa_st.errors import SempaError
+from sempa_st.folder.copying import copy_model
+from sempa_st.folder.layout import ModelFolder
+from sempa_st.folder.write import set_base_reference
+from sempa_st.model.tokenizer import load_tokenizer
+from sempa_st.utils.files import write_json
+
+pytestmark = pytest.mark.names_dtype
+
+
+def test_an_adapter_folder(adapter_folder: Path, tiny_base: Path) -> None:
+    folder = ModelFolder(adapter_folder)
+    assert (folder.format, folder.template, folder.max_seq_length) == ("native", "prompteol", 160)
+    assert (folder.is_adapter, folder.is_activated, folder.invocation) == (True, False, [])
+    assert (folder.base, folder.record) == (str(tiny_base), None)
+    assert folder.module_folders == ["1_Pooling"]
+    assert folder.embedding_settings(load_tokenizer(adapter_folder)) == ("prompteol", 160)
+
+
+def test_an_activated_adapter_names_its_tokens(tiny_base: Path, tmp_path: Path) -> None:
+    folder = finish_adapter(tmp_path / "model", tiny_base, make_llama(), invocation=[5, 7], format="custom")
+    assert (ModelFolder(folder).is_activated, ModelFolder(folder).invocation) == (True, [5, 7])
+    assert ModelFolder(folder).format == "custom"
+
+
+def test_a_base_is_no_folder_of_this_package(tiny_base: Path) -> None:
+    folder = ModelFolder(tiny_base)
+    assert (folder.format, folder.modules, folder.module_folders) == (None, [], [])
+    assert (folder.is_adapter, folder.adapter_settings, folder.base, folder.invocation) == (False, None, "", [])
+    with pytest.raises(SempaError, match=r"sentence_bert_config\.json does not exist"):
+        _ = folder.template
+
+
+def test_every_settings_file_is_read_once(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: Counter[str] = Counter()
+    original = inspection.read_json
+
+    def read_json(path: Path) -> Any:
+        readings[path.relative_to(adapter_folder).as_posix()] += 1
+        return original(path)
+
+    monkeypatch.setattr(inspection, "read_json", read_json)
+    folder = ModelFolder(adapter_folder)
+    for _ in range(2):
+        values = [getattr(folder, name) for name, value in vars(ModelFolder).items() if hasattr(value, "__get__")]
+    assert len(values) > 10
+    files = ("1_Pooling/config.json", "adapter_config.json", "modules.json", "sentence_bert_config.json")
+    assert readings == dict.fromkeys(files, 1)
+
+
+def test_a_change_is_seen_by_a_new_object(adapter_folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(adapter_folder, tmp_path / "model")
+    before = ModelFolder(path)
+    base, digest = before.base, before.digest
+    set_base_reference(path, "other")
+    write_json(path / "sentence_bert_config.json", {"max_seq_length": 99})
+    assert (before.base, before.digest, before) == (base, digest, ModelFolder(path))
+    assert (ModelFolder(path).base, ModelFolder(path).max_seq_length) == ("other", 99)
+    assert ModelFolder(path).digest != digest
+    with pytest.raises(FrozenInstanceError):
+        before.path = adapter_folder  # type: ignore[misc]
+
+
+def test_weights_in_several_files_are_those_of_the_index(tmp_path: Path) -> None:
+    files = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": files})
+    names = ["model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
+    assert ModelFolder(tmp_path).weight_files == names
+    assert ModelFolder(tmp_path / "none").weight_files == ["model.safetensors", "adapter_model.safetensors"]
+
+
+def test_an_adapter_is_activated_and_scaled_in_one_copy(adapter_folder: Path, tmp_path: Path) -> None:
+    scaled = copy_model(str(adapter_folder), tmp_path / "scaled", scale=0.5)
+    expected = copy_model(str(scaled), tmp_path / "two", activate=True)
+    copy = copy_model(str(adapter_folder), tmp_path / "one", activate=True, scale=0.5)
+    assert ModelFolder(copy).digest == ModelFolder(expected).digest
+    assert ModelFolder(copy).is_activated
