@@ -11,6 +11,7 @@ from sempa_st.checks.inspection import CONFIG
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.layout import (
+    MODEL_SETTINGS,
     RUN_RECORD,
     ST_CONFIG,
     check_format,
@@ -34,7 +35,6 @@ from sempa_st.model.adapter_kinds import (
     write_native_settings,
 )
 from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolve_base
-from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer, prefix_tokens
@@ -45,7 +45,7 @@ from sempa_st.utils.portable import portable_record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
+_SETTINGS = (*MODEL_SETTINGS, ST_CONFIG, "NOTICE", "GEMMA_TERMS.html")
 
 
 def copy_model(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FORMATS = ("native", "custom")
 """``native``: built-in modules only, opens with no flag. ``custom``: our module, opens with trust_remote_code=True."""
 RUN_RECORD = "sempa_run.json"
+MODEL_SETTINGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG)
+"""Settings files of the model itself, beside its weights; a folder has those that apply to it."""
 MODULES = "modules.json"
 SETTINGS = PromptEOL.config_file_name
 ST_CONFIG = "config_sentence_transformers.json"

@@ -102,7 +102,7 @@ def test_skipping_counts(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("missing.csv", None, "does not exist"),
-        ("a.tsv", "x", "Unknown data|unknown ending"),
+        ("a.tsv", "x", "Unknown data|the unknown extension"),
         ("a.jsonl", '{"sent0": ', "line 1 is not JSON"),
         ("a.csv", "sent0,sent1,hard_neg\na,b,c,d\n", "row 1 has more fields than the header"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),

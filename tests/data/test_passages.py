@@ -16,7 +16,7 @@ from sempa_st.errors import SempaError
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template
-from sempa_st.training.alignment import make_batch_makers
+from sempa_st.training.collator import make_batch_makers
 from sempa_st.training.run import train
 from sempa_st.training.run_folder import RunFolder
 
@@ -33,7 +33,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("bos", [True, False])
 def test_passages_are_the_text_in_pieces_that_begin_as_any_text_does(text: Path, bos: bool) -> None:
     tokenizer = make_tokenizer(bos=bos)
-    passages = read_passages(str(text), tokenizer).rows
+    passages = read_passages(str(text), tokenizer).token_ids
     assert len(passages) > 5 and {len(passage) for passage in passages} == {PASSAGE_TOKENS}
     start = [tokenizer.bos_token_id] if bos else []
     assert all(passage[: len(start)] == start for passage in passages)
@@ -46,7 +46,7 @@ def test_what_a_tokenizer_puts_behind_a_text_is_no_beginning(text: Path, single:
     tokenizer = make_tokenizer(bos=False)
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
-    row = read_passages(str(text), tokenizer).rows[0]
+    row = read_passages(str(text), tokenizer).token_ids[0]
     assert row[: len(beginning)] == beginning and not {1, 2} & set(row[len(beginning) :])
 
 
@@ -76,10 +76,10 @@ def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
         return next(part["plain_input_ids"] for part in made if "plain_input_ids" in part)
 
     passages = read_passages(str(text), tokenizer)
-    count = len(passages.rows)
-    assert rows([0, 3, 5], passages).tolist() == [passages.rows[number % count] for number in range(wanted)]
+    count = len(passages.token_ids)
+    assert rows([0, 3, 5], passages).tolist() == [passages.token_ids[number % count] for number in range(wanted)]
     firsts = {tuple(rows([index], passages)[0].tolist()) for index in range(len(data.triplets))}
-    assert firsts == {tuple(row) for row in passages.rows}
+    assert firsts == {tuple(row) for row in passages.token_ids}
     premises = rows([7, 3, 5], None)
     assert len(premises) == 3 and tokenizer.decode(premises[1], skip_special_tokens=True) == data.triplets[3].premise
 

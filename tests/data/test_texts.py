@@ -70,7 +70,7 @@ def test_a_byte_order_mark_is_no_part_of_text(tmp_path: Path) -> None:
     for mark in ("", BOM):
         passages = tmp_path / "passages.txt"
         passages.write_text(mark + "A man plays a guitar. " * 60, encoding="utf-8")
-        rows.append(read_passages(str(passages), make_tokenizer()).rows)
+        rows.append(read_passages(str(passages), make_tokenizer()).token_ids)
     assert rows[0] == rows[1]
 
 
