@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from helpers.tiny import make_config
 
 from sempa_st.errors import SempaError
 from sempa_st.training.config import parse_objective
@@ -24,3 +27,8 @@ def test_objectives_and_their_weights() -> None:
     }.items():
         with pytest.raises(SempaError, match=message):
             parse_objective(text)
+
+
+def test_a_text_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SempaError, match=r"kl_text is 'text\.txt'.*without --kl nothing reads it"):
+        make_config(tmp_path, tmp_path / "model", kl_text="text.txt")
