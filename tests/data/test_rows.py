@@ -65,9 +65,7 @@ def test_what_is_no_text(value: Any) -> None:
 def test_find_columns_takes_the_first_layout_that_fits() -> None:
     rows = [{"a": 1, "b": 2, "c": 3}]
     assert find_columns(rows, [("x", "a"), ("b", "a"), ("c",)], "rows.csv") == ("b", "a")
-    with pytest.raises(
-        SempaError, match=r"^rows.csv has .* \(a, b, c\)\. Expected \(x, a\) or \(y\)\. Rename"
-    ):
+    with pytest.raises(SempaError, match=r"^rows.csv has .* \(a, b, c\)\. Expected \(x, a\) or \(y\)\. Rename"):
         find_columns(rows, [("x", "a"), ("y",)], "rows.csv")
     with pytest.raises(SempaError, match=r"has the columns \(none\)\. Expected \(x\)"):
         find_columns([], [("x",)], "rows.csv")
