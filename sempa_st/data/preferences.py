@@ -1,4 +1,4 @@
-"""From NLI triplets to preference data (PAPER section "Preference data")."""
+"""Turn NLI triplets into preference data (PAPER section "Preference data")."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Preference = dict[str, Any]
-"""A row of TRL's preference format: ``prompt``, ``chosen``, ``rejected``, as text or as chat messages."""
+"""An example in TRL's preference format: ``prompt``, ``chosen``, ``rejected``, as text or as chat messages."""
 
 
 def preference_rows(
     triplets: Iterable[Triplet], tokenizer: PreTrainedTokenizerBase, *, paraphrase: str
 ) -> list[Preference]:
-    """Turn each triplet into a paraphrase request with the entailed sentence chosen, the contradicted one rejected.
+    """Turn each triplet into a paraphrase prompt with the entailed sentence chosen and the contradicted one rejected.
 
-    The base's own chat template is used when it has one (with the system prompt, unless the template refuses system
-    messages); otherwise the prompt is plain text that ends in a newline, a token boundary in every tokenizer.
+    If the base has a chat template, prompt and answers are chat messages, with the system prompt unless the template
+    rejects system messages. Otherwise they are plain text, and the prompt ends in a newline, a token boundary in every
+    tokenizer.
 
     Args:
         triplets: NLI triplets.
-        tokenizer: The base's tokenizer.
-        paraphrase: Name of a paraphrase template of :mod:`sempa_st.model.templates`.
+        tokenizer: The base model's tokenizer.
+        paraphrase: Key of :data:`PARAPHRASE_TEMPLATES`.
 
     Raises:
-        SempaError: If there is no paraphrase template of that name.
+        SempaError: If there is no paraphrase template of that name, or the chat template cannot be rendered.
     """
     rows = ranked_answers(triplets, tokenizer, paraphrase=paraphrase)
     return [{"prompt": prompt, "chosen": answers[0], "rejected": answers[-1]} for prompt, answers in rows]
@@ -40,9 +41,9 @@ def preference_rows(
 def ranked_answers(
     triplets: Iterable[Triplet], tokenizer: PreTrainedTokenizerBase, *, paraphrase: str
 ) -> list[tuple[Any, list[Any]]]:
-    """Turn each triplet into a paraphrase request and its answers, best first: entailed, neutral if any, contradicted.
+    """Turn each triplet into a paraphrase prompt and its answers, best first: entailed, neutral if any, contradicted.
 
-    The arguments and the form of request and answers are those of :func:`preference_rows`.
+    See :func:`preference_rows` for the arguments and for the form of prompt and answers.
     """
     chat = own_chat_template(tokenizer) is not None
     system = _system_messages(tokenizer) if chat else []
@@ -58,18 +59,18 @@ def ranked_answers(
 
 
 def _system_messages(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """Return the system message, or none where the chat template refuses one."""
-    refused: Exception | None = None
+    """Return the system message, or an empty list if the chat template rejects one."""
+    cause: Exception | None = None
     for system in ([{"role": "system", "content": SYSTEM_PROMPT}], []):
         try:
             tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
             return system
-        except Exception as error:  # a template is a program, and may raise anything
-            refused = error
+        except Exception as error:  # a template is a program and may raise anything
+            cause = error
     raise SempaError(
-        f"The base's own chat template cannot be rendered ({type(refused).__name__}: {refused}). Mend it, or remove it "
-        "from the base's tokenizer."
-    ) from refused
+        f"The base's own chat template cannot be rendered ({type(cause).__name__}: {cause}). Fix it, or remove it from "
+        "the base's tokenizer."
+    ) from cause
 
 
 SYSTEM_PROMPT = "You are a helpful assistant"
@@ -81,11 +82,11 @@ PARAPHRASE_TEMPLATES: dict[str, str] = {
     "generate-syntax": 'Generate a paraphrase of this sentence: "{sentence}", with a different syntactic structure.',
     "rewrite": 'Rewrite the sentence "{sentence}" so that its syntax changes and its meaning does not.',
 }
-"""Instructions whose preferred answer is the entailed sentence. ``keep`` is the paper's own wording; the paper names
-the families of the other four (generate, keep, rewrite, with a constraint on syntax) and these are our wordings."""
+"""Instructions whose preferred answer is the entailed sentence. ``keep`` is the paper's wording. The other four belong
+to families that the paper names (generate, keep, rewrite, with a constraint on syntax); their wording is ours."""
 DEFAULT_PARAPHRASE = "keep"
 
 
 def paraphrase_prompt(name: str, sentence: str) -> str:
-    """Fill the paraphrase template called ``name`` with ``sentence``; raises :class:`SempaError` if unknown."""
+    """Fill in the paraphrase template ``name``; raises :class:`SempaError` if there is none of that name."""
     return look_up_name(PARAPHRASE_TEMPLATES, name, "paraphrase template").replace("{sentence}", sentence)

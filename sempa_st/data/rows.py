@@ -1,4 +1,4 @@
-"""Rows of csv, jsonl, json and parquet files."""
+"""Read the rows of csv, jsonl, json and parquet files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
 def list_rows(numbers: Sequence[int]) -> str:
-    """Name rows in an error message: the first ten, and whether there are more.
+    """Format row numbers for an error message: the first ten, then an ellipsis.
 
     >>> list_rows(range(1, 13))
     '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
@@ -26,15 +26,39 @@ def list_rows(numbers: Sequence[int]) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Return all rows of :func:`iter_rows`."""
+    """Return the rows of :func:`iter_rows` as a list."""
     return list(iter_rows(path))
 
 
-def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a csv, jsonl, json (a list of objects, read whole) or parquet file as one dict a row.
+def find_columns(rows: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, ...]], source: str) -> tuple[str, ...]:
+    """Return the first of several column layouts that the rows have; the first row decides.
+
+    Args:
+        rows: Rows of a file or a Hub data set.
+        layouts: Column names of each accepted layout, the preferred one first.
+        source: File or Hub id, for the error message.
 
     Raises:
-        SempaError: If the file is missing, of another kind, or cannot be parsed; at the row where it shows.
+        SempaError: If there are no rows, or they lack a column of every layout.
+    """
+    columns = list(rows[0]) if rows else []
+    for layout in layouts:
+        if set(layout) <= set(columns):
+            return layout
+    expected = " or ".join(f"({', '.join(layout)})" for layout in layouts)
+    raise SempaError(
+        f"{source} has the columns ({', '.join(map(str, columns)) or 'none'}). Expected {expected}. Rename its columns."
+    )
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield each row of a csv, jsonl, json or parquet file as a dict.
+
+    A json file must hold a list of objects and is read at once; the other formats are streamed.
+
+    Raises:
+        SempaError: If the file is missing, has another extension, or cannot be parsed. Rows before the bad one are
+            yielded first.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
@@ -45,13 +69,15 @@ def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise SempaError(f"{path} has an unknown ending {path.suffix!r}. Expected one of: {', '.join(ROW_SUFFIXES)}.")
+        raise SempaError(
+            f"{path} has the unknown extension {path.suffix!r}. Expected one of {', '.join(ROW_SUFFIXES)}."
+        )
     if not path.is_file():
         raise SempaError(f"The file {path} does not exist. Check the path.")
     try:
         for row in reader(path):
             if not isinstance(row, dict):
-                raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object a row.")
+                raise SempaError(f"{path} does not hold a list of rows. Expected one JSON object per row.")
             yield row
     except SempaError:
         raise

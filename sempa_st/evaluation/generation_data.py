@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sempa_st.data.rows import list_rows, read_rows
+from sempa_st.data.rows import find_columns, list_rows, read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8
 
@@ -66,9 +66,7 @@ def read_splits(data_dir: str | Path, task: str) -> Splits:
             splits[split] = _pages(file)
             continue
         rows = read_rows(file)
-        if not rows or not set(_COLUMNS[task]) <= rows[0].keys():
-            found = ", ".join(map(str, rows[0])) if rows else "none"
-            raise SempaError(f"{file} has the columns ({found}). Expected ({', '.join(_COLUMNS[task])}).")
+        find_columns(rows, [_COLUMNS[task]], str(file))
         splits[split] = _checked(file, task, rows)
     return splits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import sentence_transformers
@@ -56,44 +57,50 @@ def _magnitude(text: str) -> int:
     return (len(text) // _SHORT).bit_length()
 
 
-_GROUP_SIZE = 64
-_GROUP_PADDING = 128
-"""Most tokens of padding in a group: they cost about as much as another forward pass."""
-
-
-def groups_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield groups of indices of sequences of similar length, so that little of a group is padding.
+def group_by_length(
+    lengths: Sequence[int],
+    *,
+    max_sequences: float = math.inf,
+    max_tokens: float = math.inf,
+    max_padding: float = math.inf,
+) -> Iterator[list[int]]:
+    """Yield the indices of sequences in groups of similar length, the shortest first.
 
     Args:
         lengths: Length of each sequence in tokens.
+        max_sequences: Maximum number of sequences in a group.
+        max_tokens: Maximum number of tokens in a group, padding included; a longer sequence is a group of its own.
+        max_padding: Maximum number of padding tokens in a group.
+
+    >>> list(group_by_length([5, 1, 9, 2], max_padding=4))
+    [[1, 3], [0, 2]]
     """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     group: list[int] = []
-    for index in order:
-        padding = sum(lengths[index] - lengths[other] for other in group)
-        if len(group) == _GROUP_SIZE or padding > _GROUP_PADDING:
+    tokens = 0  # of the group, without padding
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        length = lengths[index]
+        if group and (
+            len(group) == max_sequences
+            or length * (len(group) + 1) > max_tokens
+            or length * len(group) - tokens > max_padding
+        ):
             yield group
-            group = []
+            group, tokens = [], 0
         group.append(index)
-    yield group
+        tokens += length
+    if group:
+        yield group
 
 
 def batches_within_tokens(lengths: Sequence[int], tokens: int, desc: str) -> Iterator[list[int]]:
-    """Yield batches of indices of sequences of similar length, under a progress bar.
+    """Yield the groups of :func:`group_by_length` with at most ``tokens`` tokens each, under a progress bar.
 
     Args:
         lengths: Length of each sequence in tokens.
-        tokens: Most tokens per batch, padding included; a longer sequence is a batch of its own.
-        desc: Label of the progress bar.
+        tokens: Maximum number of tokens in a batch, padding included.
+        desc: Name of the progress bar.
     """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    with tqdm(total=len(order), desc=desc, unit="row", dynamic_ncols=True) as bar:
-        batch: list[int] = []
-        for index in order:
-            if batch and lengths[index] * (len(batch) + 1) > tokens:
-                yield batch
-                bar.update(len(batch))
-                batch = []
-            batch.append(index)
-        yield batch
-        bar.update(len(batch))
+    with tqdm(total=len(lengths), desc=desc, unit="row", dynamic_ncols=True) as bar:
+        for batch in group_by_length(lengths, max_tokens=tokens):
+            yield batch
+            bar.update(len(batch))

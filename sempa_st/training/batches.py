@@ -1,18 +1,15 @@
-"""From triplets to the tensors of a training batch."""
+"""Tensors of a training batch: sentences under the embedding template, and paraphrase prompts with ranked answers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sempa_st.data.nli import Triplet
-from sempa_st.data.passages import PASSAGE_TOKENS, Passages
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.training.answers import answer_ids
@@ -23,15 +20,15 @@ Bagger = Callable[[str], dict[int, float]]
 
 
 @dataclass(frozen=True)
-class ReadingRows:
-    """Make the part of a batch that is read under the embedding template.
+class EmbeddingInputs:
+    """Make the tensors of sentences under the embedding template.
 
     Args:
-        module: Embedding module, which renders and tokenises.
-        roles: Sentences of a triplet to read: ``premise`` first, then those an objective compares states with.
-        candidates: Hypotheses that stand for choice: ``entailed``, ``contradicted`` and maybe ``neutral``.
-        bagger: Turns a sentence into its bag of words; None where no objective scores words.
-        pairwise: Whether ``one-word`` needs bags without the words that a row's two hypotheses share.
+        module: Embedding module, which renders the template and tokenises.
+        roles: Fields of a triplet to embed: ``premise`` first, then the sentences it is compared with.
+        candidates: Fields of a triplet to choose from: ``entailed``, ``contradicted`` and maybe ``neutral``.
+        bagger: Turns a sentence into its bag of words; None if no objective scores words.
+        pairwise: Whether to add ``pair_bags`` for the objective ``one-word``.
     """
 
     module: PromptEOL
@@ -41,18 +38,27 @@ class ReadingRows:
     pairwise: bool = False
 
     def __call__(self, triplets: Sequence[Triplet]) -> Batch:
-        """Return the tensors; rows of several roles stand one role after the other.
+        """Return the tensors of some triplets.
 
-        Keys are ``input_ids`` and ``attention_mask`` (roles x rows, tokens), ``same`` (rows, rows), ``neutral_known``
-        (rows,), and with a bagger ``words`` and the bags over them: ``bags`` (candidates x rows, words) and
-        ``pair_bags`` (2 rows, words).
+        ``input_ids`` and ``attention_mask``, of shape (roles * batch, seq_len), hold the first sentence field of all
+        triplets, then the next one; the bags are ordered in the same way. The others are
+
+        - ``same_premise`` (batch, batch): True for two different triplets with the same premise,
+        - ``has_neutral`` (batch,): False for a triplet without a neutral sentence,
+
+        and with a bagger
+
+        - ``words`` (words,): the token ids that occur in a bag,
+        - ``bags`` (candidates * batch, words): weight of each word in each candidate,
+        - ``pair_bags`` (2 * batch, words), only if ``pairwise``: entailed and contradicted sentences, without the words
+          that a triplet's two share.
         """
         sentences = [sentence_of(triplet, role) for role in self.roles for triplet in triplets]
         padded = pad_rows(self.module.tokenizer, self.module.token_rows(sentences), "left")
         premises = [triplet.premise for triplet in triplets]
         same = [[first == second and i != j for j, second in enumerate(premises)] for i, first in enumerate(premises)]
-        neutral_known = [triplet.neutral is not None for triplet in triplets]
-        batch: Batch = {**padded, "same": torch.tensor(same), "neutral_known": torch.tensor(neutral_known)}
+        has_neutral = [triplet.neutral is not None for triplet in triplets]
+        batch: Batch = {**padded, "same_premise": torch.tensor(same), "has_neutral": torch.tensor(has_neutral)}
         if self.bagger is not None:
             batch |= self._bags(triplets, self.bagger)
         return batch
@@ -70,107 +76,49 @@ class ReadingRows:
 
 
 def sentence_of(triplet: Triplet, role: str) -> str:
-    """Return the sentence that has ``role`` in a triplet; the contradicted one fills the place of a missing neutral."""
+    """Return a field of a triplet; the contradicted sentence is a placeholder for a missing neutral one."""
     sentence: str | None = getattr(triplet, role)
     return triplet.contradicted if sentence is None else sentence
 
 
 @dataclass(frozen=True)
-class AnswerRows:
-    """Make the part of a batch that holds paraphrase requests with ranked answers.
+class AnswerInputs:
+    """Make the tensors of paraphrase prompts with ranked answers.
 
     Args:
-        tokenizer: The base's tokenizer.
-        rows: Request and answers, best first, of each triplet.
-        answers: Most answers of a row that are used: 2 for ``dpo`` (the first and the last), 3 for ``listwise``.
-        max_length: Longest sequence in tokens; a longer one loses its end.
+        tokenizer: The base model's tokenizer.
+        examples: Prompt and answers, best first, of each triplet.
+        num_answers: Maximum number of answers per prompt: 2 for ``dpo`` (the first and the last), 3 for ``listwise``.
+        max_length: Maximum sequence length in tokens; longer sequences are truncated at the end.
     """
 
     tokenizer: Any
-    rows: Sequence[tuple[Any, list[Any]]]
-    answers: int
+    examples: Sequence[tuple[Any, list[Any]]]
+    num_answers: int
     max_length: int
 
     def __call__(self, indices: Sequence[int]) -> Batch:
-        """Return the tensors of these rows: sequences padded on the right, a row's answers next to each other.
+        """Return the tensors of these examples, padded on the right.
 
-        Keys are ``answer_input_ids``, ``answer_attention_mask`` and ``answer`` (rows x answers, tokens) and
-        ``answers`` (rows,), the number of answers that a row has; a lacking one repeats the row's last.
+        ``answer_input_ids``, ``answer_attention_mask`` and ``answer_mask`` (True on answer tokens) have the shape
+        (batch * num_answers, seq_len), with the answers of a prompt in consecutive rows. ``answer_counts``, of shape
+        (batch,), is the number of answers that a prompt has; missing ones repeat its last answer.
         """
         sequences: list[tuple[list[int], list[int]]] = []
         counts = []
         for index in indices:
-            prompt, ranked = self.rows[index]
-            used = ranked if self.answers > 2 else [ranked[0], ranked[-1]]
+            prompt, ranked = self.examples[index]
+            used = ranked if self.num_answers > 2 else [ranked[0], ranked[-1]]
             counts.append(len(used))
-            used = used + [used[-1]] * (self.answers - len(used))
+            used = used + [used[-1]] * (self.num_answers - len(used))
             sequences += [answer_ids(self.tokenizer, prompt, answer) for answer in used]
-        rows = [(request + answer)[: self.max_length] for request, answer in sequences]
-        padded = pad_rows(self.tokenizer, rows, "right")
-        places = torch.arange(padded["input_ids"].shape[1])[None]
-        starts = torch.tensor([len(request) for request, _ in sequences])[:, None]
+        token_ids = [(prompt_ids + answer)[: self.max_length] for prompt_ids, answer in sequences]
+        padded = pad_rows(self.tokenizer, token_ids, "right")
+        positions = torch.arange(padded["input_ids"].shape[1])[None]
+        starts = torch.tensor([len(prompt_ids) for prompt_ids, _ in sequences])[:, None]
         return {
             "answer_input_ids": padded["input_ids"],
             "answer_attention_mask": padded["attention_mask"],
-            "answer": (places >= starts) & padded["attention_mask"].bool(),
-            "answers": torch.tensor(counts),
+            "answer_mask": (positions >= starts) & padded["attention_mask"].bool(),
+            "answer_counts": torch.tensor(counts),
         }
-
-
-BatchMaker = Callable[[Sequence[int], Sequence[Triplet]], Batch]
-"""Makes some tensors of a batch from the numbers of its triplets and the triplets themselves."""
-
-
-class Collator:
-    """Join the parts of a batch.
-
-    Args:
-        triplets: All triplets; a data set of their numbers (column ``index``) is what the trainer draws from.
-        parts: Makers of the tensors.
-    """
-
-    def __init__(self, triplets: Sequence[Triplet], parts: Sequence[BatchMaker]) -> None:
-        self._triplets = triplets
-        self._parts = parts
-
-    def __call__(self, items: Sequence[Mapping[str, int]]) -> Batch:
-        """Return the tensors of the triplets with these numbers."""
-        indices = [item["index"] for item in items]
-        triplets = [self._triplets[index] for index in indices]
-        return {key: tensor for part in self._parts for key, tensor in part(indices, triplets).items()}
-
-
-def picked(tensor: dict[str, Tensor]) -> BatchMaker:
-    """Return a maker that picks the rows of tensors computed before."""
-    return lambda indices, _: {name: values[list(indices)] for name, values in tensor.items()}
-
-
-def premise_batches(tokenizer: PreTrainedTokenizerBase, max_length: int) -> BatchMaker:
-    """Return a maker of batches of premises as ordinary text."""
-
-    def part(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
-        return padded_batch(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
-
-    return part
-
-
-def passage_batches(
-    tokenizer: PreTrainedTokenizerBase, passages: Passages, positions: int, triplets: int
-) -> BatchMaker:
-    """Return the maker of rows from a text: as many passages as it takes for the positions that are looked at.
-
-    They begin where the batch's first triplet stands among all, so that over a run the whole text has its turn.
-    """
-    count = len(passages.rows)
-
-    def part(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
-        first = indices[0] * count // triplets
-        wanted = range(first, first + math.ceil(positions / PASSAGE_TOKENS))
-        return padded_batch(tokenizer, [passages.rows[number % count] for number in wanted])
-
-    return part
-
-
-def padded_batch(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> Batch:
-    """Return token ids as the padded batch of ordinary text."""
-    return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, rows, "right").items()}

@@ -1,4 +1,4 @@
-"""From checked settings, data and model to a trainer that is ready to run."""
+"""Build the trainer of a run from its loaded settings, data and model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
-from sempa_st.training.alignment import AlignmentTrainer, make_batch_makers
-from sempa_st.training.batches import Collator
+from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.training.checkpoints import Checkpoints
+from sempa_st.training.collator import Collator, make_batch_makers
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.contrastive import ContrastiveTrainer, contrastive_rows
+from sempa_st.training.contrastive import ContrastiveTrainer, contrastive_dataset
 from sempa_st.training.dev_score import DevScorer, DevScoreTrainer
 from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.forward import TrainingForward
@@ -39,13 +39,13 @@ from sempa_st.training.reference import answers_identity, reference_identity
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_dtype
 
-_ROWS_WORTH_A_BAR = 10_000
+_MIN_TRIPLETS_FOR_BARS = 10_000
 _NOT_IDENTITY = ("resume", "overwrite", "output", "log_steps", "device")
 
 
 @dataclass
 class RunInputs:
-    """All that a run is made of, loaded and checked."""
+    """The settings, data and model of a run, loaded and checked; see :func:`sempa_st.training.run.load_inputs`."""
 
     config: TrainConfig
     device: str
@@ -58,124 +58,125 @@ class RunInputs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result; a run is only resumed with the same."""
+        """Everything that determines the result. A run is resumed only with the same identity."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
         texts = {"kl_text_sha256": self.passages.sha256} if self.passages else {}
         return settings | texts | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
 
 
-def build_trainer(parts: RunInputs, work: RunFolder) -> DevScoreTrainer:
-    """Return the trainer of the run's objective, its adapter attached and its reference computed.
+def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
+    """Return the trainer for the run's objective, with the adapter attached and the reference computed.
 
     Args:
-        parts: RunInputs of the run.
-        work: Folder for the checkpoints.
+        inputs: Inputs of the run.
+        run_folder: Folder of the run, for the checkpoints.
     """
-    config = parts.config
+    config = inputs.config
     set_seed(config.seed)
-    rows_per_step = config.batch_size * config.gradient_accumulation * PartialState().num_processes
-    arguments = _arguments(parts, work, rows_per_step)
-    with _bars_for(len(parts.data.triplets)):
+    triplets_per_step = config.batch_size * config.gradient_accumulation * PartialState().num_processes
+    arguments = _arguments(inputs, run_folder, triplets_per_step)
+    with _bars_if_long(len(inputs.data.triplets)):
         if list(config.objective_weights) == ["dpo"] and not config.kl:
-            trainer: DevScoreTrainer = _dpo_trainer(parts, arguments)
+            trainer: DevScoreTrainer = _dpo_trainer(inputs, arguments)
         elif list(config.objective_weights) == ["contrastive"] and config.neutral == "none" and not config.kl:
-            trainer = _contrastive_trainer(parts, arguments)
+            trainer = _contrastive_trainer(inputs, arguments)
         else:
-            trainer = _alignment_trainer(parts, arguments)
+            trainer = _alignment_trainer(inputs, arguments)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Checkpoints(parts.identity))
-    trainer.add_callback(PairProgress(rows_per_step, len(parts.data.triplets)))
+    trainer.add_callback(Checkpoints(inputs.identity))
+    trainer.add_callback(PairProgress(triplets_per_step, len(inputs.data.triplets)))
     if config.patience:
         trainer.add_callback(Patience(config.patience))
     return trainer
 
 
-def _dpo_trainer(parts: RunInputs, arguments: dict[str, Any]) -> PreferenceTrainer:
-    config = parts.config
-    adapter = {} if config.tuning == "full" else {"peft_config": _adapter_settings(parts)}
-    rows = preference_rows(parts.data.triplets, parts.tokenizer, paraphrase=config.paraphrase)
-    # Weights that are trained themselves are float32; the arithmetic need not be.
-    dtype = pick_dtype(config.dtype, parts.device)
-    identity = reference_identity(parts.data, parts.model, dtype, ModelFolder(parts.base.folder).digest)
+def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrainer:
+    config = inputs.config
+    adapter = {} if config.tuning == "full" else {"peft_config": _adapter_settings(inputs)}
+    examples = preference_rows(inputs.data.triplets, inputs.tokenizer, paraphrase=config.paraphrase)
+    # Fully tuned weights are float32, but the computation may use another dtype.
+    dtype = pick_dtype(config.dtype, inputs.device)
+    identity = reference_identity(inputs.data, inputs.model, dtype, ModelFolder(inputs.base.folder).digest)
     return PreferenceTrainer(
-        dev_scorer=parts.scorer,
-        reference=answers_identity(config, identity, 2),
-        model=parts.model,
+        dev_scorer=inputs.scorer,
+        reference_identity=answers_identity(config, identity, 2),
+        model=inputs.model,
         args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length, precompute_ref_log_probs=True),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=parts.tokenizer,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=inputs.tokenizer,
         **adapter,
     )
 
 
-def _contrastive_trainer(parts: RunInputs, arguments: dict[str, Any]) -> ContrastiveTrainer:
+def _contrastive_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
-        dev_scorer=parts.scorer,
-        module=_module(parts, _tuned(parts), TrainingForward()),
-        temperature=parts.config.temperature,
+        dev_scorer=inputs.scorer,
+        module=_module(inputs, _tuned(inputs), TrainingForward()),
+        temperature=inputs.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
-        train_dataset=contrastive_rows(parts.data.triplets),
+        train_dataset=contrastive_dataset(inputs.data.triplets),
     )
 
 
-def _alignment_trainer(parts: RunInputs, arguments: dict[str, Any]) -> AlignmentTrainer:
-    # The reference is the base as it stands before it gets an adapter; it runs where the training will.
-    model: Any = parts.model
-    module = _module(parts, model.to(PartialState().device))
-    digest = ModelFolder(parts.base.folder).digest
-    makers = make_batch_makers(parts.config, parts.data, parts.tokenizer, module, digest, parts.passages)
-    tuned = _tuned(parts)
+def _alignment_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> AlignmentTrainer:
+    # The reference is the base model before the adapter is attached; it runs on the training device.
+    model: Any = inputs.model
+    module = _module(inputs, model.to(PartialState().device))
+    digest = ModelFolder(inputs.base.folder).digest
+    makers = make_batch_makers(inputs.config, inputs.data, inputs.tokenizer, module, digest, inputs.passages)
+    tuned = _tuned(inputs)
     return AlignmentTrainer(
-        dev_scorer=parts.scorer,
-        config=parts.config,
-        module=_module(parts, tuned),
+        dev_scorer=inputs.scorer,
+        config=inputs.config,
+        module=_module(inputs, tuned),
         model=tuned,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
-        train_dataset=Dataset.from_dict({"index": list(range(len(parts.data.triplets)))}),
-        data_collator=Collator(parts.data.triplets, makers),
+        train_dataset=Dataset.from_dict({"index": list(range(len(inputs.data.triplets)))}),
+        data_collator=Collator(inputs.data.triplets, makers),
     )
 
 
-def _tuned(parts: RunInputs) -> Any:
-    """Return the model to train: with an adapter, the base frozen, or the base itself."""
-    if parts.config.tuning == "full":
-        return parts.model
-    if parts.config.activation == "template":
-        activated = _activated(parts, suffix_tokens)
-        _check_activation(_module(parts, activated))
+def _tuned(inputs: RunInputs) -> Any:
+    """Return the model to train: the base itself, or the frozen base with an adapter."""
+    if inputs.config.tuning == "full":
+        return inputs.model
+    if inputs.config.activation == "template":
+        activated = _activated(inputs, suffix_tokens)
+        _check_activation(_module(inputs, activated))
         return activated
-    if parts.config.activation == "sentence":
-        # All that is trained on is under the template, where the adapter acts on the whole row like any other. So it
-        # is trained as a plain one, from the same start.
+    if inputs.config.activation == "sentence":
+        # Training uses only sentences under the template, where this adapter acts on every token. So it is trained as a
+        # plain adapter, with the same initialisation.
         with torch.random.fork_rng():
-            activated = _activated(parts, prefix_tokens)
-            _check_activation(_module(parts, activated))
+            activated = _activated(inputs, prefix_tokens)
+            _check_activation(_module(inputs, activated))
             activated.unload()
-    return get_peft_model(parts.model, _adapter_settings(parts))
+    return get_peft_model(inputs.model, _adapter_settings(inputs))
 
 
-def _activated(parts: RunInputs, tokens: Callable[[Any, str], list[int]]) -> Any:
-    invocation = tokens(parts.scorer.tokenizer, parts.config.template)
-    return get_peft_model(parts.model, _adapter_settings(parts, invocation))
+def _activated(inputs: RunInputs, invocation_tokens: Callable[[Any, str], list[int]]) -> Any:
+    """Return the model with an adapter that is activated by some tokens of the template."""
+    invocation = invocation_tokens(inputs.scorer.tokenizer, inputs.config.template)
+    return get_peft_model(inputs.model, _adapter_settings(inputs, invocation))
 
 
 def _check_activation(module: PromptEOL) -> None:
-    """Raise :class:`SempaError` if PEFT cannot tell the tokens of a row apart in every layer of this architecture."""
+    """Raise :class:`SempaError` if some layer of this architecture does not tell PEFT the position of a token."""
     features = {name: tensor.to(module.model.device) for name, tensor in module.preprocess(["A cat", "A"]).items()}
     try:
         with torch.no_grad():
             module(features)
     except (IndexError, RuntimeError) as error:
         raise SempaError(
-            f"--activation does not work with {type(module.decoder).__name__}, whose layers hide from PEFT "
-            f"which token is which ({error}). Leave it out for this base."
+            f"--activation does not work with {type(module.decoder).__name__}: its layers hide the positions of tokens "
+            f"from PEFT ({error}). Omit it for this base."
         ) from error
 
 
-def _adapter_settings(parts: RunInputs, invocation: list[int] | None = None) -> Any:
-    config = parts.config
+def _adapter_settings(inputs: RunInputs, invocation: list[int] | None = None) -> Any:
+    config = inputs.config
     return lora_config(
-        parts.model,
+        inputs.model,
         r=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -184,20 +185,20 @@ def _adapter_settings(parts: RunInputs, invocation: list[int] | None = None) -> 
     )
 
 
-def _module(parts: RunInputs, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
+def _module(inputs: RunInputs, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
     return PromptEOL(
         model,
-        parts.scorer.tokenizer,
-        template=parts.config.template,
-        max_seq_length=parts.config.max_seq_length,
+        inputs.scorer.tokenizer,
+        template=inputs.config.template,
+        max_seq_length=inputs.config.max_seq_length,
         forward_rows=forward_rows,
     )
 
 
 @contextmanager
-def _bars_for(rows: int) -> Iterator[None]:
-    """Show the bars of the data preparation only where it takes long enough to watch."""
-    hide = rows < _ROWS_WORTH_A_BAR and not datasets.are_progress_bars_disabled()
+def _bars_if_long(num_triplets: int) -> Iterator[None]:
+    """Show the progress bars of data preparation only if there is enough data to wait for."""
+    hide = num_triplets < _MIN_TRIPLETS_FOR_BARS and not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:
@@ -207,16 +208,16 @@ def _bars_for(rows: int) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _arguments(parts: RunInputs, work: RunFolder, rows_per_step: int) -> dict[str, Any]:
-    """Return the arguments that all of the trainers take."""
-    config, dtype = parts.config, pick_dtype(parts.config.dtype, parts.device)
-    steps = math.ceil(config.epochs * len(parts.data.triplets) / rows_per_step)
-    # The first step of a warm-up has rate 0. A run too short to warm up does without, and no checkpoint is taken
-    # before the adapter has moved.
+def _arguments(inputs: RunInputs, run_folder: RunFolder, triplets_per_step: int) -> dict[str, Any]:
+    """Return the training arguments that all trainers share."""
+    config, dtype = inputs.config, pick_dtype(inputs.config.dtype, inputs.device)
+    steps = math.ceil(config.epochs * len(inputs.data.triplets) / triplets_per_step)
+    # The learning rate of the first warm-up step is 0. So a run too short for warm-up has none, and no checkpoint is
+    # saved before the adapter has changed.
     warmup = config.warmup_ratio if config.warmup_ratio * steps >= 1 else 0
-    checkpoint_steps = max(2 if warmup else 1, math.ceil(config.checkpoint_samples / rows_per_step))
+    checkpoint_steps = max(2 if warmup else 1, math.ceil(config.checkpoint_samples / triplets_per_step))
     return {
-        "output_dir": str(work.checkpoints),
+        "output_dir": str(run_folder.checkpoints),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": warmup,
@@ -227,7 +228,7 @@ def _arguments(parts: RunInputs, work: RunFolder, rows_per_step: int) -> dict[st
         "weight_decay": config.weight_decay,
         "optim": "adamw_torch",
         "gradient_checkpointing": config.gradient_checkpointing,
-        "use_cpu": parts.device == "cpu",
+        "use_cpu": inputs.device == "cpu",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "eval_strategy": "steps",
@@ -240,6 +241,6 @@ def _arguments(parts: RunInputs, work: RunFolder, rows_per_step: int) -> dict[st
         "report_to": "none",
         "seed": config.seed,
         "data_seed": config.seed,
-        "dataloader_pin_memory": parts.device != "cpu",
-        "disable_tqdm": False,  # at a quiet log level the trainer would print its figures instead, beside our bar
+        "dataloader_pin_memory": inputs.device != "cpu",
+        "disable_tqdm": False,  # otherwise the trainer prints its logs beside our bar at quiet log levels
     }

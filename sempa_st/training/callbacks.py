@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar in preference pairs, with the figures that matter."""
+"""Trainer callbacks: a progress bar with metrics, and early stopping."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class PairProgress(TrainerCallback):
     """Show progress in preference pairs on standard error, with loss, reward accuracy and dev score.
 
     Args:
-        pairs_per_step: Pairs in one optimiser step, over all devices.
-        total_pairs: Pairs in one epoch, for the last, shorter step of each.
+        pairs_per_step: Number of pairs in an optimiser step, over all devices.
+        total_pairs: Number of pairs in an epoch, whose last step may have fewer.
     """
 
     def __init__(self, pairs_per_step: int, total_pairs: int) -> None:
         self._pairs_per_step = pairs_per_step
         self._total_pairs = total_pairs
         self._bar: Any = None
-        self._figures: dict[str, str] = {}
+        self._metrics: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,11 +47,11 @@ class PairProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest figures; a dev score also gets a line of its own."""
+        """Show the latest metrics on the bar; a dev score is also printed on a line of its own."""
         if self._bar is None or logs is None:
             return
-        self._figures.update({short: f"{logs[key]:.4g}" for key, short in _SHOWN.items() if key in logs})
-        self._bar.set_postfix(self._figures)
+        self._metrics.update({short: f"{logs[key]:.4g}" for key, short in _SHOWN.items() if key in logs})
+        self._bar.set_postfix(self._metrics)
         if DEV_METRIC in logs:
             self._bar.write(f"after {self._bar.n} pairs: dev Spearman {logs[DEV_METRIC]:.2f}", file=sys.stderr)
 
@@ -68,18 +68,18 @@ class PairProgress(TrainerCallback):
 
 
 class Patience(TrainerCallback):
-    """Stop a run once its dev score has stopped rising.
+    """Stop a run early, after some checkpoints without a better dev score.
 
-    It looks at the trainer's own history, so that a resumed run stops where an uninterrupted one would.
+    It reads the trainer's log history, so that a resumed run stops at the same step as an uninterrupted one.
 
     Args:
-        checkpoints: Number of scores in a row that beat no earlier one, at least 1.
+        checkpoints: Number of scores after the best one at which to stop, at least 1.
     """
 
     def __init__(self, checkpoints: int) -> None:
         self._checkpoints = checkpoints
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to stop where the best score lies that far back."""
+        """Ask the trainer to stop if the best score is that many checkpoints old."""
         scores = [line[DEV_METRIC] for line in state.log_history if DEV_METRIC in line]
         control.should_training_stop |= len(scores) - 1 - scores.index(max(scores)) >= self._checkpoints

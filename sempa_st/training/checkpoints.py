@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: how one is sealed, how it is checked, and which are kept."""
+"""Checkpoints: seal one with checksums, verify it, and choose which to keep."""
 
 from __future__ import annotations
 
@@ -24,49 +24,50 @@ from sempa_st.utils.leftovers import write_through
 
 _SEAL = "complete.json"
 _STATE = "trainer_state.json"
-_WANTED = (_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-"""What a run cannot be gone on with exactly without; beside the weights."""
-_KEPT = 2
+_REQUIRED = (_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Files that are needed besides the weights to resume a run exactly."""
+_NUM_KEPT = 2
 _NAME = re.compile(r"checkpoint-[0-9]+")
-_ASIDE = "damaged-"
+_DAMAGED = "damaged-"
+"""Prefix of the folder name of a checkpoint that was found damaged."""
 
 
 class UnreadableError(SempaError):
-    """The system does not let a checkpoint be read, which says nothing on what it holds."""
+    """A checkpoint cannot be read because of a system error, so nobody knows whether it is complete."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(
-            f"{path} cannot be read at this moment: {error.strerror or error}. It may be whole, so nothing was "
-            "removed. Check the disk and your right to read there, and run the same command again."
+            f"{path} cannot be read at this moment: {error.strerror or error}. It may be complete, so nothing was "
+            "removed. Check the disk and your read permission, then run the same command again."
         )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder``, the oldest first, whole or not.
+    """Return the checkpoints in ``folder``, complete or not, the oldest first.
 
     Raises:
-        UnreadableError: If the system does not list the folder.
+        UnreadableError: If the folder cannot be listed.
     """
     try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_file()]
+        checkpoints = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_file()]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UnreadableError(folder, error) from error
-    return sorted(found, key=_step)
+    return sorted(checkpoints, key=_step)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a run has made ``path``: a checkpoint, or one that was set aside."""
-    return path.is_dir() and bool(_NAME.fullmatch(path.name.removeprefix(_ASIDE)))
+    """Whether ``path`` is a checkpoint, or one renamed by :func:`rename_damaged`."""
+    return path.is_dir() and bool(_NAME.fullmatch(path.name.removeprefix(_DAMAGED)))
 
 
 def seal(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Write a checkpoint through to the disk, and then the file that says so, with the SHA-256 of each file.
+    """Sync a checkpoint to the disk, then write its seal, a file with the SHA-256 digest of each of its files.
 
     Args:
-        checkpoint: Folder that all processes have written their part of.
-        run: What the run was started with, kept in the seal too.
+        checkpoint: Checkpoint that all processes have finished writing.
+        run: Identity of the run, stored in the seal.
     """
     write_through(checkpoint)
     files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != _SEAL}
@@ -74,33 +75,33 @@ def seal(checkpoint: Path, run: dict[str, Any]) -> None:
 
 
 def _digest(path: Path) -> str:
-    found = path.stat()
-    return _sha256(path, found.st_size, found.st_mtime_ns)
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
 def _sha256(path: Path, size: int, modified: int) -> str:
-    """Read a file once, as long as its size in bytes and its time in ns stay: optimizer states are large."""
+    """Return a file's digest, cached while its size (bytes) and modification time (ns) stay: files can be large."""
     return file_sha256(path)
 
 
-def run_of(checkpoint: Path) -> dict[str, Any] | None:
-    """Return what the run of a checkpoint was started with, if the checkpoint tells."""
-    found = _read_seal(checkpoint)
-    return found["run"] if found else None
+def run_identity(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the identity of the run that wrote a checkpoint, or None if it has no seal."""
+    contents = _read_seal(checkpoint)
+    return contents["run"] if contents else None
 
 
 def _read_seal(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     try:
-        found = read_json(checkpoint / _SEAL)
-    except SempaError:  # of an older version, or lost
+        contents = read_json(checkpoint / _SEAL)
+    except SempaError:  # lost, or written by an older version
         return None
-    named = isinstance(found, dict) and found.keys() == {"run", "files"}
-    return found if named and all(part and isinstance(part, dict) for part in found.values()) else None
+    valid = isinstance(contents, dict) and contents.keys() == {"run", "files"}
+    return contents if valid and all(value and isinstance(value, dict) for value in contents.values()) else None
 
 
 def fault_in(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be gone on with, or None if it is whole; see :func:`damage_in`."""
+    """Return why a checkpoint cannot be used, or None if it is complete: :func:`damage_in` that does not raise."""
     try:
         return damage_in(checkpoint)
     except UnreadableError as error:
@@ -108,16 +109,16 @@ def fault_in(checkpoint: Path) -> str | None:
 
 
 def damage_in(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is whole: every file is there and as it was written.
+    """Return what is wrong with a checkpoint, or None if it is complete: all files exist and match the seal.
 
-    Without a seal, as an older version left it, the files are read for what they are.
+    Checkpoints of older versions have no seal; their files are checked by format.
 
     Raises:
-        UnreadableError: If the system does not let it be read, so that nobody can know.
+        UnreadableError: If a system error prevents the check.
     """
     path = checkpoint
     try:
-        names = sorted(each.name for each in checkpoint.iterdir())
+        names = sorted(file.name for file in checkpoint.iterdir())
         for path in (checkpoint / name for name in names):
             if not path.is_dir():
                 _digest(path)
@@ -125,77 +126,78 @@ def damage_in(checkpoint: Path) -> str | None:
         return f"{path.name} is missing"
     except OSError as error:
         raise UnreadableError(path, error) from error
-    found = _read_seal(checkpoint)
-    if found is None:
-        return _fault_by_content(checkpoint, names)
-    for name, digest in found["files"].items():
+    contents = _read_seal(checkpoint)
+    if contents is None:
+        return _damage_without_seal(checkpoint, names)
+    for name, digest in contents["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _digest(checkpoint / name) != digest:
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
-def _fault_by_content(checkpoint: Path, names: list[str]) -> str | None:
-    for wanted in _WANTED:
-        if not any(fnmatch(name, wanted) for name in names):
-            return f"{wanted.replace('*', '')} is missing"
+def _damage_without_seal(checkpoint: Path, names: list[str]) -> str | None:
+    for pattern in _REQUIRED:
+        if not any(fnmatch(name, pattern) for name in names):
+            return f"{pattern.replace('*', '')} is missing"
     for name in names:
         try:
-            whole = _is_whole(checkpoint / name)
+            complete = _is_complete(checkpoint / name)
         except (SempaError, SafetensorError, zipfile.BadZipFile, OSError):
-            whole = False
-        if not whole:
+            complete = False
+        if not complete:
             return f"{name} cannot be read"
     try:
         weights = ModelFolder(checkpoint).weight_files
-    except SempaError as error:  # an index that is no index
+    except SempaError as error:  # the index is not a valid one
         return str(error)
-    there = [name for name in weights if name in names]
-    in_parts = weights[0].endswith(".index.json")
-    return None if there == weights or (there and not in_parts) else "weights are missing"
+    present = [name for name in weights if name in names]
+    sharded = weights[0].endswith(".index.json")
+    return None if present == weights or (present and not sharded) else "weights are missing"
 
 
-def _is_whole(path: Path) -> bool:
-    """Read a file of a checkpoint as what its name says; most faults are errors of its reader."""
+def _is_complete(path: Path) -> bool:
+    """Whether a file of a checkpoint can be parsed by the format of its extension; parsers may raise, too."""
     if path.suffix == ".json":
-        found = read_json(path)
-        return path.name != _STATE or (isinstance(found, dict) and isinstance(found.get("global_step"), int))
+        state = read_json(path)
+        return path.name != _STATE or (isinstance(state, dict) and isinstance(state.get("global_step"), int))
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt"):  # compares the header with the length of the file
+        with safe_open(path, "pt"):  # checks the header against the file length
             return True
     if path.suffix in (".pt", ".pth"):
-        with zipfile.ZipFile(path) as archive:  # with a check sum of each part
+        with zipfile.ZipFile(path) as archive:  # checks the CRC of each member
             return archive.testzip() is None
     return True
 
 
-def set_aside_damaged(folder: Path) -> list[str]:
-    """Rename the checkpoints in ``folder`` that are not whole, if any other one is; return a line on each of them.
+def rename_damaged(folder: Path) -> list[str]:
+    """Rename the damaged checkpoints in ``folder`` unless all are damaged; return a line of text on each.
 
     Raises:
-        UnreadableError: If the system does not let one of them be read; all stay as they are then.
+        UnreadableError: If one of them cannot be read; then none is renamed.
     """
-    faults = {path: fault for path in checkpoints_in(folder) if (fault := damage_in(path))}
-    if len(faults) == len(checkpoints_in(folder)):
+    damaged = {path: damage for path in checkpoints_in(folder) if (damage := damage_in(path))}
+    if len(damaged) == len(checkpoints_in(folder)):
         return []
     lines = []
-    for path, fault in faults.items():
-        aside = path.with_name(_ASIDE + path.name)
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
-        lines.append(f"{path.name} is damaged ({fault}) and is now called {aside.name}.")
+    for path, damage in damaged.items():
+        target = path.with_name(_DAMAGED + path.name)
+        if target.exists():
+            shutil.rmtree(target)
+        path.rename(target)
+        lines.append(f"{path.name} is damaged ({damage}) and was renamed to {target.name}.")
     return lines
 
 
 class Checkpoints(TrainerCallback):
-    """Seal each checkpoint, keep the newest and the best, and see that the best is one that is there and whole.
+    """Seal each checkpoint, keep the newest and the best, and make sure that the best one is complete.
 
-    Older ones go only once the new one is on the disk, so that a power loss at any time leaves a whole one.
+    Older checkpoints are deleted only after the new one is on the disk. So a power loss at any time leaves a complete
+    one.
 
     Args:
-        run: What the run was started with.
+        run: Identity of the run.
     """
 
     def __init__(self, run: dict[str, Any]) -> None:
@@ -204,46 +206,46 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look for the best checkpoint of a run that is gone on with."""
+        """Find the best checkpoint of a resumed run."""
         _find_best(Path(str(args.output_dir)), state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint once all processes have written their part, and only then remove older ones."""
+        """Seal the checkpoint after all processes have written their files, then delete older ones."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
             seal(folder / f"checkpoint-{state.global_step}", self._run)
             write_through(folder)
-            rotate_checkpoints(str(folder), _KEPT, state.best_model_checkpoint)
+            rotate_checkpoints(str(folder), _NUM_KEPT, state.best_model_checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look for the best checkpoint of all, which the finished model is made of."""
+        """Find the best checkpoint, which becomes the finished model."""
         _find_best(Path(str(args.output_dir)), state)
 
 
 def _find_best(folder: Path, state: TrainerState) -> None:
-    """Let ``state`` name the best checkpoint in ``folder`` as it is now, or the next best where that one is damaged."""
+    """Set the best checkpoint in ``state`` to its path in ``folder``, or to the next best one if it is damaged."""
     if not state.best_global_step:
         return
     recorded = folder / f"checkpoint-{state.best_global_step}"
     if fault_in(recorded) is None:
         state.best_model_checkpoint = str(recorded)
         return
-    best = _best_whole(folder, state)
+    best = _best_complete(folder, state)
     if state.is_world_process_zero:
-        instead = f"{best.name} is the best of those that are whole" if best else "none is whole"
-        print(f"The best checkpoint, {recorded.name}, is damaged or gone; {instead}.", file=sys.stderr)
+        fallback = f"{best.name} is the best complete one" if best else "no other one is complete"
+        print(f"The best checkpoint, {recorded.name}, is damaged or missing; {fallback}.", file=sys.stderr)
     state.best_model_checkpoint = str(best) if best else None
     state.best_global_step = _step(best) if best else None
     state.best_metric = _scores(state)[_step(best)] if best else None
 
 
-def _best_whole(folder: Path, state: TrainerState) -> Path | None:
+def _best_complete(folder: Path, state: TrainerState) -> Path | None:
     scores = _scores(state)
-    whole = [path for path in checkpoints_in(folder) if _step(path) in scores and fault_in(path) is None]
-    return max(whole, key=lambda path: scores[_step(path)], default=None)
+    complete = [path for path in checkpoints_in(folder) if _step(path) in scores and fault_in(path) is None]
+    return max(complete, key=lambda path: scores[_step(path)], default=None)
 
 
 def _step(checkpoint: Path) -> int:

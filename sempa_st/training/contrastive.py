@@ -1,4 +1,4 @@
-"""Contrastive learning on the same embedding, through sentence-transformers' own trainer and loss: the baseline."""
+"""Contrastive learning of the same embedding with sentence-transformers' trainer and loss, as a baseline."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sempa_st.training.dev_score import DevScoreTrainer
 
 
 class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
-    """InfoNCE over in-batch and hard negatives (arXiv 2307.16645), judged by the dev score.
+    """InfoNCE over in-batch and hard negatives (arXiv 2307.16645), evaluated by the dev score.
 
     Args:
-        module: Embedding module around the model that is trained.
-        temperature: What the cosine is divided by, above 0.
-        **kwargs: Arguments of sentence-transformers' trainer, without model and loss.
+        module: Embedding module around the model to train.
+        temperature: Divisor of the cosine, above 0.
+        **kwargs: Arguments of sentence-transformers' trainer except model and loss.
     """
 
     def __init__(self, *, module: PromptEOL, temperature: float, **kwargs: Any) -> None:
@@ -31,22 +31,22 @@ class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
         super().__init__(model=embedder, loss=loss, **kwargs)
 
     def generator(self) -> Any:
-        """Return the causal language model that is trained, adapter included."""
+        """Return the trained causal language model, adapter included."""
         return self.accelerator.unwrap_model(self.model)[0].model
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # What training changes, and no copy of a tokenizer of many megabytes in every checkpoint.
+        # Only the trained weights: a tokenizer in every checkpoint would take many megabytes.
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.generator(), folder)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        # Not sentence-transformers' way, which loads a whole folder of its own.
+        # sentence-transformers would load a whole model folder, which a checkpoint is not.
         Trainer._load_from_checkpoint(self, checkpoint_path, self.generator())
 
 
-def contrastive_rows(triplets: Sequence[Triplet]) -> Dataset:
-    """Return the triplets as columns ``anchor``, ``positive`` and ``negative``."""
+def contrastive_dataset(triplets: Sequence[Triplet]) -> Dataset:
+    """Return the triplets as a data set with the columns ``anchor``, ``positive`` and ``negative``."""
     return Dataset.from_dict(
         {
             "anchor": [triplet.premise for triplet in triplets],

@@ -1,4 +1,4 @@
-"""The dev score of a model in training, and the trainer that selects checkpoints by it."""
+"""The dev score of a model in training, and a trainer that selects checkpoints by it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sempa_st.utils.run_info import fingerprint
 
 
 class DevScorer:
-    """Score a live model on graded pairs, with the vectors that the finished folder gives.
+    """Score a model in memory on graded pairs, with the embeddings that its model folder would give.
 
     Args:
         pairs: Graded sentence pairs.
         tokenizer: Tokenizer with the embedding template installed.
-        template: Name of the template.
-        max_seq_length: Longest input in tokens, template included.
-        batch_size: Sentences a batch.
+        template: Name of the embedding template.
+        max_seq_length: Maximum input length in tokens, template included.
+        batch_size: Number of sentences in a batch.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class DevScorer:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs."""
+        """Number of graded pairs."""
         return len(self._pairs)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the graded pairs."""
+        """Return the SHA-256 digest (hex) of the graded pairs."""
         return fingerprint(zip(self._pairs.first, self._pairs.second, self._pairs.scores, strict=True))
 
     def __call__(self, model: Any) -> float:
-        """Return the Spearman correlation (times 100) of the cosine with the grades.
+        """Return the Spearman correlation, times 100, of cosine similarities with the grades.
 
         Raises:
-            SempaError: If it is not a number, as when the model has diverged.
+            SempaError: If the score is not a number, because training has diverged.
         """
         from sentence_transformers import SentenceTransformer
 
@@ -85,21 +85,21 @@ class DevScorer:
 
 
 class DevScoreTrainer(Trainer):
-    """A trainer whose ``evaluate`` is the dev score of the embeddings and not a loss.
+    """A trainer whose ``evaluate`` returns the dev score of the embeddings instead of a loss.
 
     Args:
-        dev_scorer: Judge of a checkpoint.
-        train_dataset: Data set to train on. An ``eval_dataset`` is neither needed nor used.
-        **kwargs: Arguments of the Transformers trainer, or of the other one that a subclass derives from.
+        dev_scorer: Scores the model at each checkpoint.
+        train_dataset: Data set to train on. There is no ``eval_dataset``.
+        **kwargs: Other arguments of the Transformers trainer, or of the trainer that a subclass derives from.
     """
 
     def __init__(self, *, dev_scorer: DevScorer, train_dataset: Any, **kwargs: Any) -> None:
-        # The trainer's loop wants an evaluation set before it evaluates at all; one row is never looked at.
+        # The Transformers trainer evaluates only if it has an eval_dataset; this one is never used.
         super().__init__(train_dataset=train_dataset, eval_dataset=train_dataset.select([0]), **kwargs)
         self._dev_scorer = dev_scorer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return (and log) the dev score of the model as it stands."""
+        """Return and log the dev score of the model."""
         model = self.generator()
         was_training = model.training
         metrics = {DEV_METRIC: self._dev_scorer(model)}
@@ -109,5 +109,5 @@ class DevScoreTrainer(Trainer):
         return metrics
 
     def generator(self) -> Any:
-        """Return the causal language model that is trained, adapter included."""
+        """Return the trained causal language model, adapter included."""
         return self.accelerator.unwrap_model(self.model)

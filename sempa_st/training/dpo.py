@@ -1,4 +1,4 @@
-"""What rows begin with alike is run once: a request with several answers, a prompt with two completions."""
+"""Plain DPO with TRL's trainer; the prompt that chosen and rejected answer share is computed once."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
-    """DPO on preference data, judged by the dev score.
+    """DPO on preference data, evaluated by the dev score.
 
-    The reference is run once, before training, and kept on disk for the next run on the same base and data.
+    The reference model runs once, before training. Its log-probabilities are cached on disk for later runs on the same
+    base and data.
 
     Args:
-        reference: All that decides the reference's log-probabilities.
-        **kwargs: Arguments of TRL's trainer, with ``precompute_ref_log_probs`` set; see also :class:`DevScoreTrainer`.
+        reference_identity: Everything that determines the reference log-probabilities, the key of the cache.
+        **kwargs: Arguments of TRL's trainer, with ``precompute_ref_log_probs`` set, and of :class:`DevScoreTrainer`.
     """
 
-    def __init__(self, *, reference: dict[str, Any], **kwargs: Any) -> None:
-        self._reference = reference
+    def __init__(self, *, reference_identity: dict[str, Any], **kwargs: Any) -> None:
+        self._reference_identity = reference_identity
         super().__init__(**kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL's own form keeps its results beside a data set that lies on the disk; this one is in memory.
+        # TRL caches its results next to a data set on disk; this one is in memory.
         if name == "eval":
-            return dataset  # never looked at
+            return dataset  # not used: see DevScoreTrainer
         main = self.accelerator.is_main_process
-        kept = cached_tensor(REFERENCE, self._reference, lambda: self._run_reference(dataset, batch_size), write=main)
-        for column, values in zip(_REFERENCE_COLUMNS, kept.T.tolist(), strict=True):
+        log_probabilities = cached_tensor(
+            REFERENCE, self._reference_identity, lambda: self._run_reference(dataset, batch_size), write=main
+        )
+        for column, values in zip(_REFERENCE_COLUMNS, log_probabilities.T.tolist(), strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
 
     def _run_reference(self, dataset: Any, batch_size: int) -> Tensor:
-        """Return the log-probabilities of chosen and rejected, of shape (rows, 2); rows of similar length together."""
+        """Return the log-probabilities of chosen and rejected, of shape (examples, 2); batches are sorted by length."""
         order = torch.tensor(
             [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
         ).argsort()
@@ -55,37 +58,39 @@ class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
             DataLoader(dataset.select(order.tolist()), batch_size, collate_fn=self.data_collator)
         )
         hidden = not self.accelerator.is_main_process
-        found = [
+        batches = [
             torch.stack(self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch)), dim=1).cpu()
             for batch in tqdm(loader, desc="reference", unit="batch", dynamic_ncols=True, disable=hidden)
         ]
-        return torch.cat(found)[order.argsort()]
+        return torch.cat(batches)[order.argsort()]
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        """Return TRL's log-probabilities of the reference, at the price of :meth:`compute_loss`."""
-        with self._once():
+        """Return TRL's reference log-probabilities, with the savings of :meth:`compute_loss`."""
+        with self._without_waste():
             return super().compute_ref_log_probs(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return TRL's loss; prompts are run once for both completions, and the LM head on completion tokens only."""
-        with self._once():
+        """Return TRL's loss; a prompt runs once for both completions, and the LM head on completion tokens only."""
+        with self._without_waste():
             return super().compute_loss(*args, **kwargs)
 
     @contextmanager
-    def _once(self) -> Iterator[None]:
+    def _without_waste(self) -> Iterator[None]:
         model = self.generator()
         causal_lm = model.get_base_model() if is_peft_model(model) else model
-        with completion_tokens_only(), pairs_together(causal_lm.base_model):
+        with completion_tokens_only(), prompts_shared(causal_lm.base_model):
             yield
 
 
 @contextmanager
-def pairs_together(decoder: Any) -> Iterator[None]:
-    """Make a decoder run a batch of pairs by :func:`shared_states`, in all threads: for training, which has one.
+def prompts_shared(decoder: Any) -> Iterator[None]:
+    """Make a decoder compute the shared prompts of a batch once, by :func:`shared_states`.
+
+    This replaces ``decoder.forward`` for all threads, so it is for training alone.
 
     Args:
-        decoder: Layers without the LM head, called as TRL's DPO trainer calls them: rows padded on the right, and
-            nothing read of the output but the last hidden states. Any other call is left as it is.
+        decoder: Model without the LM head, called as TRL's DPO trainer does: with sequences padded on the right, and
+            only the last hidden states of the output used. Calls with other arguments are passed on unchanged.
     """
     shadowed = decoder.__dict__.get("forward")
 
@@ -98,8 +103,8 @@ def pairs_together(decoder: Any) -> Iterator[None]:
     def run(*args: Any, **kwargs: Any) -> Any:
         restore()
         try:
-            asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-            if args or asked - {"return_dict"} != {"input_ids", "attention_mask"}:
+            given = {name for name, value in kwargs.items() if value is not None and value is not False}
+            if args or given - {"return_dict"} != {"input_ids", "attention_mask"}:
                 return decoder.forward(*args, **kwargs)
             states = shared_states(decoder, kwargs["input_ids"], kwargs["attention_mask"])
             return BaseModelOutputWithPast(last_hidden_state=states)

@@ -1,4 +1,4 @@
-"""Forward passes of the objectives: the state that is the embedding, logits of words, log-probabilities of answers."""
+"""Forward passes of the objectives: last hidden states, logits of words, log-probabilities of answers."""
 
 from __future__ import annotations
 
@@ -10,80 +10,85 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from sempa_st.forward.batching import groups_by_length
+from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.forward.prefix_cache import PrefixCache
 from sempa_st.model.prompt_eol import PromptEOL
 
+_MAX_SEQUENCES = 64
+_MAX_PADDING = 128
+"""Number of padding tokens in a group that costs about as much as another forward pass."""
 
-class ReadStates(NamedTuple):
-    """States of shape (rows, hidden) under the model, and of the first rows under the reference, without gradients."""
+
+class LastStates(NamedTuple):
+    """Hidden states of shape (batch, hidden), with gradients, and reference states of the first sequences, without."""
 
     states: Tensor
     reference: Tensor
 
 
-def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, reference_rows: int = 0) -> ReadStates:
-    """Return the state at each row's last token, with gradients to the adapter.
+def last_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor, num_reference: int = 0) -> LastStates:
+    """Return the hidden state of the last token of each sequence, with gradients to the adapter.
 
-    Padding, which would cost as much as text, is all but left out: rows are packed, or run with others of their length.
+    Little is computed for padding: sequences are packed, or grouped by length.
 
     Args:
-        module: Embedding module around the live model.
-        input_ids: Rendered templates, of shape (rows, tokens); padding may stand on either side.
+        module: Embedding module around the trained model.
+        input_ids: Sentences under the template, of shape (batch, seq_len), padded on either side.
         attention_mask: 0 on padding, of the same shape.
-        reference_rows: Of how many rows, the first ones, the reference is wanted too. Only for an adapter that
-            acts on the closing tokens alone, to which it comes for the price of these.
+        num_reference: Number of leading sequences for which the reference states are returned as well. Only for an
+            adapter that acts on the suffix alone, whose prefix cache the reference shares.
     """
     if module.num_suffix_tokens:
-        return _suffix_states(module, unpadded(input_ids, attention_mask), reference_rows)
+        return _suffix_states(module, unpadded(input_ids, attention_mask), num_reference)
     states = embed_rows_fast(module, input_ids, attention_mask)
-    return ReadStates(states, states[:0])
+    return LastStates(states, states[:0])
 
 
-def _suffix_states(module: PromptEOL, rows: list[Tensor], reference_rows: int) -> ReadStates:
-    """Return the states under an adapter of the closing tokens; rows of similar length are run together."""
+def _suffix_states(module: PromptEOL, sequences: list[Tensor], num_reference: int) -> LastStates:
+    """Return the states for an adapter that acts on the suffix alone, in groups of similar length."""
     device = module.decoder.device
     states: dict[int, Tensor] = {}
     reference: dict[int, Tensor] = {}
-    for group in groups_by_length([len(row) for row in rows]):
+    lengths = [len(sequence) for sequence in sequences]
+    for group in group_by_length(lengths, max_sequences=_MAX_SEQUENCES, max_padding=_MAX_PADDING):
         ids, mask = (
-            pad_sequence([make(rows[row]) for row in group], batch_first=True, padding_side="left").to(device)
+            pad_sequence([make(sequences[index]) for index in group], batch_first=True, padding_side="left").to(device)
             for make in (torch.clone, torch.ones_like)
         )
-        open_rows = PrefixCache(module, ids, mask)
-        states |= dict(zip(group, open_rows.suffix_states(), strict=True))
-        wanted = [place for place, row in enumerate(group) if row < reference_rows]
-        if wanted:
-            base = open_rows.base_suffix_states(torch.tensor(wanted, device=device))
-            reference |= dict(zip([group[place] for place in wanted], base, strict=True))
-    ordered = [torch.stack([found[row] for row in sorted(found)]) for found in (states, reference or states)]
-    return ReadStates(ordered[0], ordered[1][:reference_rows])
+        prefix_cache = PrefixCache(module, ids, mask)
+        states |= dict(zip(group, prefix_cache.suffix_states(), strict=True))
+        selected = [position for position, index in enumerate(group) if index < num_reference]
+        if selected:
+            base = prefix_cache.base_suffix_states(torch.tensor(selected, device=device))
+            reference |= dict(zip([group[position] for position in selected], base, strict=True))
+    ordered = [torch.stack([by_index[i] for i in sorted(by_index)]) for by_index in (states, reference or states)]
+    return LastStates(ordered[0], ordered[1][:num_reference])
 
 
 class TrainingForward:
-    """The ``forward_rows`` of a module whose ``forward`` is trained through."""
+    """Forward strategy of a module whose ``forward`` is differentiated."""
 
     def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the states of :func:`last_states`."""
+        """Return the states of :func:`last_states`, of shape (batch, hidden)."""
         return last_states(module, input_ids, attention_mask).states
 
     def packs_batches(self, module: PromptEOL) -> bool:
-        """Return False: the trainer's batches are drawn at random."""
+        """Return False, since training batches are drawn at random."""
         return False
 
 
 def word_logits(causal_lm: PreTrainedModel, states: Tensor, words: Tensor) -> Tensor:
-    """Return the LM head's logits of some words only.
+    """Return the logits of some tokens only.
 
     Args:
-        causal_lm: Model with the head; its final soft cap, if any, is applied.
-        states: Last hidden states of shape (rows, hidden).
-        words: Token ids of shape (words,).
+        causal_lm: Model with an LM head; its final soft cap, if any, is applied.
+        states: Last hidden states, of shape (batch, hidden).
+        words: Token ids, of shape (words,).
 
     Returns:
-        Logits of shape (rows, words), in float32: what counts is their small distance from the reference's.
+        Logits of shape (batch, words), in float32, since the losses use small differences from the reference.
     """
     head = causal_lm.get_output_embeddings()
     bias = getattr(head, "bias", None)
@@ -94,53 +99,52 @@ def word_logits(causal_lm: PreTrainedModel, states: Tensor, words: Tensor) -> Te
 
 
 def cap_logits(causal_lm: PreTrainedModel, logits: Tensor) -> Tensor:
-    """Apply the model's final soft cap, c tanh(logits / c), where it has one (Gemma 2)."""
+    """Apply the model's final soft cap, c tanh(logits / c), if it has one (Gemma 2)."""
     cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return log pi(y | x) of whole answers, the LM head run on the answers' positions only.
+    """Return log pi(y | x) of whole answers; the LM head runs on answer positions only.
 
     Args:
-        causal_lm: Model with the head.
-        batch: ``answer_input_ids``, ``answer_attention_mask`` and ``answer`` (True on answer tokens), each of shape
-            (rows x answers, tokens), a row's answers next to each other, and ``answers``, of shape (rows,).
+        causal_lm: Model with an LM head.
+        batch: A batch of :class:`sempa_st.training.batches.AnswerInputs`.
 
     Returns:
-        Sums over each answer's tokens, of shape (rows x answers,).
+        Sum over the tokens of each answer, of shape (batch * num_answers,).
     """
     input_ids = batch["answer_input_ids"]
     states = shared_states(causal_lm.base_model, input_ids, batch["answer_attention_mask"])
-    answer = batch["answer"][:, 1:]
-    logits = full_logits(causal_lm, states[:, :-1][answer])
-    token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][answer], reduction="none")
-    rows = torch.arange(len(answer), device=answer.device)[:, None].expand_as(answer)[answer]
-    return token_logps.new_zeros(len(answer)).index_add(0, rows, token_logps)
+    mask = batch["answer_mask"][:, 1:]  # the state at a position predicts the next token
+    logits = full_logits(causal_lm, states[:, :-1][mask])
+    token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][mask], reduction="none")
+    answer_of_token = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+    return token_logps.new_zeros(len(mask)).index_add(0, answer_of_token, token_logps)
 
 
 def full_logits(causal_lm: PreTrainedModel, states: Tensor) -> Tensor:
-    """Return float32 logits over the whole vocabulary, of shape (..., vocabulary)."""
+    """Return float32 logits over the whole vocabulary, of shape (..., vocab_size)."""
     return cap_logits(causal_lm, causal_lm.get_output_embeddings()(states).float())
 
 
 def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the last hidden states of rows, the beginning that some of them share run once, with its gradients.
+    """Return the last hidden states, with gradients; prefixes that sequences share are computed once.
 
     Args:
-        decoder: Layers without the LM head.
-        input_ids: Rows padded on the right, of shape (rows, tokens).
+        decoder: Model without the LM head.
+        input_ids: Sequences padded on the right, of shape (batch, seq_len).
         attention_mask: 0 on padding, of the same shape.
 
     Returns:
-        States of shape (rows, tokens, hidden); those of padding hold anything.
+        Hidden states of shape (batch, seq_len, hidden), undefined on padding.
     """
-    kept = attention_mask.bool()
-    if not can_pack(decoder, int(kept.sum(dim=1).max())):
+    mask = attention_mask.bool()
+    if not can_pack(decoder, int(mask.sum(dim=1).max())):
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
     packed = states_packed(decoder, unpadded(input_ids, attention_mask))
-    places = torch.zeros_like(input_ids)
-    places[kept] = torch.cat(packed.indices).to(places.device)
-    return packed.states.index_select(0, places.flatten()).view(*places.shape, -1)
+    index = torch.zeros_like(input_ids)  # of each token among the packed ones
+    index[mask] = torch.cat(packed.indices).to(index.device)
+    return packed.states.index_select(0, index.flatten()).view(*index.shape, -1)

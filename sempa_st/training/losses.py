@@ -1,4 +1,7 @@
-"""The one loss behind every objective: a Plackett-Luce choice among candidates (the paper, "Theory")."""
+"""The objectives, all of them Plackett-Luce losses over scored candidates (the paper, "Theory"), and the KL term.
+
+The way from a batch to the scalar is drawn in :mod:`sempa_st.training.alignment`.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +13,42 @@ from torch.nn import functional
 
 
 def plackett_luce_loss(scores: Tensor, ranking: Tensor, absent: Tensor | None = None) -> Tensor:
-    """Return the mean negative log-probability of a ranking of candidates.
+    """Return the mean negative log-probability of rankings under the Plackett-Luce model.
 
-    With the ranked candidates c_1 > c_2 > ... of a row, and all of the row's other candidates below them,
+    For an example x with the ranking c_1 > c_2 > ... above all unranked candidates,
 
         loss = - sum_k log( exp s(x, c_k) / sum_{y not among c_1 .. c_{k-1}} exp s(x, y) )
 
-    One ranked candidate gives the top-1 form that contrastive learning and DPO share: with cosine over temperature for
-    s it is InfoNCE, with two candidates and beta times log ratios it is DPO's sigmoid loss.
+    Ranking only the best candidate gives the form that contrastive learning and DPO share: it is InfoNCE if s is cosine
+    over temperature, and DPO's sigmoid loss with two candidates if s is beta times the log ratio.
 
     Args:
-        scores: s(x, y) of shape (rows, candidates).
-        ranking: Columns of the ranked candidates, best first, of shape (rows, ranked), with 1 <= ranked <= candidates.
-            A -1 ends the ranking of a row early.
-        absent: True where a candidate does not stand for choice in a row, of shape (rows, candidates). A ranked
-            candidate must be present.
+        scores: s(x, y), of shape (batch, candidates).
+        ranking: Indices of the ranked candidates, best first, of shape (batch, ranked), 1 <= ranked <= candidates.
+            Shorter rankings are padded with -1.
+        absent: True for candidates that an example does not have, of shape (batch, candidates). None if it has all.
 
     Returns:
-        A scalar: the mean over rows.
+        Scalar, the mean over the batch.
 
     Raises:
-        ValueError: If a ranked candidate is absent, which would make the loss infinite.
+        ValueError: If a candidate is ranked twice or is absent, which would make the loss infinite.
+
+    >>> scores = torch.log(torch.tensor([[1.0, 2.0, 5.0]]))
+    >>> plackett_luce_loss(scores, torch.tensor([[2, 1]])).exp()  # 1 / (5/8 * 2/3)
+    tensor(2.4000)
     """
-    out = torch.zeros_like(scores, dtype=torch.bool) if absent is None else absent
+    excluded = torch.zeros_like(scores, dtype=torch.bool) if absent is None else absent
     total = scores.new_zeros(len(scores))
-    for place in range(ranking.shape[1]):
-        column = ranking[:, place : place + 1]
+    for column in ranking.split(1, dim=1):
         ranked = column >= 0
-        column = column.clamp(min=0)
-        if (out.gather(1, column) & ranked).any():
-            raise ValueError("A ranked candidate is absent or ranked twice.")
-        left = scores.masked_fill(out, -torch.inf)
-        negative_log = left.logsumexp(dim=1) - scores.gather(1, column).squeeze(1)
+        candidate = column.clamp(min=0)
+        if (excluded.gather(1, candidate) & ranked).any():
+            raise ValueError("A ranked candidate is absent or ranked twice. Rank each present candidate once at most.")
+        remaining = scores.masked_fill(excluded, -torch.inf)
+        negative_log = remaining.logsumexp(dim=1) - scores.gather(1, candidate).squeeze(1)
         total = total + torch.where(ranked.squeeze(1), negative_log, 0.0)
-        out = out.scatter(1, column, out.gather(1, column) | ranked)
+        excluded = excluded.scatter(1, candidate, excluded.gather(1, candidate) | ranked)
     return total.mean()
 
 
@@ -51,134 +56,141 @@ def log_ratio_score(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Return DPO's implicit reward: s(x, y) = beta (log pi(y | x) - log pi_ref(y | x)).
 
     Args:
-        policy: Log-probabilities of whole answers under the model, of any shape.
-        reference: The same under the reference, of the same shape.
-        beta: Strength of the tie to the reference, above 0.
+        policy: Log-probabilities of whole answers under the trained model, of any shape.
+        reference: The same under the reference model.
+        beta: DPO's beta, above 0; larger values keep the model closer to the reference.
     """
     return beta * (policy - reference)
 
 
 def word_score(policy: Tensor, reference: Tensor | None, bags: Tensor, beta: float) -> Tensor:
-    """Score sentences by their words at the one position that is the embedding.
+    """Score sentences by the log ratios of their words at the template's last position.
 
         s(x, y) = beta * mean over v in B(y) of ( log pi(v | T(x)) - log pi_ref(v | T(x)) )
 
-    where T(x) is the embedding template around x, pi the next-token distribution at its last position, and B(y) the
-    bag of words of y. The normalisers of pi and pi_ref do not depend on y, so they cancel in every choice among
-    candidates of one x: logits stand for log-probabilities, and only those of the words at hand are needed.
+    where T(x) is the embedding template filled with x, pi the next-token distribution after it, and B(y) the bag of
+    words of y. The normalisers of pi and pi_ref do not depend on y and cancel among the candidates of one x. So logits
+    replace log-probabilities, and only those of the batch's words are needed.
 
     Args:
-        policy: Logits of the batch's distinct words at the template's last position, of shape (rows, words).
-        reference: The same under the reference; None leaves the reference out.
+        policy: Logits of the batch's distinct words at the template's last position, of shape (batch, words).
+        reference: The same under the reference model; None to leave it out.
         bags: Weight of each word in each candidate's bag, of shape (candidates, words); each row sums to 1.
-        beta: Strength, above 0.
+        beta: Scale of the scores, above 0.
 
     Returns:
-        Scores of shape (rows, candidates), each row up to a constant.
+        Scores of shape (batch, candidates), each row up to a constant.
     """
-    moved = policy if reference is None else policy - reference
-    return beta * moved @ bags.T
+    log_ratio = policy if reference is None else policy - reference
+    return beta * log_ratio @ bags.T
 
 
 def similarity_score(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Return the contrastive score: s(x, y) = cos(f(x), f(y)) / temperature.
 
     Args:
-        first: Embeddings of shape (rows, hidden).
+        first: Embeddings of shape (batch, hidden).
         second: Embeddings of shape (candidates, hidden).
         temperature: Above 0.
 
     Returns:
-        Scores of shape (rows, candidates).
+        Scores of shape (batch, candidates).
     """
     return functional.normalize(first, dim=-1) @ functional.normalize(second, dim=-1).T / temperature
 
 
 @dataclass(frozen=True)
 class ObjectiveLoss:
-    """What an objective says of a batch.
+    """The loss of an objective on a batch, and its reward margins.
 
     Args:
         loss: Scalar.
-        margins: s(x, entailed) - s(x, contradicted) of each row, of shape (rows,), without gradients.
+        margins: s(x, entailed) - s(x, contradicted), of shape (batch,), without gradients.
     """
 
     loss: Tensor
     margins: Tensor
 
 
-def ranked_answers_loss(policy: Tensor, reference: Tensor, answers: Tensor, beta: float) -> ObjectiveLoss:
-    """Rank whole answers to a paraphrase request (objectives ``dpo`` and ``listwise``).
+def ranked_answers_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: float) -> ObjectiveLoss:
+    """Rank whole answers to a paraphrase prompt (objectives ``dpo`` and ``listwise``).
 
         loss = - log PL( entailed > neutral > contradicted ),  s(x, y) = beta (log pi(y|x) - log pi_ref(y|x))
 
-    With two answers it is DPO's sigmoid loss; with three it is the listwise form that the paper leaves to future work.
+    Two answers give DPO's sigmoid loss; three give the listwise form that the paper leaves to future work.
 
     Args:
-        policy: Log-probabilities of the answers, best first, of shape (rows, answers); a missing one holds anything.
-        reference: The same under the reference.
-        answers: Number of answers of each row, of shape (rows,), at least 2; those a row lacks stand last.
+        policy: Log-probabilities of the answers, best first, of shape (batch, answers). Missing answers come last and
+            may have any value.
+        reference: The same under the reference model.
+        counts: Number of answers to each prompt, at least 2, of shape (batch,).
         beta: DPO's beta.
     """
     scores = log_ratio_score(policy, reference, beta)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    absent = places >= answers[:, None]
-    ranking = places[:, :-1].masked_fill(places[:, :-1] >= answers[:, None] - 1, -1)
-    worst = scores.gather(1, answers[:, None] - 1).squeeze(1)
+    columns = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    absent = columns >= counts[:, None]
+    # The last answer follows from the order of the others.
+    ranking = columns[:, :-1].masked_fill(columns[:, :-1] >= counts[:, None] - 1, -1)
+    worst = scores.gather(1, counts[:, None] - 1).squeeze(1)
     return ObjectiveLoss(plackett_luce_loss(scores, ranking, absent), (scores[:, 0] - worst).detach())
 
 
 def one_word_loss(policy: Tensor, reference: Tensor | None, bags: Tensor, beta: float) -> ObjectiveLoss:
-    """Prefer the words of the entailed sentence to those of the contradicted one (objective ``one-word``).
+    """Prefer the words of the entailed to those of the contradicted sentence (objective ``one-word``).
 
-        loss = - log sigmoid( s(x, y+) - s(x, y-) ),  s as in :func:`sempa_st.training.losses.word_score`
+        loss = - log sigmoid( s(x, y+) - s(x, y-) ),  s as in :func:`word_score`
 
     Args:
-        policy: Logits of the batch's words at the template's last position, of shape (rows, words).
-        reference: The same under the reference, or None.
-        bags: Bags of the entailed, then of the contradicted sentences, without the words that the two of a row share,
-            of shape (2 rows, words).
-        beta: Strength.
+        policy: Logits of the batch's words at the template's last position, of shape (batch, words).
+        reference: The same under the reference model, or None.
+        bags: Bags of all entailed, then of all contradicted sentences, without the words that the two of a triplet
+            share, of shape (2 * batch, words).
+        beta: Scale of the scores.
     """
-    rows = len(policy)
+    size = len(policy)
     scores = word_score(policy, reference, bags, beta)
-    own = torch.stack([scores[:, :rows].diagonal(), scores[:, rows:].diagonal()], dim=1)
-    first = torch.zeros(rows, 1, dtype=torch.long, device=own.device)
+    own = torch.stack([scores[:, :size].diagonal(), scores[:, size:].diagonal()], dim=1)
+    first = torch.zeros(size, 1, dtype=torch.long, device=own.device)
     return ObjectiveLoss(plackett_luce_loss(own, first), (own[:, 0] - own[:, 1]).detach())
 
 
-def in_batch_loss(scores: Tensor, same: Tensor, neutral_known: Tensor, *, neutral: str) -> ObjectiveLoss:
-    """Choose a row's entailed sentence among all hypotheses of the batch (``one-word-listwise``, ``contrastive``).
+def in_batch_loss(scores: Tensor, same_premise: Tensor, has_neutral: Tensor, *, neutral: str) -> ObjectiveLoss:
+    """Pick a premise's entailed sentence among all hypotheses of the batch (``one-word-listwise``, ``contrastive``).
 
         loss = - log ( exp s(x_i, y+_i) / sum_j ( exp s(x_i, y+_j) + exp s(x_i, y-_j) [+ exp s(x_i, n_j)] ) )
 
-    and with ``neutral="second"`` also the second choice of a full ranking, a row's own neutral sentence among all that
-    are left.
+    With ``neutral="second"``, the premise's own neutral sentence is ranked second. The candidates in a
+    batch of two, and which are ranked first and second:
+
+                 y+_1  y+_2  y-_1  y-_2  n_1  n_2
+        x_1       1     .     .     .     2    .
+        x_2       .     1     .     .     .    2
 
     Args:
-        scores: Columns are the entailed, the contradicted and, unless ``neutral`` is ``none``, the neutral sentences
-            of all rows, of shape (rows, 2 rows) or (rows, 3 rows).
-        same: True for another row with the same premise: its hypotheses are no negatives. Shape (rows, rows).
-        neutral_known: False where a row has no neutral sentence: its column holds anything. Shape (rows,).
+        scores: s(x_i, y) for all entailed, all contradicted and, unless ``neutral`` is ``none``, all neutral sentences
+            of the batch, of shape (batch, 2 * batch) or (batch, 3 * batch).
+        same_premise: True for another triplet with the same premise, whose hypotheses are not used as negatives. Shape
+            (batch, batch).
+        has_neutral: False for a triplet without a neutral sentence, whose column is ignored. Shape (batch,).
         neutral: ``none``, ``negative`` or ``second``.
     """
-    rows = len(scores)
-    own = torch.arange(rows, device=scores.device)[:, None]
-    ranking, absent = own, same.repeat(1, scores.shape[1] // rows)
+    size = len(scores)
+    own = torch.arange(size, device=scores.device)[:, None]
+    ranking, absent = own, same_premise.repeat(1, scores.shape[1] // size)
     if neutral != "none":
-        absent[:, 2 * rows :] |= ~neutral_known
+        absent[:, 2 * size :] |= ~has_neutral
     if neutral == "second":
-        ranking = torch.cat([own, (own + 2 * rows).masked_fill(~neutral_known[:, None], -1)], dim=1)
+        ranking = torch.cat([own, (own + 2 * size).masked_fill(~has_neutral[:, None], -1)], dim=1)
     loss = plackett_luce_loss(scores, ranking, absent)
-    return ObjectiveLoss(loss, (scores[:, :rows].diagonal() - scores[:, rows : 2 * rows].diagonal()).detach())
+    return ObjectiveLoss(loss, (scores[:, :size].diagonal() - scores[:, size : 2 * size].diagonal()).detach())
 
 
 def reference_kl(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return KL(pi_ref || pi), the mean over positions of ordinary text.
+    """Return KL(pi_ref || pi), averaged over positions of ordinary text.
 
     Args:
-        policy: Float32 logits of shape (positions, vocabulary).
-        reference: The same under the reference.
+        policy: Float32 logits of shape (positions, vocab_size).
+        reference: The same under the reference model.
     """
     target = torch.log_softmax(reference, dim=-1)
     return (target.exp() * (target - torch.log_softmax(policy, dim=-1))).sum(dim=-1).mean()

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its record, and the table that a person reads."""
+"""The record of a finished run, and the table printed from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sempa_st.utils.tables import table
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
 _NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
-"""Where and how a run is made, and not what comes out of it."""
+"""Settings that say where and how a run is made, but do not affect its result."""
 
 
 def run_record(
@@ -35,19 +35,18 @@ def run_record(
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
-    The names in it are portable: of files and folders their last part. ``settings_digest`` tells the settings apart as
-    they were given. In ``training``, null stands for a figure that was no finite number, such as the gradient norm of
-    a step that overflowed.
+    Paths are reduced to their last component, so that the record is portable; ``settings_digest`` is that of the full
+    settings. In ``training``, null is a value that was not finite, such as the gradient norm of a step that overflowed.
 
     Args:
         config: Settings of the run.
-        base: Base that was trained.
-        data: Triplets that were trained on.
+        base: Base model of the run.
+        data: Training triplets.
         state: The trainer's state after training.
-        base_score: Dev score before training.
+        base_score: Dev score before training, times 100.
         dev_pairs: Number of dev pairs.
-        seconds: Wall-clock time.
-        kl_text_sha256: Digest of the KL term's text, where it has one of its own.
+        seconds: Wall-clock time in seconds.
+        kl_text_sha256: SHA-256 digest (hex) of the text of the KL term; None without such a text.
     """
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
@@ -83,12 +82,13 @@ def run_record(
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Return a short hash of the settings that decide the result of a run.
+    """Return a short digest of the settings that affect the result of a run.
+
+    Only settings that differ from their defaults count. So an option added in a later version changes no digest.
 
     Args:
-        settings: Settings of a run, as in a config or a record. What is missing, as in the record of a version that
-            had no such option, stands at its default; what is no setting is not looked at. Nor is what stands at its
-            default, so that an option of a later version changes no digest.
+        settings: Settings by name, as in a config or a record. Missing settings have their default; other keys are
+            ignored.
     """
     identity = {
         item.name: settings[item.name]
@@ -112,26 +112,26 @@ def _step(line: dict[str, float]) -> dict[str, float | None]:
 
 
 def run_table(record: dict[str, Any]) -> str:
-    """Lay out a run record: at each checkpoint, triplets seen, loss, reward accuracy and dev score."""
+    """Format a run record as a table: triplets seen, loss, reward accuracy and dev score at each checkpoint."""
     rows: list[list[object]] = []
-    since = 0
+    previous = 0
     scores = record["dev"]["scores"]
     for score in scores:
-        lines = [line for line in record["training"] if since < line["step"] <= score["step"]]
-        since = score["step"]
+        lines = [line for line in record["training"] if previous < line["step"] <= score["step"]]
+        previous = score["step"]
         means = [_mean(lines, key) for key in ("loss", "reward_accuracy")]
         kept = "<- kept" if score["step"] == record["best_step"] else ""
         rows.append([score["samples"], *means, score["spearman"], kept])
     text = table(["triplets", "loss", "reward accuracy", f"dev ({record['dev']['source']})", ""], rows)
     if skipped := record["data"]["skipped"]:
-        text += f"\nLeft out as bad: {skipped} row(s) or premise(s) of {record['data']['source']}."
+        text += f"\nSkipped as bad: {skipped} row(s) or premise(s) of {record['data']['source']}."
     if too_long := record["data"].get("too_long"):
-        text += f"\nLeft out as too long: {too_long} triplet(s), whose request alone fills --max-length"
+        text += f"\nSkipped as too long: {too_long} triplet(s) whose prompt alone fills --max-length"
         text += f" {record['config']['max_length']}."
     best = max(score["spearman"] for score in scores[1:])
     if best <= scores[0]["spearman"]:
         text += (
-            f"\nNo checkpoint beats the base's own dev score, {scores[0]['spearman']:.2f}; the best of them was kept."
+            f"\nNo checkpoint beats the dev score of the base, {scores[0]['spearman']:.2f}; the best of them was kept."
         )
     return text
 

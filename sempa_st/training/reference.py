@@ -1,4 +1,4 @@
-"""What the reference says of the data: computed once, before the adapter is there, and kept on disk."""
+"""Run the reference model over the data, once before the adapter is attached, and cache the results on disk."""
 
 from __future__ import annotations
 
@@ -24,30 +24,35 @@ from sempa_st.forward.batching import batches_within_tokens
 from sempa_st.model.patching import attention_implementation
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
-from sempa_st.training.batches import AnswerRows
+from sempa_st.training.batches import AnswerInputs
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.forward import answer_log_probabilities
 from sempa_st.utils.files import atomic_file, cache_folder
 from sempa_st.utils.leftovers import clear_leftovers, unwritable_reason
 
 REFERENCE = "reference_log_probabilities"
-"""Name of the log-probabilities of whole answers, best first, of shape (triplets, answers)."""
+"""Name of the log-probabilities of whole answers, best first, of shape (triplets, num_answers)."""
+_MAX_TOKENS = 2048
+"""Number of tokens in a batch of the reference model, padding included."""
+_MAX_CHARACTERS = 4 * _MAX_TOKENS
 
 
 def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Tensor], *, write: bool) -> Tensor:
-    """Return ``compute()``, or what it returned earlier for the same ``identity``; a cache is a help and no need.
+    """Return ``compute()``, or its cached result for the same ``identity``.
+
+    The cache is optional: if it cannot be read or written, the result is computed.
 
     Args:
-        name: What the result is called on disk.
-        identity: All that decides the result: base, data, template, type. JSON values only.
-        compute: Runs the reference; called only when nothing is cached.
-        write: Whether this process keeps the result for others.
+        name: Name of the tensor in the cache file.
+        identity: Everything that determines the result, such as base, data, template and dtype, as JSON values.
+        compute: Runs the reference model; called only if nothing is cached.
+        write: Whether this process writes the result to the cache.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{digest[:32]}.safetensors"
     try:
         return load_file(path)[name]
-    except (SafetensorError, OSError, KeyError):  # not there, cut short, out of reach, or somebody else's
+    except (SafetensorError, OSError, KeyError):  # missing, truncated, not readable, or not our file
         tensor = compute()
     if write:
         try:
@@ -61,35 +66,36 @@ def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Ten
 
 @functools.cache
 def warn_uncached(folder: Path, reason: str) -> None:
-    """Say once that nothing can be kept in the cache, which a run can do without."""
+    """Warn once that the cache cannot be written."""
     print(
-        f"The cache folder {folder} cannot be written ({reason}); the run goes on without it, and what the base says "
-        "of the data is computed again the next time. SEMPA_CACHE_DIR names another folder.",
+        f"The cache folder {folder} cannot be written ({reason}). The run continues without it, and the next one runs "
+        "the base model over the data again. Set SEMPA_CACHE_DIR to use another folder.",
         file=sys.stderr,
     )
 
 
-def collect(rows: int, batches: Iterator[list[int]], compute: Callable[[list[int]], Tensor]) -> Tensor:
-    """Return float32 results of all rows, in the order of their numbers."""
-    parts: list[Tensor | None] = [None] * rows
+def collect(batches: Iterator[list[int]], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    """Return the float32 results of all examples, ordered by index.
+
+    Args:
+        batches: Indices of the examples in each batch.
+        compute: Returns one result for each index of a batch.
+    """
+    results: dict[int, Tensor] = {}
     for batch in batches:
         with torch.no_grad():
-            for index, value in zip(batch, compute(batch).float().cpu(), strict=True):
-                parts[index] = value
-    return torch.stack([part for part in parts if part is not None])
-
-
-_REFERENCE_TOKENS = 2048
+            results |= zip(batch, compute(batch).float().cpu(), strict=True)
+    return torch.stack([results[index] for index in sorted(results)])
 
 
 def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype, base_digest: str) -> dict[str, Any]:
-    """Return what decides anything that the reference says of the data.
+    """Return what determines every result of the reference model on the data.
 
     Args:
         data: Triplets.
-        model: The reference.
-        dtype: Type of its arithmetic.
-        base_digest: Tells the base's weights from others.
+        model: The reference model.
+        dtype: Dtype of its computation.
+        base_digest: Digest of the base model's weights.
     """
     return {
         "base": base_digest,
@@ -100,9 +106,9 @@ def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype
     }
 
 
-def answers_identity(config: TrainConfig, identity: dict[str, Any], answers: int) -> dict[str, Any]:
-    """Return what decides the log-probabilities of whole answers, ``answers`` of a row."""
-    return {**identity, "answers": answers, "paraphrase": config.paraphrase, "max_length": config.max_length}
+def answers_identity(config: TrainConfig, identity: dict[str, Any], num_answers: int) -> dict[str, Any]:
+    """Return what determines the log-probabilities of ``num_answers`` whole answers to each prompt."""
+    return {**identity, "answers": num_answers, "paraphrase": config.paraphrase, "max_length": config.max_length}
 
 
 def reference_states(
@@ -113,18 +119,18 @@ def reference_states(
     def compute() -> Tensor:
         premises = [triplet.premise for triplet in data.triplets]
         distinct = list(dict.fromkeys(premises))
-        rows = module.token_rows(distinct)
+        token_ids = module.token_rows(distinct)
 
         def states(batch: list[int]) -> Tensor:
-            padded = pad_rows(module.tokenizer, [rows[index] for index in batch])
+            padded = pad_rows(module.tokenizer, [token_ids[index] for index in batch])
             features = module({name: tensor.to(module.model.device) for name, tensor in padded.items()})
             embedding: Tensor = features["sentence_embedding"]
             return embedding
 
-        lengths = [len(row) for row in rows]
-        result = collect(len(rows), batches_within_tokens(lengths, _REFERENCE_TOKENS, "reference"), states)
-        place = {sentence: index for index, sentence in enumerate(distinct)}
-        return result[[place[premise] for premise in premises]]
+        lengths = [len(sequence) for sequence in token_ids]
+        result = collect(batches_within_tokens(lengths, _MAX_TOKENS, "reference"), states)
+        index_of = {sentence: index for index, sentence in enumerate(distinct)}
+        return result[[index_of[premise] for premise in premises]]
 
     full = {**identity, "template": config.template, "max_seq_length": config.max_seq_length}
     name = "reference_states"
@@ -132,18 +138,18 @@ def reference_states(
 
 
 def reference_answers(
-    config: TrainConfig, answers: AnswerRows, module: PromptEOL, identity: dict[str, Any]
+    config: TrainConfig, answers: AnswerInputs, module: PromptEOL, identity: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Return ``reference_log_probabilities`` of shape (triplets, answers)."""
+    """Return ``reference_log_probabilities`` of the answers, of shape (triplets, num_answers)."""
 
     def compute() -> Tensor:
         def log_probabilities(indices: list[int]) -> Tensor:
             batch = {name: tensor.to(module.model.device) for name, tensor in answers(indices).items()}
             return answer_log_probabilities(module.model, batch).view(len(indices), -1)
 
-        lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.rows]
-        batches = batches_within_tokens(lengths, 4 * _REFERENCE_TOKENS, "reference")
-        return collect(len(lengths), batches, log_probabilities)
+        lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.examples]
+        batches = batches_within_tokens(lengths, _MAX_CHARACTERS, "reference")
+        return collect(batches, log_probabilities)
 
-    full = answers_identity(config, identity, answers.answers)
+    full = answers_identity(config, identity, answers.num_answers)
     return {REFERENCE: cached_tensor(REFERENCE, full, compute, write=PartialState().is_main_process)}

@@ -1,4 +1,4 @@
-"""One training run from its settings to a finished model folder."""
+"""Train a model: from the settings of a run to a finished model folder."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_f
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run left.
+    """The result of a training run.
 
     Args:
         folder: The finished model folder.
         record: The run record, as written to the folder.
-        is_main_process: Whether this process is the one to report it, where there are several.
+        is_main_process: Whether this process should report the result, if there are several.
     """
 
     folder: Path
@@ -55,64 +55,64 @@ class TrainResult:
 
     @property
     def score(self) -> float:
-        """Dev score of the model that was kept: Spearman correlation, times 100."""
+        """Dev score of the best checkpoint: Spearman correlation, times 100."""
         scores = {score["step"]: score["spearman"] for score in self.record["dev"]["scores"]}
         return float(scores[self.record["best_step"]])
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train an adapter by the objective of ``config`` and write the model folder at ``config.output``.
+    """Train a model with the objective of ``config`` and write the model folder ``config.output``.
 
-    What can be refused is refused before anything is written; the folder appears whole, at the end.
+    Inputs are checked before anything is written. The folder appears complete, at the end.
 
     Raises:
-        SempaError: On bad settings, data, base or output folder.
+        SempaError: On invalid settings, data, base or output folder.
     """
     started = time.monotonic()
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
     warn_uncached.cache_clear()
-    work = RunFolder(config.output)
-    _on_main_process(work.check_free)
-    parts = load_inputs(config, device)
-    _on_main_process(lambda: work.open(parts.identity, resume=config.resume, overwrite=config.overwrite))
+    run_folder = RunFolder(config.output)
+    _on_main_process(run_folder.check_free)
+    inputs = load_inputs(config, device)
+    _on_main_process(lambda: run_folder.open(inputs.identity, resume=config.resume, overwrite=config.overwrite))
     try:
-        with _broken_off(work):
-            trainer = build_trainer(parts, work)
-            # The adapter starts at zero: this is the base's score.
-            base_score = _base_score(parts, trainer.generator())
-            trainer.train(resume_from_checkpoint=work.last_checkpoint() if config.resume else None)
+        with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
+            trainer = build_trainer(inputs, run_folder)
+            # A new adapter changes nothing, so this is the score of the base.
+            base_score = _base_score(inputs, trainer.generator())
+            trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
             record = run_record(
                 config,
-                parts.base,
-                parts.data,
+                inputs.base,
+                inputs.data,
                 trainer.state,
                 base_score=base_score,
-                dev_pairs=parts.scorer.pairs,
+                dev_pairs=inputs.scorer.pairs,
                 seconds=time.monotonic() - started,
-                kl_text_sha256=parts.passages.sha256 if parts.passages else None,
+                kl_text_sha256=inputs.passages.sha256 if inputs.passages else None,
             )
-            _on_main_process(lambda: _finish(parts, work, trainer.state.best_model_checkpoint, record))
+            _on_main_process(lambda: _finish(inputs, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
-        work.close()
+        run_folder.close()
     return TrainResult(Path(config.output), record, state.is_main_process)
 
 
-def _base_score(parts: RunInputs, model: Any) -> float:
-    """Return the dev score of an untrained model, kept on disk for the next run on the same base."""
-    config = parts.config
+def _base_score(inputs: RunInputs, model: Any) -> float:
+    """Return the dev score of the untrained model, cached on disk for later runs on the same base."""
+    config = inputs.config
     identity = {
-        "base": ModelFolder(parts.base.folder).digest,
-        "dev": parts.scorer.fingerprint(),
+        "base": ModelFolder(inputs.base.folder).digest,
+        "dev": inputs.scorer.fingerprint(),
         "template": config.template,
         "max_seq_length": config.max_seq_length,
-        "dtype": str(parts.model.dtype),
-        "attention": attention_implementation(parts.model.config),
-        "device": parts.device,
+        "dtype": str(inputs.model.dtype),
+        "attention": attention_implementation(inputs.model.config),
+        "device": inputs.device,
     }
 
     def compute() -> torch.Tensor:
-        return torch.tensor(parts.scorer(model), dtype=torch.float64)
+        return torch.tensor(inputs.scorer(model), dtype=torch.float64)
 
     return float(cached_tensor("spearman", identity, compute, write=PartialState().is_main_process))
 
@@ -120,7 +120,9 @@ def _base_score(parts: RunInputs, model: Any) -> float:
 def _pick_device(config: TrainConfig) -> str:
     device = pick_device(config.device)
     if ":" in device:
-        raise SempaError(f"Training takes a kind of device, got {device!r}. Choose one with CUDA_VISIBLE_DEVICES.")
+        raise SempaError(
+            f"Expected a device type such as cuda, got {device!r}. Select a device with CUDA_VISIBLE_DEVICES."
+        )
     if device == "cuda" and torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
         count = torch.cuda.device_count()
         raise SempaError(
@@ -131,17 +133,17 @@ def _pick_device(config: TrainConfig) -> str:
 
 
 def load_inputs(config: TrainConfig, device: str) -> RunInputs:
-    """Load what a run needs, and refuse what it could not use.
+    """Load and check the inputs of a run.
 
     Args:
-        config: Settings of the run; lengths are cut to the positions that the base has.
-        device: Where it will run, such as ``cpu``.
+        config: Settings of the run; maximum lengths are reduced to the number of positions that the base has.
+        device: Device type to train on, such as ``cpu``.
 
     Raises:
-        SempaError: On settings, data, a base or an output folder that cannot be used.
+        SempaError: On invalid settings, data, base or output folder.
     """
     check_output_folder(config.output, overwrite=config.overwrite)
-    data = _draw(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
+    data = _sample(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
     pairs = dev_pairs(config.dev, data_dir_or_default(config.data_dir))
     base = resolve_base(config.base)
     files = [name for name in (config.data, config.dev, config.kl_text) if name]
@@ -155,11 +157,11 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     embedder = load_tokenizer(base.folder)
     install_template(embedder, embedding_template(config.template))
     check_saved_tokenizer(embedder, config.template)
-    # A tokenizer of its own for the training text, which the embedding template has no place in.
+    # Text without the embedding template has a tokenizer of its own, without that template installed.
     tokenizer = load_tokenizer(base.folder)
     if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
         data = drop_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
-    # Weights that are trained themselves are kept in float32, whatever the arithmetic.
+    # Fully tuned weights are stored in float32, whatever dtype the computation uses.
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
     model = load_causal_lm(base.folder, dtype)
     avoid_broken_sdpa(model, device)
@@ -178,61 +180,68 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     return RunInputs(config, device, base, data, tokenizer, model, scorer, passages)
 
 
-def _draw(data: NliData, config: TrainConfig) -> NliData:
-    wanted = config.max_triplets
-    if wanted is None or wanted >= len(data.triplets):
+def _sample(data: NliData, config: TrainConfig) -> NliData:
+    """Return ``max_triplets`` of the triplets, drawn with the seed, or all if there are not more."""
+    size = config.max_triplets
+    if size is None or size >= len(data.triplets):
         return data
-    return replace(data, triplets=random.Random(config.seed).sample(list(data.triplets), wanted))
+    return replace(data, triplets=random.Random(config.seed).sample(list(data.triplets), size))
 
 
 def _on_main_process(action: Callable[[], None]) -> None:
-    """Run ``action`` on the main process while the others wait; if it refuses, all of them do."""
+    """Run ``action`` on the main process while the others wait; its error is raised in all of them."""
     state = PartialState()
-    refusal: list[str | None] = [None]
+    message: list[str | None] = [None]
     if state.is_main_process:
         try:
             action()
         except (SempaError, OSError) as error:
             if state.num_processes == 1:
                 raise
-            refusal = [str(error)]
+            message = [str(error)]
     if state.num_processes > 1:
-        broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise SempaError(refusal[0])
+        broadcast_object_list(message)
+    if message[0] is not None:
+        raise SempaError(message[0])
 
 
 @contextmanager
-def _broken_off(work: RunFolder) -> Iterator[None]:
-    """When a run breaks off, say how to go on, or remove its folder if it has no checkpoint to go on from."""
+def explain_interruption(explain: Callable[[], str | None]) -> Iterator[None]:
+    """Print how to continue when an exception interrupts training, and let the exception pass.
+
+    Args:
+        explain: Called on an exception; returns the line to print, or None.
+    """
     try:
         yield
     except BaseException:
-        if PartialState().is_main_process and (line := work.broken_off()):
-            print(line, file=sys.stderr)
+        if line := explain():
+            print(line, file=sys.stderr, flush=True)
         raise
 
 
-def _finish(parts: RunInputs, work: RunFolder, best: str | None, record: dict[str, Any]) -> None:
-    """Write the model folder from the best checkpoint, and only then remove the run's own folder."""
+def _finish(inputs: RunInputs, run_folder: RunFolder, best: str | None, record: dict[str, Any]) -> None:
+    """Write the model folder from the best checkpoint, then remove the folder of the run."""
     if best is None:
-        raise SempaError(f"The run has no whole checkpoint with a dev score in {work.path}. Train anew.")
-    config = parts.config
+        raise SempaError(
+            f"The run has no complete checkpoint with a dev score in {run_folder.path}. Start again with --overwrite."
+        )
+    config = inputs.config
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
         checkpoint = ModelFolder(Path(best))
         copy_files(checkpoint.path, folder, checkpoint.model_files)
         if checkpoint.is_adapter:
-            set_base_reference(folder, parts.base.reference)
+            set_base_reference(folder, inputs.base.reference)
         if config.activation == "sentence":
-            set_invocation(folder, prefix_tokens(parts.scorer.tokenizer, config.template))
+            set_invocation(folder, prefix_tokens(inputs.scorer.tokenizer, config.template))
         write_embedding_files(
             folder,
-            parts.scorer.tokenizer,
+            inputs.scorer.tokenizer,
             template=config.template,
             max_seq_length=config.max_seq_length,
-            config=parts.model.config,
+            config=inputs.model.config,
             format=config.folder_format,
         )
         write_json(folder / RUN_RECORD, record)
-        write_card(folder, Path(config.output).resolve().name, parts.base, record)
-    work.remove()
+        write_card(folder, Path(config.output).resolve().name, inputs.base, record)
+    run_folder.remove()

@@ -1,4 +1,4 @@
-"""The folder of a run in progress: what it was started with, its checkpoints, and the lock that keeps others out."""
+"""The folder of an unfinished run: its identity, its checkpoints, and a lock against other processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sempa_st.training.checkpoints import (
     damage_in,
     fault_in,
     is_checkpoint,
-    run_of,
-    set_aside_damaged,
+    rename_damaged,
+    run_identity,
 )
 from sempa_st.utils.files import check_output_folder, read_json, write_json, write_text
 from sempa_st.utils.leftovers import InUseError, held
@@ -27,15 +27,15 @@ _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
 _PROCESS = "process.txt"
 _SCRATCH = re.compile(r"\.(identity\.json|process\.txt)\.partial-[0-9a-f]{8}")
-_OF_DESKTOPS = (".DS_Store", ".directory")
-"""Files that a desktop puts into any folder that it shows."""
+_DESKTOP_FILES = (".DS_Store", ".directory")
+"""Files that file managers create in folders they display."""
 
 
 class RunFolder:
-    """``<output>.training``, beside the output folder, until the finished folder stands.
+    """The folder ``<output>.training`` next to the output folder, which exists until the run is finished.
 
     Args:
-        output: The output folder of the run.
+        output: Output folder of the run.
     """
 
     def __init__(self, output: str | Path) -> None:
@@ -43,41 +43,41 @@ class RunFolder:
         self.path = self.output.with_name(self.output.name + ".training")
         self.checkpoints = self.path / _CHECKPOINTS
         self._lock = self.path.with_name(f".{self.path.name}.lock")
-        self._held = ExitStack()
+        self._stack = ExitStack()
 
     def check_free(self) -> None:
-        """Raise :class:`SempaError` if another process is training into the output folder at this moment."""
+        """Raise :class:`SempaError` if another process is training to the output folder."""
         if self._lock.exists():
             self._take_lock()
             self.close()
 
     def open(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Take the folder: start it, or check that the one there belongs to the same run. :meth:`close` lets it go.
+        """Lock the folder until :meth:`close`, and create it or check that it belongs to the same run.
 
-        What an interrupted run left without a checkpoint is no obstacle: a new run starts in its place.
+        The folder of an interrupted run without a checkpoint is replaced.
 
         Args:
-            identity: Everything that decides the result: settings, data fingerprint.
-            resume: Go on with the folder that is there, from its newest whole checkpoint.
-            overwrite: Throw away what is there.
+            identity: Everything that determines the result, such as settings and data fingerprint.
+            resume: Resume the run in the folder from its newest complete checkpoint.
+            overwrite: Delete an earlier run in the folder.
 
         Raises:
-            SempaError: If there is nothing to resume, the run there is another one, it is in the way, or another
-                process is at it.
+            SempaError: If there is nothing to resume, the folder holds another run or other files, or another process
+                uses it.
         """
         check_output_folder(self.output, overwrite=overwrite)
         if resume and not checkpoints_in(self.checkpoints):
             raise SempaError(
-                f"There is no unfinished run with a checkpoint in {self.path} to resume. Start it anew, without "
+                f"There is no unfinished run with a checkpoint in {self.path} to resume. Start a new run without "
                 "--resume."
             )
         self._take_lock()
         try:
-            self._check_own()
+            self._check_no_other_files()
             if resume:
                 self._check_resumable(identity)
             else:
-                self._make_room(overwrite=overwrite)
+                self._clear(overwrite=overwrite)
                 check_output_folder(self.path, overwrite=True)
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / _IDENTITY, identity)
@@ -87,13 +87,13 @@ class RunFolder:
             raise
 
     def close(self) -> None:
-        """Let other processes have the folder."""
-        self._held.close()
+        """Unlock the folder."""
+        self._stack.close()
 
     def _take_lock(self) -> None:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(held(self._lock))
+            self._stack.enter_context(held(self._lock))
         except InUseError as error:
             raise SempaError(
                 f"{self.output} is being trained by process {self._process()} at this moment. Wait for it, stop it, or "
@@ -101,116 +101,117 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise SempaError(
-                f"{self._lock} cannot be written, which keeps two runs apart: {error.strerror}. Check the path, its "
-                "owner and the free space."
+                f"{self._lock}, the lock that keeps two runs apart, cannot be written: {error.strerror}. Check the "
+                "path, its owner and the free space."
             ) from error
 
     def _process(self) -> str:
         path = self.path / _PROCESS
         return path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
 
-    def _check_own(self) -> None:
-        """Raise :class:`SempaError` if the folder holds what no run has put there."""
+    def _check_no_other_files(self) -> None:
+        """Raise :class:`SempaError` if the folder holds files that no run has written."""
         if not self.path.is_dir():
             if self.path.is_symlink() or self.path.exists():
                 raise SempaError(
-                    f"{self.path}, where the run is to be kept until it is done, is a file, or a link to no folder. "
-                    "Move it away."
+                    f"{self.path}, the folder for the unfinished run, is a file or a broken link. Move it away, or "
+                    "choose another --output."
                 )
             return
         others = sorted(path for path in self._entries() if not self._is_own(path))
         if others:
             raise SempaError(
-                f"{self.path}, where the run is to be kept until it is done, holds other things than a run: "
+                f"{self.path}, the folder for the unfinished run, holds files that are not a run's: "
                 f"{others[0].relative_to(self.path)}. Move it away, or choose another --output."
             )
 
     def _entries(self) -> list[Path]:
-        """Return what is in the folder and in that of its checkpoints."""
+        """Return the entries of the folder and of its checkpoint folder."""
         return [path for folder in (self.checkpoints, self.path) if folder.is_dir() for path in folder.iterdir()]
 
     def _is_own(self, path: Path) -> bool:
-        """Whether ``path``, one of the entries, is a run's beyond doubt, or worth nothing to anyone."""
+        """Whether an entry was certainly written by a run or by a file manager, so that it can be deleted."""
         if path.parent == self.checkpoints and (is_checkpoint(path) or _is_card_of_trainer(path)):
             return True
         if path == self.checkpoints or (path.parent == self.path and _SCRATCH.fullmatch(path.name)):
             return path.is_dir()
-        named = path.name in _OF_DESKTOPS or (path.parent == self.path and path.name in (_IDENTITY, _PROCESS))
-        return named and path.is_file()
+        expected = path.name in _DESKTOP_FILES or (path.parent == self.path and path.name in (_IDENTITY, _PROCESS))
+        return expected and path.is_file()
 
-    def _make_room(self, *, overwrite: bool) -> None:
-        """Remove what an earlier run has left, or raise :class:`SempaError` if that may be worth something."""
+    def _clear(self, *, overwrite: bool) -> None:
+        """Delete an earlier run, or raise :class:`SempaError` if it has checkpoints and ``overwrite`` is not set."""
         if checkpoints_in(self.checkpoints) and not overwrite:
-            goes_on = self.last_checkpoint() and self.started_with() is not None
+            resumable = self.last_checkpoint() and self.started_with() is not None
             advice = (
-                "Pass --resume to go on with it, or --overwrite to start anew."
-                if goes_on
-                else f"It cannot be gone on with: {self._fault()}. Pass --overwrite to start anew."
+                "Pass --resume to continue it, or --overwrite to start a new one."
+                if resumable
+                else f"It cannot be resumed: {self._fault()}. Pass --overwrite to start a new one."
             )
-            raise SempaError(f"An unfinished run stands in {self.path}. {advice}")
+            raise SempaError(f"There is an unfinished run in {self.path}. {advice}")
         self.remove()
 
     def _fault(self) -> str:
-        """Return why the run in the folder cannot be gone on with.
+        """Return why the run in the folder cannot be resumed.
 
         Raises:
-            UnreadableError: If nobody can know, since the system does not let its newest checkpoint be read.
+            UnreadableError: If the newest checkpoint cannot be read because of a system error.
         """
-        found = checkpoints_in(self.checkpoints)
-        if not found:
+        checkpoints = checkpoints_in(self.checkpoints)
+        if not checkpoints:
             return "it has no checkpoint yet"
         if self.last_checkpoint() is None:
-            return f"none of its checkpoints is whole ({found[-1].name}: {damage_in(found[-1])})"
-        return f"{_IDENTITY} is lost, and with it what the run was started with"
+            return f"none of its checkpoints is complete ({checkpoints[-1].name}: {damage_in(checkpoints[-1])})"
+        return f"{_IDENTITY}, which records its settings, is missing"
 
     def _check_resumable(self, identity: dict[str, Any]) -> None:
         started = self.started_with()
         if started is None or self.last_checkpoint() is None:
             raise SempaError(
-                f"The run in {self.path} cannot be resumed: {self._fault()}. Pass --overwrite in place of --resume to "
-                "start it anew."
+                f"The run in {self.path} cannot be resumed: {self._fault()}. Pass --overwrite instead of --resume to "
+                "start it again."
             )
         for name in identity.keys() | started.keys():
             if identity.get(name) != started.get(name):
                 raise SempaError(
                     f"The run in {self.path} was started with {name} = {started.get(name)!r}, now it is "
-                    f"{identity.get(name)!r}. Resume with the same settings, or start anew with --overwrite."
+                    f"{identity.get(name)!r}. Resume with the same settings, or pass --overwrite to start again."
                 )
-        for line in set_aside_damaged(self.checkpoints):
-            print(f"{line} Going on from {Path(str(self.last_checkpoint())).name}.", file=sys.stderr)
+        for line in rename_damaged(self.checkpoints):
+            print(f"{line} Resuming from {Path(str(self.last_checkpoint())).name}.", file=sys.stderr)
 
     def started_with(self) -> dict[str, Any] | None:
-        """Return the identity that the run in progress was started with, or None where there is none or it is lost."""
+        """Return the identity of the run in the folder, or None if there is no run or its identity is lost."""
         try:
-            found = read_json(self.path / _IDENTITY)
-        except SempaError:  # its checkpoints know it too
-            found = None
-        if isinstance(found, dict):
-            return found
+            identity = read_json(self.path / _IDENTITY)
+        except SempaError:  # the checkpoints record it, too
+            identity = None
+        if isinstance(identity, dict):
+            return identity
         last = self.last_checkpoint()
-        return run_of(Path(last)) if last else None
+        return run_identity(Path(last)) if last else None
 
     def last_checkpoint(self) -> str | None:
-        """Return the newest checkpoint that is whole, if any."""
+        """Return the newest complete checkpoint, or None."""
         return next((str(path) for path in reversed(checkpoints_in(self.checkpoints)) if not fault_in(path)), None)
 
-    def broken_off(self) -> str | None:
-        """Return a line on what a run that broke off leaves, or remove its folder if there is no checkpoint at all."""
+    def after_interruption(self) -> str | None:
+        """Return a line on how to continue an interrupted run; remove the folder if there is no checkpoint."""
         try:
-            found = checkpoints_in(self.checkpoints)
+            checkpoints = checkpoints_in(self.checkpoints)
         except UnreadableError as error:
             return str(error)
-        if not found:
+        if not checkpoints:
             self.remove()
             return None
         if self.last_checkpoint() is None:
-            return f"{self.path} is kept, but none of its checkpoints is whole: {found[-1].name}: {fault_in(found[-1])}"
-        return f"Checkpoints are kept in {self.path}; the same command with --resume goes on."
+            newest = checkpoints[-1]
+            return f"{self.path} is kept, but none of its checkpoints is complete: {newest.name}: {fault_in(newest)}"
+        return f"The checkpoints are kept in {self.path}. Run the same command with --resume to continue."
 
     def remove(self) -> None:
-        """Delete what is the run's; the finished model has taken its place, or there is nothing to go on from.
+        """Delete the run's files, after it has finished or if there is nothing to resume from.
 
-        What is somebody else's stays, such as a link to another disk that stands in place of the folder.
+        Other files are kept, and so is a link to another disk in place of the folder.
         """
         for path in self._entries():
             if path == self.checkpoints or not self._is_own(path):
@@ -225,5 +226,5 @@ class RunFolder:
 
 
 def _is_card_of_trainer(path: Path) -> bool:
-    """Whether ``path`` is the model card that TRL puts beside the checkpoints."""
+    """Whether ``path`` is the model card that TRL writes next to the checkpoints."""
     return path.name == "README.md" and path.is_file() and b"\n- generated_from_trainer\n" in path.read_bytes()

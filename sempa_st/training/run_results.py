@@ -1,4 +1,4 @@
-"""The runs of a sweep: their settings, folders and results, best dev score first."""
+"""The runs of a sweep: their settings, folders and results, ranked by dev score."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _STATES = ("finished", "failed", "waiting")
 
 @dataclass
 class RunResult:
-    """One run of a sweep, and what is known of it.
+    """A run of a sweep and its result, as far as it is known.
 
     Args:
-        config: Its settings; the output is the sweep's folder.
-        varied: Those in which the runs of the sweep differ.
-        folder: Where it writes its model; once a better one is known, only its record stays there.
+        config: Settings of the run; their output is the sweep's folder.
+        varied: The settings that differ between the runs of the sweep.
+        folder: Model folder of the run. Once a better model is known, only the run record is kept in it.
     """
 
     config: TrainConfig
@@ -37,35 +37,35 @@ class RunResult:
 
     @cached_property
     def digest(self) -> str:
-        """See :func:`settings_digest`."""
+        """Digest of the settings; see :func:`settings_digest`."""
         return settings_digest(asdict(self.config))
 
     @property
     def label(self) -> str:
-        """The varied settings, to be read by a person."""
+        """The varied settings as text."""
         return ", ".join(f"{name}={value}" for name, value in self.varied.items())
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """The run record, once a run with these settings is finished."""
+        """The run record, or None until a run with these settings has finished."""
         record = ModelFolder(self.folder).record
         return record if record and record.get("settings_digest") == self.digest else None
 
     @property
     def has_model(self) -> bool:
-        """Whether the model itself is still there."""
+        """Whether the folder still holds the model."""
         return (self.folder / ADAPTER_WEIGHTS).is_file()
 
     @property
     def failure(self) -> Path:
-        """The file that says why the run failed, where it did."""
+        """Path of the file that says why the run failed, if it did."""
         return self.folder.with_name(self.folder.name + ".failed.json")
 
     def settings(self) -> TrainConfig:
-        """Return the settings to start the run with, or to go on with it where it was interrupted."""
-        work = RunFolder(self.folder)
-        started = work.started_with() if work.last_checkpoint() else None
-        # A run refuses to go on with other settings, or with pairs from another folder.
+        """Return the settings to start the run with, or to resume it if it was interrupted."""
+        run_folder = RunFolder(self.folder)
+        started = run_folder.started_with() if run_folder.last_checkpoint() else None
+        # A run cannot be resumed with other settings, or with dev pairs from another folder.
         resume = (
             started is not None
             and settings_digest(started) == self.digest
@@ -74,7 +74,7 @@ class RunResult:
         return replace(self.config, output=str(self.folder), overwrite=True, resume=resume)
 
     def row(self) -> dict[str, Any]:
-        """Return the run as a row of the results; its dev score is that of the checkpoint that was kept."""
+        """Return the run as an entry of ``results.json``; its dev score is that of the best checkpoint."""
         row: dict[str, Any] = {"name": self.folder.name, "settings": dict(self.varied), "state": "waiting"}
         if record := self.record:
             scores = {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
@@ -91,24 +91,24 @@ class RunResult:
         return row
 
 
-def place(
+def assign_folders(
     configs: Sequence[TrainConfig], varied: Sequence[str], folder: Path, names: Mapping[str, str]
 ) -> list[RunResult]:
-    """Give each point its run: the one in ``folder`` that was started with its settings, or else a new one.
+    """Assign each point of a grid a run folder: the one of an earlier run with its settings, or a new one.
 
     Args:
-        configs: Settings of the points.
-        varied: Names of the settings in which they differ.
-        folder: Where the runs are.
-        names: Name of each run that was started, by the digest of its settings. A grid that has changed may name a
-            point otherwise, or use the name of an earlier one for other settings.
+        configs: Settings of each point.
+        varied: Names of the settings that differ between them.
+        folder: Parent folder of the runs.
+        names: Folder name of each run started so far, by the digest of its settings. It takes precedence over the name
+            made from the settings, since an earlier grid may have varied others.
     """
     taken = set(names.values())
     runs = []
     for config in configs:
         run = RunResult(config, {name: getattr(config, name) for name in varied}, folder)
-        parts = (f"{name}={re.sub('[^A-Za-z0-9._+-]', '-', str(value))}" for name, value in run.varied.items())
-        name = ",".join(parts)
+        labels = (f"{name}={re.sub('[^A-Za-z0-9._+-]', '-', str(value))}" for name, value in run.varied.items())
+        name = ",".join(labels)
         name = name if len(name) <= _LONGEST_NAME else run.digest
         name = names.get(run.digest) or (f"{name}-{run.digest}" if name in taken else name)
         taken.add(name)
@@ -117,7 +117,7 @@ def place(
 
 
 def sweep_results(runs: Sequence[RunResult]) -> dict[str, Any]:
-    """Return the results of a sweep, best dev score first; of equal scores the earlier run is the better one."""
+    """Return the results of a sweep, best dev score first; of equal scores, the earlier run comes first."""
     rows = [run.row() for run in runs]
     rows.sort(key=lambda row: (_STATES.index(row["state"]), -row.get("dev_score", 0)))
     best = rows[0]["name"] if rows[0]["state"] == "finished" else None
@@ -125,16 +125,16 @@ def sweep_results(runs: Sequence[RunResult]) -> dict[str, Any]:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Lay out the results for a terminal."""
+    """Format the results as a table for the terminal."""
     text = table(*_cells(results))
     best = results["runs"][0]
     if best["state"] == "finished" and best["dev_score"] <= best["base_score"]:
-        text += f"\nThe best run does not beat its base's own dev score, {best['base_score']:.2f}."
+        text += f"\nThe best run does not beat the dev score of its base, {best['base_score']:.2f}."
     return text
 
 
 def results_markdown(results: dict[str, Any]) -> str:
-    """Lay out the results as a table in Markdown."""
+    """Format the results as a Markdown table."""
     header, rows = _cells(results)
     cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [header, ["---"] * len(header), *cells]
@@ -144,14 +144,14 @@ def results_markdown(results: dict[str, Any]) -> str:
 def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     rows: list[list[object]] = []
     for run in results["runs"]:
-        figures: list[object] = ["", "", "", "", ""]
+        measured: list[object] = ["", "", "", "", ""]
         note = "not run yet"
         if run["state"] == "finished":
-            figures = [run["triplets"], run["base_score"], run["dev_score"], run["step"], round(run["seconds"])]
+            measured = [run["triplets"], run["base_score"], run["dev_score"], run["step"], round(run["seconds"])]
             note = "<- best" if run["name"] == results["best"] else ""
         elif run["state"] == "failed":
             note = "failed: " + " ".join(run["error"].split())
-        # As text: a table of scores would cut a learning rate to two places.
-        rows.append([*map(str, run["settings"].values()), *figures, note])
+        # As text, since the table rounds numbers to two decimals, and with them learning rates.
+        rows.append([*map(str, run["settings"].values()), *measured, note])
     names = list(results["runs"][0]["settings"])
     return [*names, "triplets", "base", f"dev ({results['dev']})", "step", "seconds", ""], rows

@@ -1,6 +1,6 @@
-"""A sweep: one training run for each point of a grid, or for some that a search picks; the dev score is the judge.
+"""Sweeps: train every point of a grid, or some that a search picks, and keep the model with the best dev score.
 
-Optuna picks the points of a search, and keeps what became of each run in a journal
+Optuna picks the points of a search and records the state of each run in a journal
 (:mod:`sempa_st.training.journal`).
 """
 
@@ -31,8 +31,8 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.base_model import resolve_base
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.journal import JOURNAL, open_journal, open_study
-from sempa_st.training.run import train
-from sempa_st.training.run_results import RunResult, place, results_markdown, results_table, sweep_results
+from sempa_st.training.run import explain_interruption, train
+from sempa_st.training.run_results import RunResult, assign_folders, results_markdown, results_table, sweep_results
 from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json, write_text
 from sempa_st.utils.leftovers import InUseError, held
@@ -40,8 +40,8 @@ from sempa_st.utils.run_info import fingerprint
 
 Train = Callable[[TrainConfig], object]
 BEST = "best"
-_MOST_ASKED = 100
-"""How often the sampler is asked for a point that is left, before one is drawn at random."""
+_MAX_PROPOSALS = 100
+"""How many points the sampler may propose without naming an untrained one, before one is drawn at random."""
 
 
 def run_sweep(
@@ -54,38 +54,39 @@ def run_sweep(
     retry_failed: bool = False,
     train: Train = train,
 ) -> dict[str, Any]:
-    """Train the points of a grid that are not trained yet, and put the best model into the folder ``best``.
+    """Train the untrained points of a grid, and copy the best model to the folder ``best``.
 
     Args:
-        configs: Settings of the points.
-        varied: Names of the settings in which they differ.
-        output: Folder of the sweep. What stands there of the same points is kept, and gone on with.
-        search: Train this many of the points, picked by Optuna's TPE sampler with the seed of the first one.
-        keep_models: Keep the model of every run, and not only that of the best one.
-        retry_failed: Try again what has failed in an earlier call.
-        train: Does one run, and writes its model folder.
+        configs: Settings of each point.
+        varied: Names of the settings that differ between them.
+        output: Folder of the sweep. Earlier runs of the same points are kept or resumed.
+        search: Number of points to train, picked by Optuna's TPE sampler with the seed of the first point; None for
+            all.
+        keep_models: Keep the model of every run instead of the best one alone.
+        retry_failed: Retry runs that failed in an earlier call.
+        train: Trains one point and writes its model folder.
 
     Returns:
         The results, as written to ``results.json``.
 
     Raises:
-        SempaError: If the data, a base, the folder or its journal cannot be used, or if no run ends well.
+        SempaError: If the data, a base, the folder or its journal cannot be used, or if no run succeeds.
     """
     folder = Path(output)
     sources = _check(configs, folder)
     with _locked(folder):
         storage, names = open_journal(folder, sources)
-        points = place(configs, varied, folder / "runs", names)
+        points = assign_folders(configs, varied, folder / "runs", names)
         study = open_study(storage, "search" if search else "grid", [point.digest for point in points], sources)
         sweep = _Sweep(folder, points, study, search, keep_models, train)
-        with _explain_interruption():
+        with explain_interruption(lambda: "The sweep was interrupted. Run the same command again to continue it."):
             sweep.run_all(retry_failed=retry_failed)
             sweep.ensure_best_model()
             results = sweep.settle()
     if results["best"] is None:
         raise SempaError(
-            f"None of the {len(results['runs'])} runs ended well. The first one to fail: "
-            f"{results['runs'][0]['error']} After mending that, pass --retry-failed."
+            f"None of the {len(results['runs'])} runs succeeded. The first error: {results['runs'][0]['error']} "
+            "Fix it, then pass --retry-failed."
         )
     return results
 
@@ -102,52 +103,54 @@ class _Sweep:
     def __post_init__(self) -> None:
         self._runs = [] if self.search else list(self.points)
         self._trials = {trial.user_attrs["digest"]: trial for trial in self.study.trials}
-        # The trials of a study share the choices of a parameter, and so the order of these too.
+        # All trials of a study must list the choices of a parameter in the same order.
         columns = {name: {point.varied[name] for point in self.points} for name in self.points[0].varied}
         self._choices: dict[str, BaseDistribution] = {
             name: CategoricalDistribution(sorted(values, key=str)) for name, values in columns.items()
         }
 
     def run_all(self, *, retry_failed: bool) -> None:
-        """Run what has neither a record nor a failure; after each run, write the results as they stand."""
+        """Train the runs that have neither succeeded nor failed; update the results after each."""
         total = min(self.search or len(self.points), len(self.points))
-        for number, run in enumerate(self._picked(total) if self.search else self.points, 1):
+        for number, run in enumerate(self._pick_runs(total) if self.search else self.points, 1):
             label, row = f"[{number}/{total}] {run.label}", run.row()
             if row["state"] == "finished":
-                _say(f"{label}: done before, dev {row['dev_score']:.2f}")
+                _say(f"{label}: already trained, dev {row['dev_score']:.2f}")
             elif row["state"] == "failed" and not retry_failed:
-                _say(f"{label}: has failed before; --retry-failed tries it again")
+                _say(f"{label}: failed before; pass --retry-failed to retry it")
             else:
                 _say(label)
-                self._begin(run)
+                self._start_trial(run)
                 self._attempt(run)
                 results = self.settle()
                 if number < total:
                     _say(results_table(results))
-            self._end(run)
+            self._finish_trial(run)
 
-    def _picked(self, count: int) -> Iterator[RunResult]:
-        """Yield the runs of a search: those that it has picked before, in their order, and then new ones."""
-        left = {run.digest: run for run in self.points}
-        before = [digest for digest in self._trials if digest in left][:count]
+    def _pick_runs(self, count: int) -> Iterator[RunResult]:
+        """Yield the runs of a search: first those picked in earlier calls, in their order, then new ones."""
+        untrained = {run.digest: run for run in self.points}
+        earlier = [digest for digest in self._trials if digest in untrained][:count]
         while len(self._runs) < count:
-            self._runs.append(left.pop(before.pop(0) if before else self._pick(left)))
+            self._runs.append(untrained.pop(earlier.pop(0) if earlier else self._pick(untrained)))
             yield self._runs[-1]
 
-    def _pick(self, left: Mapping[str, RunResult]) -> str:
-        """Let the sampler choose among the points that are left, and return the digest of the one it chooses."""
+    def _pick(self, untrained: Mapping[str, RunResult]) -> str:
+        """Return the digest of the point that the sampler proposes next."""
         trials = self.study.trials
-        # Seeded anew for each choice: a search that was interrupted goes on as it would have gone.
+        # A new seed for each choice, so that an interrupted search picks the same points when it is continued.
         seed = self.points[0].config.seed + len(trials)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
         study.add_trials(trials)
-        # It may choose what is done, or a combination that is in no mapping of the grid file.
-        asked = (study.ask(self._choices).params for _ in range(_MOST_ASKED))
-        found = next((digest for chosen in asked for digest, run in left.items() if run.varied == chosen), None)
-        return found or random.Random(seed).choice(list(left))
+        # The sampler may propose a trained point, or a combination that no grid of the file contains.
+        proposals = (study.ask(self._choices).params for _ in range(_MAX_PROPOSALS))
+        picked = next(
+            (digest for proposal in proposals for digest, run in untrained.items() if run.varied == proposal), None
+        )
+        return picked or random.Random(seed).choice(list(untrained))
 
-    def _begin(self, run: RunResult) -> None:
-        """Enter a trial for a run, unless that of an interrupted one is there."""
+    def _start_trial(self, run: RunResult) -> None:
+        """Add a trial for a run to the study, unless an interrupted one has left it."""
         trial = self._trials.get(run.digest)
         if trial is None or trial.state.is_finished():
             entry = {"digest": run.digest, "name": run.folder.name, "config": asdict(run.config)}
@@ -158,15 +161,16 @@ class _Sweep:
             )
             self._trials[run.digest] = self.study.get_trials(deepcopy=False)[-1]
 
-    def _end(self, run: RunResult) -> None:
-        """Enter what has come of a run, which a sweep over another grid in the same folder may have made."""
+    def _finish_trial(self, run: RunResult) -> None:
+        """Record the result of a run in the study; the run may come from another grid in the same folder."""
         if run.digest not in self._trials:
-            self._begin(run)
+            self._start_trial(run)
         trial, score = self._trials[run.digest], run.row().get("dev_score")
         if not trial.state.is_finished():
             self.study.tell(trial.number, score, TrialState.FAIL if score is None else TrialState.COMPLETE)
 
     def _attempt(self, run: RunResult) -> None:
+        """Train a run; if it fails, write down why."""
         run.failure.unlink(missing_ok=True)
         failure = ""
         try:
@@ -174,21 +178,21 @@ class _Sweep:
         except SempaError as error:
             failure = str(error)
             write_json(run.failure, {"error": failure, "config": asdict(run.config)})
-        # The trainer and the model refer to each other; on a large base the next run needs the room.
+        # Trainer and model refer to each other. The next run on a large base needs their memory.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if failure:  # said only now that the bar of the run is gone
+        if failure:  # printed after the progress bar is gone
             _say(f"failed: {failure}")
 
     def ensure_best_model(self) -> None:
-        """Train the best point again if its model is gone, as when a better one has left the grid since."""
+        """Train the best run again if its model was deleted because a better one was in the grid then."""
         while (best := self._best(sweep_results(self._runs))) and not best.has_model:
-            _say(f"The model of the best run was not kept; training it again: {best.label}")
+            _say(f"The model of the best run was deleted earlier; training it again: {best.label}")
             self.train(best.settings())
 
     def settle(self) -> dict[str, Any]:
-        """Write the results, put the best model in its place and remove the models that are not wanted."""
+        """Write the results, publish the best model and delete the models that are not kept."""
         results = sweep_results(self._runs)
         write_json(self.folder / "results.json", results)
         write_text(self.folder / "results.md", results_markdown(results))
@@ -215,9 +219,9 @@ class _Sweep:
 
 
 def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
-    """Refuse what would make every run fail, and return the fingerprints of the data and of the dev pairs."""
+    """Check what would make every run fail; return the fingerprints of the data and of the dev pairs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SempaError("A sweep runs in one process, not under accelerate launch. Start it as sempa sweep.")
+        raise SempaError("A sweep runs in one process, not under accelerate launch. Start it with sempa sweep.")
     if not (folder / JOURNAL).is_file():
         check_output_folder(folder)
     pick_device(configs[0].device)
@@ -234,7 +238,7 @@ def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second sweep out of the folder, which would take the first one's run for an interrupted one."""
+    """Lock the folder: a second sweep would mistake the running one for an interrupted one."""
     lock = folder / ".lock"
     with ExitStack() as stack:
         try:
@@ -246,19 +250,10 @@ def _locked(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise SempaError(
-                f"{lock} cannot be written, which keeps two sweeps apart: {error.strerror}. Check the path, "
+                f"{lock}, the lock that keeps two sweeps apart, cannot be written: {error.strerror}. Check the path, "
                 "its owner and the free space."
             ) from error
         yield
-
-
-@contextmanager
-def _explain_interruption() -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _say("The sweep broke off; the same command goes on with it.")
-        raise
 
 
 def _say(text: str) -> None:

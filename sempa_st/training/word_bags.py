@@ -1,4 +1,4 @@
-"""Bags of words: the "one word" that a template asks for, taken from a sentence (one-word objectives)."""
+"""Bags of words for the one-word objectives: the words of a sentence that may answer the template's "one word"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WORD_TOKENS = ("first", "all")
 WORD_FORMS = ("written", "lower", "both")
-"""``both``: in lower case and capitalised, as either may open the answer."""
+"""``both`` is lower case and capitalised, since either may follow the template."""
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 _STOP_WORDS = """
 a an the is are was were be been being am of to in on at for with by and or but not no it its this that these those he
@@ -21,19 +21,20 @@ she they him his her their them i you we my your our as from there do does did h
 may might
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-"""Words that say little about what a sentence means; a sentence of nothing else keeps them."""
+"""Function words, dropped from a sentence unless it has no others."""
 
 
 class WordBags:
-    """Turn sentences into weighted bags of token ids, each a spelling of a content word as the template would end on.
+    """Turn a sentence into a bag of words: token ids with weights.
 
     Args:
-        tokenizer: Tokenizer of the base.
-        tokens: ``first``: the first token of each word; ``all``: every token, sharing the word's weight.
-        forms: One of :data:`WORD_FORMS`.
-        stop_words: Leave :data:`STOP_WORDS` out.
-        frequencies: Number of sentences that hold each lower-case word; with it words weigh log(1 + N / (1 + n)).
-        sentences: N, the number of sentences counted; needed with ``frequencies``.
+        tokenizer: The base model's tokenizer.
+        tokens: ``first`` for the first token of each word, ``all`` for all its tokens, which share the word's weight.
+        forms: Spellings of a word to include, one of :data:`WORD_FORMS`.
+        stop_words: Whether to drop :data:`STOP_WORDS`.
+        frequencies: Document frequency n of each lower-case word, for the idf weight log(1 + N / (1 + n)); None for
+            equal weights.
+        num_sentences: N, the number of sentences counted; needed with ``frequencies``.
     """
 
     def __init__(
@@ -44,20 +45,20 @@ class WordBags:
         forms: str = "both",
         stop_words: bool = True,
         frequencies: Mapping[str, int] | None = None,
-        sentences: int = 0,
+        num_sentences: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._all = tokens == "all"
         self._forms = forms
         self._stop_words = stop_words
         self._frequencies = frequencies
-        self._sentences = sentences
+        self._num_sentences = num_sentences
         self._ids: dict[str, list[int]] = {}
 
     def __call__(self, sentence: str) -> dict[int, float]:
         """Return the weight of each token id; the weights sum to 1.
 
-        A sentence without any word (punctuation alone) gives its own tokens.
+        A sentence without words (only punctuation) counts as one word.
         """
         words = content_words(sentence, stop_words=self._stop_words) or [sentence]
         weights: dict[int, float] = defaultdict(float)
@@ -77,7 +78,7 @@ class WordBags:
 
     def _token_ids(self, form: str) -> list[int]:
         if form not in self._ids:
-            # As it goes on after the template's closing quote: some tokenizers put a space before a lone word.
+            # Tokenise the word as it follows the template's opening quote: some tokenizers add a space before text.
             quote, ids = (self._plain_ids(text) for text in ('"', '"' + form))
             ids = ids[len(quote) :] if ids[: len(quote)] == quote else self._plain_ids(form)
             self._ids[form] = ids if self._all else ids[:1]
@@ -90,18 +91,18 @@ class WordBags:
     def _weight(self, word: str) -> float:
         if self._frequencies is None:
             return 1.0
-        return math.log(1 + self._sentences / (1 + self._frequencies.get(word.lower(), 0)))
+        return math.log(1 + self._num_sentences / (1 + self._frequencies.get(word.lower(), 0)))
 
 
 def content_words(sentence: str, *, stop_words: bool = True) -> list[str]:
-    """Return the words of a sentence in order, without :data:`STOP_WORDS` unless nothing else is left."""
+    """Return the words of a sentence in order, without :data:`STOP_WORDS` unless there are no others."""
     words: list[str] = _WORD.findall(sentence)
     content = [word for word in words if word.lower() not in STOP_WORDS]
     return content or words if stop_words else words
 
 
 def document_frequencies(sentences: Iterable[str]) -> Counter[str]:
-    """Count the sentences that hold each lower-case word."""
+    """Count the sentences that contain each lower-case word."""
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update({word.lower() for word in _WORD.findall(sentence)})
@@ -109,16 +110,16 @@ def document_frequencies(sentences: Iterable[str]) -> Counter[str]:
 
 
 def without_shared(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[dict[int, float], ...]:
-    """Return two bags without the tokens that both hold, weights summing to 1 again; a bag left empty is kept whole."""
+    """Return two bags without their common tokens, renormalised; a bag that would be empty keeps all of its tokens."""
     bags = []
     for own, other in ((first, second), (second, first)):
-        left = {token: weight for token, weight in own.items() if token not in other} or dict(own)
-        total = sum(left.values())
-        bags.append({token: weight / total for token, weight in left.items()})
+        remaining = {token: weight for token, weight in own.items() if token not in other} or dict(own)
+        total = sum(remaining.values())
+        bags.append({token: weight / total for token, weight in remaining.items()})
     return tuple(bags)
 
 
 def bag_matrix(bags: Sequence[Mapping[int, float]]) -> tuple[list[int], list[list[float]]]:
-    """Return the distinct tokens of some bags, sorted, and each bag's weights over them."""
+    """Return the sorted distinct tokens of some bags, and a matrix of weights, of shape (bags, tokens)."""
     tokens = sorted({token for bag in bags for token in bag})
     return tokens, [[bag.get(token, 0.0) for token in tokens] for bag in bags]

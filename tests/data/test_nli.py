@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import csv
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from helpers.rows import LONE_SURROGATE, write_rows
 from helpers.tiny import make_tokenizer
 
 from sempa_st.data.nli import Triplet, load_nli
 from sempa_st.data.preferences import preference_rows
+from sempa_st.data.rows import ROW_SUFFIXES
 from sempa_st.errors import SempaError
 
 TRIPLETS = [
@@ -25,41 +24,27 @@ PAIRS = [
     {"premise": "A dog runs.", "hypothesis": "A dog sits.", "label": 2},
     {"premise": "A dog runs.", "hypothesis": "Nobody agreed on this one.", "label": -1},
 ]
+LABELLED = {"A person plays.": 0, "He plays a guitar.": 1, "Nobody plays.": 2, "Left out": -1}
 NAMES = ["entailment", "neutral", "contradiction", "-"]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    return str(path)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
 def test_triplets_from_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
-    data = load_nli(write(tmp_path / f"nli{suffix}", TRIPLETS))
+    data = load_nli(write_rows(tmp_path / f"nli{suffix}", TRIPLETS))
     assert list(data.triplets) == [Triplet(*row.values()) for row in TRIPLETS]
     assert data.skipped == 0
 
 
 def test_aliases_and_neutral(tmp_path: Path) -> None:
     row = {"anchor": "a", "positive": "b", "negative": "c", "neutral": "d", "source": "x"}
-    assert load_nli(write(tmp_path / "a.jsonl", [row])).triplets == [Triplet("a", "b", "c", "d")]
+    assert load_nli(write_rows(tmp_path / "a.jsonl", [row])).triplets == [Triplet("a", "b", "c", "d")]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_labelled_pairs_become_triplets_per_premise(tmp_path: Path, suffix: str, as_text: bool) -> None:
     rows = [{**row, "label": NAMES[row["label"]].upper() if as_text else row["label"]} for row in PAIRS]
-    data = load_nli(write(tmp_path / f"pairs{suffix}", rows))
+    data = load_nli(write_rows(tmp_path / f"pairs{suffix}", rows))
     assert data.triplets == [
         Triplet("A dog runs.", "An animal moves.", "A dog sleeps.", "A dog plays."),
         Triplet("A dog runs.", "An animal moves.", "A dog sits.", "A dog plays."),
@@ -82,27 +67,27 @@ def test_labelled_pairs_become_triplets_per_premise(tmp_path: Path, suffix: str,
     ],
 )
 def test_bad_rows_are_refused_or_skipped(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    path = write(tmp_path / "nli.jsonl", rows)
+    path = write_rows(tmp_path / "nli.jsonl", rows)
     with pytest.raises(SempaError, match=message):
         load_nli(path)
 
 
 def test_skipping_counts(tmp_path: Path) -> None:
     rows = [*TRIPLETS, {**TRIPLETS[0], "sent1": ""}]
-    data = load_nli(write(tmp_path / "nli.jsonl", rows), skip_bad_rows=True)
+    data = load_nli(write_rows(tmp_path / "nli.jsonl", rows), skip_bad_rows=True)
     assert (len(data.triplets), data.skipped) == (2, 1)
     lonely = [*PAIRS, {"premise": "x", "hypothesis": "y", "label": 0}, {"premise": "z", "hypothesis": "", "label": 0}]
-    data = load_nli(write(tmp_path / "pairs.jsonl", lonely), skip_bad_rows=True)
+    data = load_nli(write_rows(tmp_path / "pairs.jsonl", lonely), skip_bad_rows=True)
     assert (len(data.triplets), data.skipped) == (2, 2)
     with pytest.raises(SempaError, match="no usable triplet"):
-        load_nli(write(tmp_path / "none.jsonl", PAIRS[:1]), skip_bad_rows=True)
+        load_nli(write_rows(tmp_path / "none.jsonl", PAIRS[:1]), skip_bad_rows=True)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("missing.csv", None, "does not exist"),
-        ("a.tsv", "x", "Unknown data|unknown ending"),
+        ("a.tsv", "x", "Unknown data|the unknown extension"),
         ("a.jsonl", '{"sent0": ', "line 1 is not JSON"),
         ("a.csv", "sent0,sent1,hard_neg\na,b,c,d\n", "row 1 has more fields than the header"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
@@ -136,9 +121,9 @@ def test_hub_ids_reach_the_hub_door(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fingerprint_follows_content_and_order(tmp_path: Path) -> None:
-    one = load_nli(write(tmp_path / "a.jsonl", TRIPLETS)).fingerprint()
-    same = load_nli(write(tmp_path / "b.csv", TRIPLETS)).fingerprint()
-    turned = load_nli(write(tmp_path / "c.jsonl", TRIPLETS[::-1])).fingerprint()
+    one = load_nli(write_rows(tmp_path / "a.jsonl", TRIPLETS)).fingerprint()
+    same = load_nli(write_rows(tmp_path / "b.csv", TRIPLETS)).fingerprint()
+    turned = load_nli(write_rows(tmp_path / "c.jsonl", TRIPLETS[::-1])).fingerprint()
     assert one == same != turned
 
 
@@ -167,3 +152,45 @@ def test_plain_text_prompts_end_in_a_newline() -> None:
     row = preference_rows([Triplet("a", "b", "c")], make_tokenizer(chat=None), paraphrase="keep")[0]
     assert row["prompt"].endswith("some changes.\n")
     assert (row["chosen"], row["rejected"]) == ("b", "c")
+
+
+@pytest.mark.parametrize("suffix", ROW_SUFFIXES)
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda number: float(number),
+        lambda number: f"{number}.0",
+        lambda number: f" {number}.0 ",
+        lambda number: str(number),
+        lambda number: None if number < 0 else float(number),
+    ],
+)
+def test_labels_as_other_programs_write_them(tmp_path: Path, suffix: str, written: Callable[[int], Any]) -> None:
+    rows = [{"premise": "A man plays.", "hypothesis": text, "label": written(n)} for text, n in LABELLED.items()]
+    data = load_nli(str(write_rows(tmp_path / f"pairs{suffix}", rows)))
+    assert [(t.entailed, t.neutral, t.contradicted) for t in data.triplets] == [tuple(LABELLED)[:3]]
+
+
+@pytest.mark.parametrize("label", [0.5, 3, "3.0", "yes", True, [0], 10**400, float("inf"), "-2"])
+def test_other_labels_are_refused_with_their_row(tmp_path: Path, label: Any) -> None:
+    rows = [{"premise": "a", "hypothesis": text, "label": n} for text, n in LABELLED.items()]
+    path = write_rows(tmp_path / "pairs.jsonl", [*rows, {"premise": "a", "hypothesis": "b", "label": label}])
+    with pytest.raises(SempaError, match=r"labels other than entailment.*in row\(s\) 5\.|line 5 is not JSON"):
+        load_nli(str(path))
+
+
+def test_pairs_without_any_label_say_so(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [{"premise": "a", "hypothesis": "b", "label": None}])
+    with pytest.raises(SempaError, match="pairs without a label give none"):
+        load_nli(str(path))
+
+
+@pytest.mark.parametrize("half", [LONE_SURROGATE, "A cat \udfff.", "ends in \ud83d"])
+@pytest.mark.parametrize("place", ["sent0", "sent1", "hard_neg", "neutral"])
+def test_half_a_character_makes_a_bad_row_of_training_data(tmp_path: Path, half: str, place: str) -> None:
+    row = {"sent0": "a", "sent1": "b", "hard_neg": "c", "neutral": "d"}
+    path = str(write_rows(tmp_path / "rows.jsonl", [row, {**row, place: half}, row]))
+    with pytest.raises(SempaError, match=r"1 bad row.*half a character.*in row\(s\) 2\."):
+        load_nli(path)
+    data = load_nli(path, skip_bad_rows=True)
+    assert (len(data.triplets), data.skipped) == (2, 1)

@@ -6,17 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.tiny import make_config, make_llama, make_tokenizer, sample_sentences
+from helpers.tiny import make_config, make_tokenizer, sample_sentences
 from tokenizers.processors import TemplateProcessing
 
-from sempa_st.data.nli import load_nli
-from sempa_st.data.passages import PASSAGE_TOKENS, Passages, read_passages
+from sempa_st.data.passages import PASSAGE_TOKENS, read_passages
 from sempa_st.errors import SempaError
-from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.model.templates import EMBEDDING_TEMPLATES
-from sempa_st.model.tokenizer import install_template
-from sempa_st.training.alignment import make_batch_makers
 from sempa_st.training.run import train
 from sempa_st.training.run_folder import RunFolder
 
@@ -33,7 +27,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("bos", [True, False])
 def test_passages_are_the_text_in_pieces_that_begin_as_any_text_does(text: Path, bos: bool) -> None:
     tokenizer = make_tokenizer(bos=bos)
-    passages = read_passages(str(text), tokenizer).rows
+    passages = read_passages(str(text), tokenizer).token_ids
     assert len(passages) > 5 and {len(passage) for passage in passages} == {PASSAGE_TOKENS}
     start = [tokenizer.bos_token_id] if bos else []
     assert all(passage[: len(start)] == start for passage in passages)
@@ -46,7 +40,7 @@ def test_what_a_tokenizer_puts_behind_a_text_is_no_beginning(text: Path, single:
     tokenizer = make_tokenizer(bos=False)
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
-    row = read_passages(str(text), tokenizer).rows[0]
+    row = read_passages(str(text), tokenizer).token_ids[0]
     assert row[: len(beginning)] == beginning and not {1, 2} & set(row[len(beginning) :])
 
 
@@ -58,30 +52,6 @@ def test_a_text_that_is_too_short_or_no_text_is_refused(text: Path) -> None:
     for name in (text, text.with_name("absent.txt")):
         with pytest.raises(SempaError, match=f"The text .*{name.name} cannot be read"):
             read_passages(str(name), make_tokenizer())
-
-
-@pytest.mark.parametrize(("positions", "wanted"), [(96, 1), (129, 2), (600, 5)])
-def test_the_rows_of_a_batch_are_passages_in_place_of_premises(
-    text: Path, tiny_base: Path, tmp_path: Path, positions: int, wanted: int
-) -> None:
-    config = make_config(tiny_base, tmp_path / "model", objective="contrastive", kl=1.0, kl_positions=positions)
-    tokenizer, data = make_tokenizer(), load_nli("sample")
-    embedder = make_tokenizer()
-    install_template(embedder, EMBEDDING_TEMPLATES["prompteol"])
-    module = PromptEOL(make_llama(), embedder)
-
-    def rows(indices: list[int], passages: Passages | None) -> torch.Tensor:
-        makers = make_batch_makers(config, data, tokenizer, module, "base", passages)
-        made = [maker(indices, [data.triplets[index] for index in indices]) for maker in makers]
-        return next(part["plain_input_ids"] for part in made if "plain_input_ids" in part)
-
-    passages = read_passages(str(text), tokenizer)
-    count = len(passages.rows)
-    assert rows([0, 3, 5], passages).tolist() == [passages.rows[number % count] for number in range(wanted)]
-    firsts = {tuple(rows([index], passages)[0].tolist()) for index in range(len(data.triplets))}
-    assert firsts == {tuple(row) for row in passages.rows}
-    premises = rows([7, 3, 5], None)
-    assert len(premises) == 3 and tokenizer.decode(premises[1], skip_special_tokens=True) == data.triplets[3].premise
 
 
 def test_a_run_learns_with_it_and_records_it(text: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -120,8 +90,3 @@ def test_a_text_inside_the_output_is_not_overwritten(text: Path, tiny_base: Path
     with pytest.raises(SempaError, match=r"text\.txt"):
         train(make_config(tiny_base, output, objective="contrastive", kl=0.1, kl_text=str(inside), overwrite=True))
     assert inside.is_file()
-
-
-def test_a_text_that_nothing_reads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SempaError, match=r"kl_text is 'text\.txt'.*without --kl nothing reads it"):
-        make_config(tmp_path, tmp_path / "model", kl_text="text.txt")

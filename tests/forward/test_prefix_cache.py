@@ -67,7 +67,7 @@ def test_prefix_cache_equals_one_pass(make: Any) -> None:
     batch = module.preprocess(SENTENCES)
     lengths = batch["attention_mask"].sum(dim=1)
     assert lengths.min() < lengths.max() == 160
-    two, reference = last_states(module, batch["input_ids"], batch["attention_mask"], reference_rows=3)
+    two, reference = last_states(module, batch["input_ids"], batch["attention_mask"], num_reference=3)
     one = module(dict(batch))["sentence_embedding"]
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
     with torch.no_grad(), module.model.disable_adapter():
@@ -298,10 +298,10 @@ def test_settings_that_do_not_go_together_are_refused(tiny_base: Path, tmp_path:
     for message, settings in {
         "objective dpo trains on text without the embedding template": {"activation": "template"},
         "objective listwise trains on text": {**one_word, "objective": "one-word,listwise"},
-        "kl ties ordinary text": {**one_word, "kl": 0.1},
-        "Expected format custom": {**one_word, "format": "native"},
-        "gradient_checkpointing does not go": {**one_word, "gradient_checkpointing": True},
-        "holds both dpo and listwise": {"objective": "dpo,listwise"},
+        "kl keeps the model close to the base": {**one_word, "kl": 0.1},
+        "Expected --format custom": {**one_word, "format": "native"},
+        "gradient_checkpointing does not work": {**one_word, "gradient_checkpointing": True},
+        "contains both dpo and listwise": {"objective": "dpo,listwise"},
         "Unknown objective 'nope'": {"objective": "nope"},
         "lora_layers is '1-'": {"lora_layers": "1-"},
         "lora_layers is 'a'": {"lora_layers": "a"},

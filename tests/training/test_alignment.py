@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import sempa_st
-import sempa_st.training.alignment
+import sempa_st.training.reference
 from sempa_st.data.rows import read_rows
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.training.alignment import AlignmentTrainer
@@ -209,14 +209,14 @@ def test_the_reference_is_run_once(
 ) -> None:
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
     runs = 0
-    original = sempa_st.training.alignment.collect
+    original = sempa_st.training.reference.collect
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal runs
         runs += 1
         return original(*args)
 
-    monkeypatch.setattr(sempa_st.training.alignment, "collect", counted)
+    monkeypatch.setattr(sempa_st.training.reference, "collect", counted)
 
     def batch(**kwargs: Any) -> tuple[int, dict[str, torch.Tensor]]:
         """Build a trainer; return how often the reference was run for it, and what it says of four triplets."""

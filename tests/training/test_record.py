@@ -139,7 +139,7 @@ def test_rows_that_are_too_long_are_left_out_by_every_trainer(
         assert (record["data"]["triplets"], record["data"]["too_long"], record["data"]["skipped"]) == (16, 8, 0)
         assert record["dev"]["scores"][-1]["samples"] == 16
         assert len(record["training"]) == 4
-        assert "Left out as too long: 8 triplet(s), whose request alone fills --max-length 300." in run_table(record)
+        assert "Skipped as too long: 8 triplet(s) whose prompt alone fills --max-length 300." in run_table(record)
         first_losses.append(record["training"][0]["loss"])
     # Policy and reference are the same before the first step, whoever has filled the cache.
     assert first_losses[order.index("dpo")] == pytest.approx(math.log(2), abs=1e-4)

@@ -133,9 +133,9 @@ def test_resume_ends_where_an_unbroken_run_ends(
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
         patch.setattr(PreferenceTrainer, "training_step", fail_later)
         train(config)
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "with --resume to continue" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
-    with pytest.raises(SempaError, match=r"unfinished run stands in.*--resume"):
+    with pytest.raises(SempaError, match=r"an unfinished run in.*--resume"):
         train(config)
     with pytest.raises(SempaError, match=r"started with learning_rate = 0.005, now it is 0.1"):
         train(replace(config, resume=True, learning_rate=0.1))

@@ -116,7 +116,7 @@ def test_a_changed_byte_is_seen(config: TrainConfig) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert fault_in(newest) == "adapter_model.safetensors is not what was written"
+    assert fault_in(newest) == "adapter_model.safetensors has changed since it was written"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_resume_takes_the_newest_whole_checkpoint_and_says_so(
     record = train(replace(config, resume=True)).record
     err = capsys.readouterr().err
     assert f"checkpoint-6 is damaged ({file}" in err
-    assert f"Going on from {older.name}." in err
+    assert f"Resuming from {older.name}." in err
     assert record["dev"] == unbroken[1]["dev"]
     assert record["best_step"] == unbroken[1]["best_step"]
     weights = [load_file(Path(each) / "adapter_model.safetensors") for each in (unbroken[0], config.output)]
@@ -164,7 +164,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(
     DAMAGES["emptied"](best / "adapter_model.safetensors")
     record = train(replace(config, resume=True)).record
     err = capsys.readouterr().err
-    assert f"The best checkpoint, {best.name}, is damaged or gone; checkpoint-6 is the best" in err
+    assert f"The best checkpoint, {best.name}, is damaged or missing; checkpoint-6 is the best" in err
     scores = {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
     assert record["best_step"] == max((step for step in scores if step >= 6), key=lambda step: scores[step])
 
@@ -283,7 +283,7 @@ def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: boo
     work = RunFolder(tmp_path / "model")
     work.path.mkdir()
     (work.path / "thesis.tex").touch()
-    with pytest.raises(SempaError, match=r"holds other things than a run: thesis\.tex"):
+    with pytest.raises(SempaError, match=r"holds files that are not a run's: thesis\.tex"):
         work.open({}, resume=False, overwrite=overwrite)
     assert (work.path / "thesis.tex").exists()
 
@@ -312,7 +312,7 @@ def test_what_no_run_has_written_is_in_the_way_wherever_it_lies(
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")  # in place of the trainer's own, if it is a README.md
     named = name if name.startswith("checkpoints/") and name.count("/") == 1 else name.rpartition("/")[0]
-    with pytest.raises(SempaError, match=f"holds other things than a run: {re.escape(named)}\\. Move it away"):
+    with pytest.raises(SempaError, match=f"holds files that are not a run's: {re.escape(named)}\\. Move it away"):
         train(replace(config, **flags))
     assert file.read_text() == "mine"
     work.remove()  # nor is it, where it comes while the run is at work
@@ -336,7 +336,7 @@ def test_a_link_to_another_disk_is_used_and_stays(tiny_base: Path, tmp_path: Pat
     config = make_config(tiny_base, tmp_path / "model", max_triplets=8)
     work, disk = RunFolder(config.output), tmp_path / "disk"
     work.path.symlink_to(disk)
-    with pytest.raises(SempaError, match="a link to no folder"):
+    with pytest.raises(SempaError, match="a broken link"):
         train(config)
     (disk / "checkpoints").mkdir(parents=True)
     train(config)
@@ -391,11 +391,11 @@ def test_a_run_that_breaks_off_keeps_checkpoints_that_cannot_be_read(config: Tra
     work, found = RunFolder(config.output), checkpoints(config)
     files = [work.checkpoints] if whole_folder else [path / "optimizer.pt" for path in found]
     with unreadable(*files):
-        assert os.strerror(errno.EIO) in str(work.broken_off())
+        assert os.strerror(errno.EIO) in str(work.after_interruption())
     assert checkpoints(config) == found
-    assert "--resume goes on" in str(work.broken_off())
+    assert "with --resume to continue" in str(work.after_interruption())
     no_checkpoint(work.path)
-    assert work.broken_off() is None
+    assert work.after_interruption() is None
     assert not work.path.exists()
 
 
@@ -411,7 +411,7 @@ def test_damaged_checkpoints_are_set_aside(config: TrainConfig, capsys: pytest.C
     assert checkpoints(config) == [older]
     assert (aside / "optimizer.pt").stat().st_size
     assert not (aside / "earlier").exists()
-    assert "and is now called damaged-checkpoint-6. Going on from" in capsys.readouterr().err
+    assert "and was renamed to damaged-checkpoint-6. Resuming from" in capsys.readouterr().err
 
 
 def test_a_crash_at_the_very_end_is_gone_on_with(

@@ -21,7 +21,7 @@ from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.record import settings_digest
 from sempa_st.training.run import TrainResult, train
 from sempa_st.training.run_folder import RunFolder
-from sempa_st.training.run_results import RunResult, place, results_table
+from sempa_st.training.run_results import RunResult, assign_folders, results_table
 from sempa_st.training.sweep import run_sweep
 from sempa_st.utils.files import write_json
 
@@ -36,7 +36,7 @@ def points_of(*sets: str, **fixed: Any) -> tuple[list[TrainConfig], list[str]]:
 
 
 def runs_of(*sets: str, **fixed: Any) -> list[RunResult]:
-    return place(*points_of(*sets, **fixed), Path("runs"), {})
+    return assign_folders(*points_of(*sets, **fixed), Path("runs"), {})
 
 
 def names_of(*sets: str, **fixed: Any) -> list[str]:
@@ -203,14 +203,14 @@ def test_runs_go_in_order_and_the_best_model_is_kept(
 
     assert run_sweep(*points, tmp_path / "s", train=fake) == results
     assert fake.ranks() == []
-    assert "[3/3] lora_r=8: done before, dev 58.00" in capsys.readouterr().err
+    assert "[3/3] lora_r=8: already trained, dev 58.00" in capsys.readouterr().err
 
 
 def test_a_best_run_below_the_base_is_called_that(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
     fake.score = lambda config: 49.0
     results = run_sweep(*points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
     assert results["best"] == "lora_r=8"  # of two equals the earlier one
-    assert "does not beat its base's own dev score, 50.00" in results_table(results)
+    assert "does not beat the dev score of its base, 50.00" in results_table(results)
 
 
 def test_all_models_are_kept_on_request(fake: FakeTrain, tiny_base: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_failed_run_is_recorded_and_tried_again_on_request(
     assert fake.ranks() == [8, 4]
     assert run_sweep(*points, tmp_path / "s", train=fake) == results
     assert fake.ranks() == []
-    assert "[1/2] lora_r=8: has failed before; --retry-failed" in capsys.readouterr().err
+    assert "[1/2] lora_r=8: failed before; pass --retry-failed" in capsys.readouterr().err
     fake.score = lambda config: 61.0
     assert run_sweep(*points, tmp_path / "s", retry_failed=True, train=fake)["best"] == "lora_r=8"
     assert fake.ranks() == [8]
@@ -267,7 +267,7 @@ def test_a_sweep_of_which_nothing_ends_well_is_an_error(fake: FakeTrain, tiny_ba
         raise SempaError("Diverged.")
 
     fake.score = diverge
-    with pytest.raises(SempaError, match=r"None of the 2 runs ended well.*Diverged.*--retry-failed"):
+    with pytest.raises(SempaError, match=r"None of the 2 runs succeeded.*Diverged.*--retry-failed"):
         run_sweep(*points_of("lora_r=8,4", base=str(tiny_base)), tmp_path / "s", train=fake)
     assert not (tmp_path / "s" / "best").exists()
 
@@ -481,7 +481,7 @@ def test_an_interrupted_run_is_gone_on_with(
     monkeypatch.setattr(PreferenceTrainer, "training_step", fail_later)
     with pytest.raises(InterruptError):
         run_sweep(*points, tmp_path / "s", train=train)
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "Run the same command again" in capsys.readouterr().err
     broken = tmp_path / "s" / "runs" / "learning_rate=0.005"
     assert RunFolder(broken).last_checkpoint()
     assert (tmp_path / "s" / "best" / "adapter_model.safetensors").is_file()
@@ -522,7 +522,7 @@ def test_the_command_line_from_grid_to_model(run_cli: Cli, tiny_base: Path, tmp_
     code, out, err = run_cli(*command, "--set", "lora_r=2", "--search", 1, "--json")
     assert code == 0, err
     assert len(json.loads(out)["runs"]) == 1
-    assert "done before" in err
+    assert "already trained" in err
     assert "A new study" not in err
     assert optuna.logging.get_verbosity() == optuna.logging.WARNING
     code, _, err = run_cli(*command, "--search", 0)

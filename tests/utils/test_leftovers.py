@@ -184,9 +184,10 @@ def test_a_file_system_without_locks_is_one_clear_paragraph(tmp_path: Path, monk
 
     monkeypatch.setattr(FileLock, "acquire", fail)
     reason = os.strerror(errno.ENOTSUP)
-    with pytest.raises(SempaError, match=f"keeps two runs apart: {reason}"):
+    with pytest.raises(SempaError, match=f"keeps two runs apart, cannot be written: {reason}"):
         RunFolder(tmp_path / "model").open({}, resume=False, overwrite=False)
-    with pytest.raises(SempaError, match=f"keeps two sweeps apart: {reason}"), _locked(tmp_path / "sweep"):
+    expected = f"keeps two sweeps apart, cannot be written: {reason}"
+    with pytest.raises(SempaError, match=expected), _locked(tmp_path / "sweep"):
         pass
     with pytest.raises(SempaError, match=f"cache folder .* cannot be written.*{reason}"):
         build_once(tmp_path / "a", "mark", Path.mkdir)

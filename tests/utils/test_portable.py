@@ -14,7 +14,7 @@ from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.training.record import settings_digest
 from sempa_st.training.run import train
-from sempa_st.training.run_results import place
+from sempa_st.training.run_results import assign_folders
 from sempa_st.utils.portable import portable_command, portable_name, portable_record
 
 
@@ -151,11 +151,11 @@ def test_a_sweep_knows_its_finished_runs_by_the_settings_as_given(tmp_path: Path
     config = make_config(bases[1], tmp_path / "runs" / "second", max_triplets=8, checkpoint_samples=4)
     record = train(config).record
     names = {record["settings_digest"]: "second"}
-    runs = place([configs[0], config], varied, tmp_path / "runs", names)
+    runs = assign_folders([configs[0], config], varied, tmp_path / "runs", names)
     assert runs[0].record is None
     assert runs[1].record == record
     (tmp_path / "runs" / "second").rename(runs[0].folder)
-    assert place(configs, varied, tmp_path / "runs", {})[0].record is None
+    assert assign_folders(configs, varied, tmp_path / "runs", {})[0].record is None
 
 
 def test_an_option_of_a_later_version_changes_no_digest() -> None:

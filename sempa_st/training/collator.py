@@ -1,0 +1,149 @@
+"""The collator of a run's batches: which tensors its objectives need, the reference model's results included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sempa_st.data.nli import NliData, Triplet
+from sempa_st.data.passages import PASSAGE_TOKENS, Passages
+from sempa_st.data.preferences import ranked_answers
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.token_rows import pad_rows
+from sempa_st.training.batches import AnswerInputs, Batch, EmbeddingInputs
+from sempa_st.training.config import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES, TrainConfig
+from sempa_st.training.reference import reference_answers, reference_identity, reference_states
+from sempa_st.training.word_bags import WordBags, document_frequencies
+
+BatchMaker = Callable[[Sequence[int], Sequence[Triplet]], Batch]
+"""Makes some tensors of a batch from the indices of its triplets and the triplets themselves."""
+
+
+class Collator:
+    """Join the tensors of several batch makers into one batch.
+
+    Args:
+        triplets: All triplets. The trainer's data set holds their indices, in the column ``index``.
+        makers: Batch makers; no two make a tensor of the same name.
+    """
+
+    def __init__(self, triplets: Sequence[Triplet], makers: Sequence[BatchMaker]) -> None:
+        self._triplets = triplets
+        self._makers = makers
+
+    def __call__(self, items: Sequence[Mapping[str, int]]) -> Batch:
+        """Return the batch of the triplets with these indices."""
+        indices = [item["index"] for item in items]
+        triplets = [self._triplets[index] for index in indices]
+        return {name: tensor for make in self._makers for name, tensor in make(indices, triplets).items()}
+
+
+def make_batch_makers(
+    config: TrainConfig,
+    data: NliData,
+    tokenizer: PreTrainedTokenizerBase,
+    module: PromptEOL,
+    base_digest: str,
+    passages: Passages | None = None,
+) -> list[BatchMaker]:
+    """Return the batch makers that a run's objectives need, after running the reference model unless it is cached.
+
+    Args:
+        config: Training settings.
+        data: Triplets.
+        tokenizer: The base model's tokenizer, for text without the embedding template.
+        module: Embedding module around the base model, without an adapter.
+        base_digest: Digest of the base model's weights, a key of the reference cache.
+        passages: Ordinary text for the KL term; None for the premises.
+    """
+    objectives = config.objective_weights.keys()
+    identity = reference_identity(data, module.model, module.model.dtype, base_digest)
+    makers: list[BatchMaker] = []
+    if objectives & EMBEDDING_OBJECTIVES:
+        inputs = _embedding_inputs(config, data, module)
+        makers.append(lambda _, triplets: inputs(triplets))
+    if objectives & WORD_OBJECTIVES and config.activation != "template":
+        makers.append(_lookup(reference_states(config, data, module, identity)))
+    if objectives & SEQUENCE_OBJECTIVES:
+        answers = AnswerInputs(
+            tokenizer,
+            ranked_answers(data.triplets, tokenizer, paraphrase=config.paraphrase),
+            3 if "listwise" in objectives else 2,
+            config.max_length,
+        )
+        makers.append(lambda indices, _: answers(indices))
+        makers.append(_lookup(reference_answers(config, answers, module, identity)))
+    if config.kl:
+        makers.append(
+            _passage_batches(tokenizer, passages, config.kl_positions, len(data.triplets))
+            if passages
+            else _premise_batches(tokenizer, config.max_seq_length)
+        )
+    return makers
+
+
+def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> EmbeddingInputs:
+    objectives = config.objective_weights.keys()
+    candidates = ("entailed", "contradicted", *(() if config.neutral == "none" else ("neutral",)))
+    compared = candidates if "contrastive" in objectives else ()
+    return EmbeddingInputs(
+        module,
+        ("premise", *compared),
+        candidates,
+        _word_bags(config, module.tokenizer, data.triplets) if objectives & WORD_OBJECTIVES else None,
+        pairwise="one-word" in objectives,
+    )
+
+
+def _word_bags(config: TrainConfig, tokenizer: Any, triplets: Sequence[Triplet]) -> WordBags:
+    """Return the bagger for a run's settings; idf counts all sentences but the neutral ones."""
+    sentences = [s for t in triplets for s in (t.premise, t.entailed, t.contradicted)]
+    return WordBags(
+        tokenizer,
+        tokens=config.word_tokens,
+        forms=config.word_forms,
+        stop_words=config.stop_words,
+        frequencies=document_frequencies(sentences) if config.word_weights == "idf" else None,
+        num_sentences=len(sentences),
+    )
+
+
+def _lookup(tensors: Mapping[str, Tensor]) -> BatchMaker:
+    """Return a batch maker that looks triplets up in precomputed tensors of shape (triplets, ...)."""
+    return lambda indices, _: {name: tensor[list(indices)] for name, tensor in tensors.items()}
+
+
+def _premise_batches(tokenizer: PreTrainedTokenizerBase, max_length: int) -> BatchMaker:
+    """Return a maker of batches of premises as ordinary text."""
+
+    def make(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
+        return _plain_batch(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
+
+    return make
+
+
+def _passage_batches(
+    tokenizer: PreTrainedTokenizerBase, passages: Passages, num_positions: int, num_triplets: int
+) -> BatchMaker:
+    """Return a maker of batches of passages: as many as it takes to hold ``num_positions`` tokens.
+
+    The position of the batch's first triplet in the data decides where they start in the text, so that a whole epoch
+    covers the whole text.
+    """
+    count = len(passages.token_ids)
+
+    def make(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
+        first = indices[0] * count // num_triplets
+        selected = range(first, first + math.ceil(num_positions / PASSAGE_TOKENS))
+        return _plain_batch(tokenizer, [passages.token_ids[index % count] for index in selected])
+
+    return make
+
+
+def _plain_batch(tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]]) -> Batch:
+    """Return the padded batch ``plain_input_ids`` and ``plain_attention_mask`` of ordinary text."""
+    return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, token_ids, "right").items()}
