@@ -33,6 +33,7 @@ from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
 from sempa_st.utils.files import read_json, write_json
+from sempa_st.utils.options import split_list
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
@@ -71,7 +72,7 @@ def main() -> None:
     together = load_together(list(folders.values()))
     scores: dict[str, dict[str, float]] = read_json(output)["scores"] if output.is_file() else {}
     names = [_BASE, *args.models]
-    for task in args.tasks.split(","):
+    for task in split_list(args.tasks):
         if all(task in scores.get(name, {}) for name in names):
             continue
         pairs = read_pairs(local_files(args.data_dir, task, args.split, "senteval"))

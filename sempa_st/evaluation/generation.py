@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +19,14 @@ from sempa_st.evaluation.generation_data import (
     read_splits,
     subset,
 )
+from sempa_st.evaluation.tasks import mean, quiet
 from sempa_st.model.tokenizer import own_chat_template
+from sempa_st.utils.extras import require
+from sempa_st.utils.options import split_list
 
 if TYPE_CHECKING:
     from sempa_st.model.prompt_eol import PromptEOL
 
-if find_spec("lm_eval") is None:
-    raise SempaError("Measuring generation needs the lm-eval package. Install it with: pip install 'sempa-st[eval]'")
 _FEWSHOT_SEED = 1234  # the harness's own default, for the tasks whose examples are drawn
 _SPLIT_KEYS = {"training_split": "train", "validation_split": "validation"}
 
@@ -105,16 +103,16 @@ class LoadedTask:
     chosen: dict[str, list[int]]
 
 
-def expand_tasks(names: str) -> list[str]:
+def parse_tasks(names: str) -> list[str]:
     """Split a comma-separated list of tasks.
 
-    >>> expand_tasks("mmlu, wikitext")
+    >>> parse_tasks("mmlu, wikitext")
     ['mmlu', 'wikitext']
 
     Raises:
         SempaError: If there is none, or one is unknown.
     """
-    tasks = list(dict.fromkeys(filter(None, (part.strip() for part in names.split(",")))))
+    tasks = list(dict.fromkeys(filter(None, split_list(names))))
     for name in tasks or [names]:
         if name not in MEASURES:
             raise SempaError(f"Unknown generation task {name!r}. Expected some of: {', '.join(MEASURES)}.")
@@ -134,6 +132,7 @@ def load_tasks(
     Raises:
         SempaError: If the data of a task cannot be had or read.
     """
+    require("lm_eval", "datasets", extra="eval", purpose="Measuring generation")
     if data_dir:
         check_local_files(data_dir, names)
     return [_load(name, data_dir, (limits or {}).get(name)) for name in names]
@@ -146,7 +145,7 @@ def _load(name: str, data_dir: str | None, limit: int | None) -> LoadedTask:
 
     measure = MEASURES[name]
     folder = Path(lm_eval.__file__).parent / "tasks" / measure.folder
-    with _quiet():
+    with _quiet_harness():
         manager = TaskManager(include_defaults=False, include_path=folder)
         parts = _local_parts(name, data_dir) if data_dir else _hub_parts(name, manager.all_subtasks)
         unknown = [part["task"] for part in parts if part["task"] not in manager.all_subtasks]
@@ -216,7 +215,7 @@ class GenerationEvaluator:
         self.chat = has_template if chat is None else chat
         if self.chat and not has_template:
             raise SempaError("The tokenizer has no chat template of its own. Leave out --chat.")
-        with _quiet():
+        with _quiet_harness():
             self.lm = SharedPrefixLM(
                 pretrained=module.model,
                 tokenizer=module.tokenizer,
@@ -232,7 +231,7 @@ class GenerationEvaluator:
         for part in task.parts.values():
             part.set_fewshot_seed(_FEWSHOT_SEED)
         groups = {task.group.name: task.group} if task.group.has_aggregation else {}
-        with _quiet():
+        with _quiet_harness():
             results = evaluate(
                 lm=self.lm,
                 task_dict={"tasks": task.parts, "groups": groups},
@@ -266,25 +265,21 @@ class GenerationEvaluator:
         )
 
 
-def average(scores: Sequence[GenerationScore]) -> float | None:
-    """Return the plain mean of the scores that are shares, or None where there are fewer than two."""
+def average_share(scores: Sequence[GenerationScore]) -> float | None:
+    """Return the mean of the scores that are shares, or None if there are fewer than two."""
     shares = [score.score for score in scores if score.percent]
-    return sum(shares) / len(shares) if len(shares) > 1 else None
+    return mean(shares) if len(shares) > 1 else None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
+def _quiet_harness() -> Iterator[None]:
+    """Hide the harness's warnings and log lines, and its progress bar for building the prompts of a task."""
     from lm_eval.api import task as harness
 
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, harness.tqdm
-    logger.setLevel(logging.ERROR)
-    harness.tqdm = lambda rows, **_: rows
+    progress_bar = harness.tqdm
+    harness.tqdm = lambda documents, **_: documents
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("lm_eval"):
             yield
     finally:
-        logger.setLevel(level)
-        harness.tqdm = bar
+        harness.tqdm = progress_bar

@@ -10,6 +10,7 @@ from typing import Any
 from sempa_st.data.rows import list_rows, read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8
+from sempa_st.utils.options import split_list
 
 MMLU_SHOTS = 5
 FILES: dict[str, dict[str, str]] = {
@@ -146,7 +147,7 @@ def parse_limits(text: str | None, tasks: Sequence[str]) -> dict[str, int | None
         SempaError: If a part is no number above 0, or names a task that is not scored.
     """
     limits: dict[str, int | None] = dict.fromkeys(tasks)
-    for part in filter(None, (part.strip() for part in (text or "").split(","))):
+    for part in filter(None, split_list(text or "")):
         name, _, number = part.rpartition("=")
         if name and name not in limits:
             raise SempaError(f"--limit names {name!r}, which is not scored. Tasks of this run: {', '.join(tasks)}.")

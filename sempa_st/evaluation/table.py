@@ -16,7 +16,8 @@ from tabulate import tabulate
 from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
-from sempa_st.evaluation.sts import Cell, Score, load_tasks, score_tasks
+from sempa_st.evaluation.sts import Cell, Score, load_cells, score_cells
+from sempa_st.evaluation.tasks import mean
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
@@ -85,7 +86,7 @@ def score_systems(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SempaError(f"Two systems have the name {twice[0]!r}. Expected names of their own: rename a folder.")
-    cells = load_tasks(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
+    cells = load_cells(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
     found = []
     for system in systems:
         file = output / "systems" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', system.name)}.json"
@@ -120,7 +121,7 @@ def _score(
         held["run"] = run_info()
         write_json(file, held)
 
-    score_tasks(model, missing, output=file.parent.parent, batch_size=batch_size, report=keep)
+    score_cells(model, missing, output=file.parent.parent, batch_size=batch_size, report=keep)
     return held
 
 
@@ -144,16 +145,17 @@ def lines_of(found: Sequence[dict[str, Any]]) -> list[Line]:
     for system in found:
         scores, mteb = (system["scores"][protocol] for protocol in ("senteval", "mteb"))
         cost = [system["tokens"], system.get("speed")]
-        lines.append([*_line(system["system"], scores), mteb["SICK-R"], _average(mteb), *cost])
+        lines.append([*_line(system["system"], scores), mteb["SICK-R"], mean(_in_order(mteb)), *cost])
     return [*lines, *([*_line(f"{row['system']} (paper)", row["scores"]), *[None] * 4] for row in published())]
 
 
 def _line(name: str, scores: dict[str, float]) -> Line:
-    return [name, *(scores[task] for task in STS_TASKS), _average(scores)]
+    in_order = _in_order(scores)
+    return [name, *in_order, mean(in_order)]
 
 
-def _average(scores: dict[str, float]) -> float:
-    return sum(scores[task] for task in STS_TASKS) / len(STS_TASKS)
+def _in_order(scores: dict[str, float]) -> list[float]:
+    return [scores[task] for task in STS_TASKS]
 
 
 def write_tables(output: Path, found: Sequence[dict[str, Any]]) -> None:

@@ -27,31 +27,51 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, *, without: Collection[str] = ()) -> None:
-    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given leaves no trace.
+def split_list(text: str) -> list[str]:
+    """Split a comma-separated list and strip its entries; empty ones are kept, for the caller to refuse or drop.
+
+    >>> split_list("0, 4,6-17")
+    ['0', '4', '6-17']
+    """
+    return [part.strip() for part in text.split(",")]
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type,
+    *,
+    groups: Mapping[str, Collection[str]] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given sets no attribute.
 
     Args:
         parser: Parser to add the flags to.
         options: The dataclass.
+        groups: Names of fields by the heading of their group in the help.
         without: Fields that get no flag.
     """
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of the options below (or the name of a shipped one)"
+        "--config", metavar="FILE", help="YAML file with any of these options, or the name of a shipped one"
     )
+    group_of: dict[str, argparse._ArgumentGroup] = {}
+    for title, names in (groups or {}).items():
+        group_of |= dict.fromkeys(names, parser.add_argument_group(title))
     types_by_name = get_type_hints(options)
     for item in fields(options):
-        if item.name in without:
-            continue
-        flag = "--" + item.name.replace("_", "-")
-        help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
-        kind = _plain_type(types_by_name[item.name])
-        common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(
-                flag, type=kind, choices=item.metadata["choices"], metavar=_metavar(item, kind), **common
-            )
+        if item.name not in without:
+            _add_flag(group_of.get(item.name, parser), item, _plain_type(types_by_name[item.name]))
+
+
+def _add_flag(parser: argparse._ActionsContainer, item: Field[Any], kind: type) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
+    common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    else:
+        metavar = None if item.metadata["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
+        parser.add_argument(flag, type=kind, choices=item.metadata["choices"], metavar=metavar, **common)
 
 
 def read_options(options: type[Options], given: Mapping[str, Any]) -> Options:
@@ -64,7 +84,7 @@ def read_options(options: type[Options], given: Mapping[str, Any]) -> Options:
 
 
 def option_values(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what :func:`read_options` builds the dataclass from: the fields that the file or a flag sets.
+    """Return the fields that the YAML file or a flag sets, for :func:`read_options`.
 
     Raises:
         SempaError: On an unknown key or a value of the wrong type in the file.
@@ -93,7 +113,7 @@ def load_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        SempaError: If it cannot be read, is not YAML, or is larger than options are, its references followed.
+        SempaError: If it cannot be read, is not YAML, or is too large for options, its aliases expanded.
     """
     import yaml
 
@@ -105,7 +125,7 @@ def load_yaml(path: str | Path) -> Any:
         content = loader.construct_document(node) if node is not None and values <= _MOST_VALUES else None
     except OSError as error:
         raise SempaError(f"The file {path} cannot be read ({error.strerror}). Check the path.") from error
-    except Exception as error:  # the makers of single values raise whatever they meet
+    except Exception as error:  # constructors of single values raise errors of many types
         raise SempaError(f"The file {path} is not YAML: {type(error).__name__}: {error}") from error
     if values > _MOST_VALUES:
         raise SempaError(f"The file {path} holds {values:,} values. Expected options, of {_MOST_VALUES:,} at most.")
@@ -122,13 +142,13 @@ def _text(path: Path) -> str:
 
 
 def _values_under(node: Any, known: dict[int, int]) -> int:
-    """Count the values in a YAML document, those behind a reference each time that it is used."""
+    """Count the values in a YAML document; those of an alias count each time that it is used."""
     if node is None or isinstance(node.value, str):
         return 1
     if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # what it counts as where it holds itself
-        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-        known[id(node)] = 1 + sum(_values_under(part, known) for part in parts)
+        known[id(node)] = _MOST_VALUES + 1  # too many, should the node contain itself
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_values_under(child, known) for child in children)
     return known[id(node)]
 
 
@@ -177,12 +197,6 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
 def _plain_type(annotation: Any) -> type:
     """Return ``X`` for ``X`` and for ``X | None``."""
     if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
+        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
     assert isinstance(annotation, type)
     return annotation
-
-
-def _metavar(item: Field[Any], kind: type) -> str | None:
-    if item.metadata["choices"]:
-        return None
-    return {int: "N", float: "X"}.get(kind, "TEXT")

@@ -15,7 +15,7 @@ from helpers.tiny import make_tokenizer
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.generation import GenerationEvaluator, average, load_tasks
+from sempa_st.evaluation.generation import GenerationEvaluator, average_share, load_tasks
 from sempa_st.evaluation.generation_data import check_local_files, parse_limits, read_splits, subset
 from sempa_st.evaluation.shared_prefix import SharedPrefixLM
 from sempa_st.model.tokenizer import own_chat_template
@@ -164,8 +164,8 @@ def test_only_chosen_documents_are_scored(model: Any, data_dir: Path) -> None:
     assert [score.n for score in scores] == [1, 2]
     assert scores[0].score in (0, 100)
     assert scores[0].stderr is None
-    assert average(scores) == pytest.approx((scores[0].score + scores[1].score) / 2)
-    assert average(scores[:1]) is None
+    assert average_share(scores) == pytest.approx((scores[0].score + scores[1].score) / 2)
+    assert average_share(scores[:1]) is None
 
 
 def test_from_the_hub_all_subjects_are_asked_for(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
