@@ -71,7 +71,7 @@ def test_mmlu_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None
 def test_truthfulqa_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
     task = load_tasks(["truthfulqa_mc1"], data_dir=str(data_dir))[0]
     (score,) = GenerationEvaluator(model[0], chat=False).score(task)
-    prompts = [task.parts["truthfulqa_mc1"].doc_to_text({"question": row[0]}) for row in TRUTHS]
+    prompts = [task.subtasks["truthfulqa_mc1"].doc_to_text({"question": row[0]}) for row in TRUTHS]
     assert prompts[0].endswith("The 1992 Olympics were held in Barcelona, Spain.\n\nQ: What do cats drink?\nA:")
     right = [best(model, prompt, row[1]) == row[2].index(1) for prompt, row in zip(prompts, TRUTHS, strict=True)]
     assert score.score == pytest.approx(100 * sum(right) / 3)
