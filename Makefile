@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration clean
+.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
@@ -37,6 +37,17 @@ unit: unit-bfloat16 unit-float32
 integration: $(VENV)/.ready
 	$(BIN)/python -m pytest -m integration
 
+# The unit tests with the lowest version of each direct dependency that pyproject.toml allows, in an environment of its own.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -m "not integration" --auto-dtype float32
+
+$(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tools/lowest_versions.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c $(LOWEST)/lowest.txt -e ".[dev]"
+	touch $@
+
 # The tested set of versions.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no python3.11 on the PATH; install Python 3.11 or set PYTHON=..." >&2; exit 1; }
@@ -45,4 +56,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

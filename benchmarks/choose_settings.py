@@ -1,8 +1,8 @@
-"""Choose how a method reads a decoder on STS-B dev: each setting named is scored at every layer in one pass.
+"""Choose a method's settings on STS-B dev: each setting is scored at every layer in one forward pass.
 
     python -m benchmarks.choose_settings prompteol token-prepending:exit=4 ... --data-dir DIR --output FILE.json
 
-Settings that the file already holds are not run again. What is best for a method is to be given to ``sempa table``.
+Settings that the file already holds are not run again. Pass a method's best setting to ``sempa table``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED_BASE, help="a base (default: %(default)s)")
     parser.add_argument("--data-dir", required=True, help="folder with sts/stsb.dev.parquet")
     parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the fastest available)")
     args = parser.parse_args()
     output = Path(args.output)
     pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))

@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-
+from sempa_st.utils.extras import require
 from sempa_st.utils.files import atomic_file, read_json
 from sempa_st.utils.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _DEV = "STS-B dev, Spearman x 100"
 
 _MARKERS = "osD^"
-"""One for each ten points: that many colours differ."""
+"""One marker per ten points, since only ten colours differ."""
 
 
 def main() -> None:
@@ -38,7 +36,11 @@ def main() -> None:
     args = parser.parse_args()
     data = read_json(Path(args.data))
     draw: Callable[[Axes, dict[str, Any]], None] = {"frontier": draw_frontier, "curve": draw_curve}[args.what]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    require("matplotlib", extra="plots", purpose="Drawing a plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     draw(axes, data)
     axes.set_ylabel(_DEV)
     axes.grid(alpha=0.3)

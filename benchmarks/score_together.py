@@ -1,9 +1,9 @@
-"""Score many adapters, and their base, on the seven STS test sets in one pass over the sentences.
+"""Score many adapters and their base on the seven STS test sets in one pass over the sentences.
 
-What the models share is run once for each batch of sentences: activated adapters go on from the base's key/value cache
-of all but the template's closing tokens, and plain adapters that leave the lower layers alone (``--lora-layers``) from
-the base's states below their first layer. A plain adapter of all layers shares nothing and is run packed. The scores
-are those of ``sempa evaluate --protocol senteval``.
+Shared computation is run once per batch. Activated adapters continue from the base's key/value cache of all tokens
+before the template's suffix. Plain adapters on upper layers only (``--lora-layers``) continue from the base's hidden
+states below their first layer. A plain adapter on all layers shares nothing and is run packed. The scores are those
+of ``sempa evaluate --protocol senteval``.
 
     python -m benchmarks.score_together MODEL ... --data-dir DIR --output FILE.json
 """
@@ -32,6 +32,7 @@ from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import load_tokenizer, suffix_tokens
 from sempa_st.utils.files import read_json, write_json
+from sempa_st.utils.options import split_list
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
@@ -41,13 +42,13 @@ _BASE = "base"
 
 @dataclass
 class Together:
-    """Adapters on one base, by the number of their folder.
+    """Adapters on one base, in the order of their folders.
 
     Args:
         module: Embedding module around the base with all adapters.
-        first_layers: First adapted layer of each plain adapter; None of an activated one, which goes on from the cache.
-        closing: Number of the template's closing tokens.
-        below: States that enter such a layer under the base, as the batch at hand leaves them, piece by piece.
+        first_layers: First adapted layer of each plain adapter; None for an activated one, which uses the cache.
+        closing: Number of the template's suffix tokens.
+        below: The base's input hidden states of such a layer for the current batch, one tensor per micro-batch.
     """
 
     module: PromptEOL
@@ -70,7 +71,7 @@ def main() -> None:
     together = load_together(list(folders.values()))
     scores: dict[str, dict[str, float]] = read_json(output)["scores"] if output.is_file() else {}
     names = [_BASE, *args.models]
-    for task in args.tasks.split(","):
+    for task in split_list(args.tasks):
         if all(task in scores.get(name, {}) for name in names):
             continue
         pairs = read_pairs(local_files(args.data_dir, task, args.split, "senteval"))

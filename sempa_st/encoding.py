@@ -1,4 +1,4 @@
-"""Embed the sentences of a file into a file, window by window: memory does not grow with their number."""
+"""Embed the sentences of a file into a file, one window at a time, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 OUTPUT_SUFFIXES = (".npy", ".parquet")
 _WINDOW = 2048
-"""Sentences that are sorted together and written together."""
+"""Sentences that are sorted by length, encoded and written together."""
 _BATCHES = 2
-"""Batches between two steps of the progress bar."""
+"""Batches per step of the progress bar."""
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """The sentences of a file, read anew each time they are gone through.
+    """The sentences of a file, which is read again on each iteration.
 
     Args:
         path: The file.
         column: Column with the sentences; None for plain text.
         count: Number of sentences.
-        skipped: Number of those left out that are empty or null, or hold half a character.
+        skipped: Number of rows left out: empty, null or with a lone surrogate.
     """
 
     path: Path
@@ -42,17 +42,22 @@ class Sentences:
     skipped: int = 0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        """Yield each sentence behind its row number in the file, from 1."""
+        """Yield the row number in the file, from 1, and the sentence."""
         for number, value in enumerate(_values(self.path, self.column), 1):
             if is_text(value):
                 yield number, value
 
 
 def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows: bool = False) -> Sentences:
-    """Find sentences: each line of a txt file, or one column of a csv, jsonl, json or parquet file.
+    """Check and count the sentences of a file.
+
+    Args:
+        path: A txt file with one sentence per line, or a csv, jsonl, json or parquet file.
+        column: Column with the sentences; may be left out if there is only one.
+        skip_bad_rows: Leave out bad rows: sentences that are empty, null or hold a lone surrogate.
 
     Raises:
-        SempaError: On an unknown kind of file or column, or an empty or null sentence, or one with half a character.
+        SempaError: On an unknown kind of file or column, on a bad row (unless skipped), or if no sentence is left.
     """
     path = Path(path)
     if path.suffix.lower() == ".txt":
@@ -113,8 +118,8 @@ def encode_file(
         model: What :func:`sempa_st.load` takes, or a model that it returned.
         input: File with sentences; see :func:`read_sentences`.
         output: ``.npy`` or ``.parquet`` file to write; see :func:`encode_to_file`.
-        column: Column with the sentences, where there are several.
-        batch_size: Sentences a batch.
+        column: Column with the sentences; may be left out if there is only one.
+        batch_size: Sentences per batch.
         skip_bad_rows: Leave out empty sentences.
 
     Returns:
@@ -135,29 +140,28 @@ def encode_file(
 def encode_to_file(
     model: SentenceTransformer, sentences: Sentences, output: str | Path, *, batch_size: int = 32
 ) -> tuple[int, int]:
-    """Embed sentences and write the vectors, whole or not at all.
+    """Embed sentences and write all vectors, or no file at all.
 
     ``.npy`` gets a float32 array of shape (sentences, width); ``.parquet`` the columns row, sentence and embedding.
-    Equal sentences of a window are run once.
+    Equal sentences of a window are encoded once.
 
     Returns:
-        The shape of the array of vectors.
+        Number of vectors, and their width.
 
     Raises:
-        SempaError: If the output cannot be written, a vector is not finite, or the sentences are no longer as many as
-            were found.
+        SempaError: If the output cannot be written, a vector is not finite, or the number of sentences has changed.
     """
     from tqdm.auto import tqdm
 
     check_output_file(output, OUTPUT_SUFFIXES)
-    written, width, rest = 0, 0, iter(sentences)
-    opened = _npy_writer if Path(output).suffix.lower() == ".npy" else _parquet_writer
+    written, width, remaining = 0, 0, iter(sentences)
+    writer = _npy_writer if Path(output).suffix.lower() == ".npy" else _parquet_writer
     with (
         atomic_file(output) as partial,
-        opened(partial, sentences.count) as write,
+        writer(partial, sentences.count) as write,
         tqdm(total=sentences.count, desc="encode", unit="sentence", dynamic_ncols=True) as bar,
     ):
-        while window := list(islice(rest, _WINDOW)):
+        while window := list(islice(remaining, _WINDOW)):
             vectors = _finite_vectors(model, window, batch_size, bar.update)
             write(window, vectors)
             written, width = written + len(window), vectors.shape[1]
@@ -176,7 +180,7 @@ def _finite_vectors(
     try:
         vectors = _encode_once(model, texts, batch_size, advance)
         check_finite(vectors, texts)
-    except NotFiniteError as error:  # a person looks for a row, not for a place in a batch
+    except NotFiniteError as error:  # name rows of the file, not positions in a batch
         bad = set(error.texts)
         raise NotFiniteError([(row, text) for row, text in window if text in bad], error.total, "row") from error
     return vectors
@@ -185,22 +189,22 @@ def _finite_vectors(
 def _encode_once(
     model: SentenceTransformer, texts: list[str], batch_size: int, advance: Callable[[int], object]
 ) -> Any:
-    """Return the vectors of a window's sentences, a few batches of neighbours at a time."""
+    """Encode each distinct sentence of a window once, in a few batches of similar length at a time."""
     import numpy as np
 
     from sempa_st.forward.batching import batches_by_length, min_batch_characters
 
-    times = Counter(texts)
-    different = list(times)
-    parts: list[Any] = []
-    numbers: dict[str, int] = {}
+    counts = Counter(texts)
+    distinct = list(counts)
+    vectors: list[Any] = []
+    vector_index: dict[str, int] = {}
     size = _BATCHES * batch_size
-    for places in batches_by_length(different, size, min_batch_characters(model, size)):
-        part = [different[place] for place in places]
-        parts.append(model.encode(part, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
-        numbers |= {text: len(numbers) + number for number, text in enumerate(part)}
-        advance(sum(times[text] for text in part))
-    return np.concatenate(parts).astype("float32", copy=False)[[numbers[text] for text in texts]]
+    for indices in batches_by_length(distinct, size, min_batch_characters(model, size)):
+        batch = [distinct[index] for index in indices]
+        vectors.append(model.encode(batch, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
+        vector_index |= {text: len(vector_index) + index for index, text in enumerate(batch)}
+        advance(sum(counts[text] for text in batch))
+    return np.concatenate(vectors).astype("float32", copy=False)[[vector_index[text] for text in texts]]
 
 
 _Write = Callable[[list[tuple[int, str]], Any], None]

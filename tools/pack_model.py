@@ -1,4 +1,4 @@
-"""Put a trained model into the package: a small folder with its adapter in bfloat16, run record, card and notices.
+"""Add a trained model to the package: a small folder with its adapter in bfloat16, run record, card and notices.
 
     python tools/pack_model.py runs/best sempa-gemma3-270m
 
@@ -17,7 +17,7 @@ from sempa_st.utils.files import read_json
 
 
 def main() -> int:
-    """Pack one model; exit code 2 if it is not fit."""
+    """Pack one model; return exit code 2 if it cannot be shipped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder that `sempa train` wrote, on the embedded base")
     parser.add_argument("name", help="name of the model, such as sempa-gemma3-270m")

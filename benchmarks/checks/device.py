@@ -30,7 +30,7 @@ _OF_A_LENGTH = 8
 
 
 def batches(tokenizer: Any, sentences: list[str]) -> list[list[str]]:
-    """Return a batch for each number of tokens: some sentences of it, and the shortest sentence of all."""
+    """Return one batch per sentence length: some sentences of that length and the shortest sentence of all."""
     by_length: dict[int, list[str]] = defaultdict(list)
     for sentence in dict.fromkeys(sentences):
         by_length[len(tokenizer(sentence)["input_ids"])].append(sentence)
@@ -39,13 +39,13 @@ def batches(tokenizer: Any, sentences: list[str]) -> list[list[str]]:
 
 
 def vectors(name: str, method: str | None, device: str, texts: list[list[str]]) -> torch.Tensor:
-    """Return the vectors of all batches, one behind another."""
+    """Return the vectors of all batches, concatenated."""
     model = sempa_st.load(name, method=method, dtype="float32", device=device)
     return torch.cat([model.encode(batch, convert_to_tensor=True).cpu() for batch in texts])
 
 
 def main() -> int:
-    """Run all comparisons; exit code 1 if one falls short."""
+    """Run all comparisons; return exit code 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a base")
     parser.add_argument("sentences")

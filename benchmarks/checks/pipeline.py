@@ -30,7 +30,7 @@ TOLERANCE = 0.10
 
 
 def main() -> int:
-    """Score the model; exit code 1 if a score is off."""
+    """Score the model; return exit code 1 if a score differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--output", required=True)

@@ -40,7 +40,7 @@ def mixed_lengths(texts: list[str], count: int) -> list[str]:
 
 
 def manual_vectors(folder: Path, sentences: list[str]) -> torch.Tensor:
-    """The paper's procedure: plain tokenisation, all hidden states, the last layer's last token."""
+    """Embed as the paper does: plain tokenisation, all hidden states, last token of the last layer."""
     auto_class = AutoPeftModelForCausalLM if ModelFolder(folder).is_adapter else AutoModelForCausalLM
     model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -64,7 +64,7 @@ def readers(folder: Path) -> Iterator[tuple[str, SentenceTransformer]]:
 
 
 def main() -> int:
-    """Run all comparisons; exit code 1 if one falls short."""
+    """Run all comparisons; return exit code 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("sentences")

@@ -1,4 +1,4 @@
-"""One model in many threads: embeddings, generation and plain passes beside each other are what they are alone.
+"""Check one model in many threads: concurrent embedding, generation and forward passes match sequential ones.
 
     python -m benchmarks.checks.threads [MODEL ...] --threads 16 --seconds 60 --json FILE
 
@@ -32,7 +32,7 @@ _TOLERANCE = 1e-5
 
 
 def works(model: Any, sentences: list[str]) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return what the threads do with a model, by name; each returns its result as a tensor."""
+    """Return the tasks of the threads by name; each returns a tensor."""
     inputs = model.tokenizer(PROMPT, return_tensors="pt")
     generator = model[0].model
 
@@ -51,7 +51,7 @@ def works(model: Any, sentences: list[str]) -> dict[str, Callable[[], torch.Tens
 
 
 def run(model: Any, threads: int, seconds: float) -> dict[str, int]:
-    """Run all kinds of passes in turn in many threads; return how many there were, and how many went wrong."""
+    """Run all tasks in turn in many threads; return the number of runs and of failures."""
     sentences = [triplet.premise for triplet in load_nli("sample").triplets[:16]]
     kinds = works(model, sentences)
     alone = {name: work() for name, work in kinds.items()}

@@ -41,7 +41,7 @@ ENCODER_METHODS = ["bert-avg", "promptbert"]
 
 
 def sentences() -> list[str]:
-    """Return sentences of the sample of the package that is run, which has not changed between the versions."""
+    """Return sentences of the package's sample, which is the same in both versions."""
     import sempa_st
 
     sample = next(Path(sempa_st.__file__).parent.glob("*/nli_sample.jsonl"))
@@ -51,7 +51,7 @@ def sentences() -> list[str]:
 
 
 def all_vectors(encoder: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield a name and the vectors, one model after another."""
+    """Yield the name and the vectors of each model."""
     import sempa_st
 
     texts = sentences()

@@ -1,4 +1,4 @@
-"""Peers that take more than a call: backends of another environment, and FlashAttention."""
+"""Peers that need setup: backends in another environment, and FlashAttention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORKER = Path(__file__).with_name("worker.py")
 def in_other_environment(
     python: str, backend: str, folder: Path, scratch: Path, batch_size: int, render: Render
 ) -> Callable[[Sequence[str]], Any]:
-    """Embed by a process of another Python, whose sentence-transformers has this backend.
+    """Embed in a process of another Python environment, whose sentence-transformers has this backend.
 
     Args:
         python: Interpreter with sentence-transformers 5 and what its backend needs.

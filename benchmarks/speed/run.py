@@ -1,4 +1,4 @@
-"""Time this package beside what a user would pick instead: in one run, interleaved, on the same real texts.
+"""Time this package against its alternatives: interleaved in one run, on the same real texts.
 
     python -m benchmarks.speed.run encode --data-dir DIR --output FILE.json
     python -m benchmarks.speed.run train --data-dir DIR --output FILE.json
@@ -43,7 +43,7 @@ _SECONDS = 1.0
 
 
 def main() -> None:
-    """Measure one of the three things, print the tables and write the file."""
+    """Run one of the three benchmarks, print its tables and write its file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("encode", "train", "stream"))
     parser.add_argument("--data-dir", required=True, help="folder with sts/, nli/ and text/")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def save(path: str, result: dict[str, Any]) -> None:
-    """Write a result with what it was measured on."""
+    """Write a result and the environment that it was measured in."""
     write_json(path, {**run_info(), "threads": torch.get_num_threads(), **result})
 
 
@@ -111,7 +111,7 @@ def measure_encoding(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_systems(names: Sequence[str], setting: Setting) -> tuple[dict[str, Embed], dict[str, str]]:
-    """Load the systems that are at hand; of the others, say why they are not."""
+    """Load the systems that are available; print why the others are not."""
     systems, missing = {}, {}
     for name in names:
         try:
@@ -126,7 +126,7 @@ def make_systems(names: Sequence[str], setting: Setting) -> tuple[dict[str, Embe
 def run_interleaved(
     systems: dict[str, Embed], texts: Sequence[str], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Embed all texts by each system in turn, another one first in every round.
+    """Embed all texts with each system in turn; each round starts with another system.
 
     A system may sort the texts, so a round gives it all of them.
 
@@ -154,7 +154,7 @@ def compare(
     folder: Path,
     rates: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """Return a row for each system: throughput, ratios, use of the machine, and how close the vectors are.
+    """Return one row per system: throughput, ratios, machine utilisation and cosine to the reference.
 
     The machine is used by 100% where the operations of the plain path (linear layers, no padding) take as long as
     matrix products of the same shapes do: a system that leaves work out may go beyond that.
@@ -179,20 +179,20 @@ def compare(
 
 
 def lowest_cosine(found: Any, expected: Any) -> str:
-    """Return the lowest cosine between rows, with the digits that matter."""
+    """Return the lowest cosine between vectors of the same text, rounded to its significant digits."""
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     return f"{float(((found * expected).sum(axis=1) / norms).min()):.7f}"
 
 
 def spearman(vectors: Any, scores: Sequence[float]) -> float:
-    """Return the Spearman correlation times 100 of texts that stand in pairs, side by side."""
+    """Return the Spearman correlation times 100 of consecutive pairs of texts."""
     first, second = vectors[0::2], vectors[1::2]
     cosines = (first * second).sum(axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     return 100 * float(spearmanr(cosines, scores).statistic)
 
 
 def long_texts(data_dir: str, folder: Path, count: int) -> list[str]:
-    """Return paragraphs of WikiText-2's test set that have 64 to 512 tokens, in their order."""
+    """Return the paragraphs of WikiText-2's test set with 64 to 512 tokens, in order."""
     lines = Path(data_dir, "text", "wikitext2.test.txt").read_text(encoding="utf-8").splitlines()
     lines = [line.strip() for line in lines if len(line) > 200 and not line.strip().startswith("=")]
     chosen = [line for line, number in zip(lines, count_tokens(folder, lines), strict=True) if 64 <= number <= 512]
@@ -200,7 +200,7 @@ def long_texts(data_dir: str, folder: Path, count: int) -> list[str]:
 
 
 def count_tokens(folder: Path, texts: Sequence[str]) -> list[int]:
-    """Return the tokens of each text under the template, as the plain path runs them."""
+    """Return the number of tokens of each text under the template, as in the padded forward pass."""
     tokenizer, template = load_tokenizer(folder), embedding_template("prompteol")
     return [len(ids) for ids in tokenizer([template.text(text) for text in texts])["input_ids"]]
 

@@ -1,4 +1,4 @@
-"""Throughput and peak memory of ``sempa encode`` on files of growing length, for :mod:`run_speed`."""
+"""Throughput and peak memory of ``sempa encode`` on files of growing length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BETWEEN_LOOKS = 0.05
 
 
 def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
-    """Encode files of real sentences, repeated where they run out, each by a process of its own."""
+    """Encode files of real sentences, repeated as needed, each file in its own process."""
     sentences = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb")).sentences
     _, _, libraries = run_watched(["-c", "import sempa_st.forward.sentence_transformer, sempa_st.loading"])
     rows = []
@@ -58,7 +58,7 @@ def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_tiny(folder: Path) -> Path:
-    """Write a random decoder with the embedded base's tokenizer, so narrow that reading and writing take the time."""
+    """Write a random decoder with the embedded base's tokenizer, so narrow that input and output dominate."""
     base = resolve_base(EMBEDDED_BASE).folder
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config.update({"hidden_size": 16, "intermediate_size": 32, "head_dim": 8, "num_attention_heads": 2})
@@ -70,7 +70,7 @@ def save_tiny(folder: Path) -> Path:
 
 
 def run_watched(arguments: Sequence[str]) -> tuple[float, float, float]:
-    """Run Python to its end, looking at its memory (Linux) many times a second.
+    """Run a Python process and sample its memory (Linux) many times a second.
 
     Returns:
         The seconds it took, and the peaks in MiB of its resident memory and of the private part of that: what is read
@@ -92,13 +92,13 @@ def run_watched(arguments: Sequence[str]) -> tuple[float, float, float]:
 
 
 def _memory(process: int) -> dict[str, int]:
-    """Return what a process holds, in KiB; nothing once it has ended."""
+    """Return the resident memory of a process in KiB, or nothing once it has ended."""
     lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return {line[0].removesuffix(":"): int(line[1]) for line in lines if line[-1] == "kB"}
 
 
 def _weights(folder: Path) -> float:
-    """Return the MiB of a base's weights in the type that they are run in."""
+    """Return the size in MiB of a base's weights in the compute type."""
     numbers = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:

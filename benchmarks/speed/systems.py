@@ -1,4 +1,4 @@
-"""Ways to embed sentences with the embedded base, for :mod:`run_speed`: ours, and what a user would pick instead."""
+"""Systems that embed sentences with the embedded base: this package and its alternatives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATE = embedding_template("prompteol")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a system is made from.
+    """Inputs from which a system is built.
 
     Args:
         folder: The base's folder.
@@ -46,7 +46,7 @@ Make = Callable[[Setting], Embed]
 
 
 def paper(setting: Setting) -> Embed:
-    """Embed as the paper's evaluation does: float32, all hidden states, all logits, 16 unsorted rows, left padding."""
+    """Embed as the paper's evaluation does: float32, all hidden states and logits, 16 unsorted texts, left padding."""
     model = (
         AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32, trust_remote_code=False)
         .eval()
@@ -120,7 +120,7 @@ def llama_cpp(kind: str) -> Make:
 
 
 def exported(backend: str) -> Make:
-    """Embed through one of sentence-transformers' other backends: here, or in the peers' environment."""
+    """Embed with another backend of sentence-transformers, in this or in the peers' environment."""
 
     def make(setting: Setting) -> Embed:
         _check_cpu(setting.device)
@@ -135,7 +135,7 @@ def exported(backend: str) -> Make:
 
 
 def flash(setting: Setting) -> Embed:
-    """Embed batches of rows without padding, with FlashAttention in bfloat16."""
+    """Embed padding-free batches with FlashAttention in bfloat16."""
     return flash_rows(setting.folder, setting.device, setting.batch_size, render=_TEMPLATE.text)
 
 
@@ -161,4 +161,4 @@ SYSTEMS: dict[str, Make] = {
     "sempa_st bfloat16": ours("bfloat16"),
     "sempa_st int8": ours("float32", int8=True),
 }
-"""How to make each."""
+"""Function that builds each system, by name."""

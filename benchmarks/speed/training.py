@@ -1,4 +1,4 @@
-"""What a training sample costs: TRL's DPO trainer as it comes, and our objectives, for :mod:`run_speed`."""
+"""Cost per training sample: TRL's DPO trainer with its defaults, and this package's objectives."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from sempa_st.training.run_folder import RunFolder
 _BATCH = 8
 _COMMON = {"batch_size": _BATCH, "gradient_accumulation": 1, "log_steps": 1, "device": "cpu", "dtype": "float32"}
 Timed = tuple[float, float, list[float]]
-"""Seconds before the first step (the reference's, where it is run then), seconds of the steps, and each step's loss."""
+"""Seconds before the first step (with a precomputed reference included), seconds of the steps, loss of each step."""
 
 
 def trl_as_it_comes(precompute: bool) -> Callable[[NliData, Path], Timed]:
-    """Train with TRL's own trainer and defaults, the reference run in each step or once before."""
+    """Train with TRL's own trainer and defaults; the reference is run in each step or precomputed."""
 
     def run(data: NliData, scratch: Path) -> Timed:
         folder = resolve_base(EMBEDDED_BASE).folder
@@ -65,7 +65,7 @@ def trl_as_it_comes(precompute: bool) -> Callable[[NliData, Path], Timed]:
 
 
 def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
-    """Train with this package, the reference not yet on the disk."""
+    """Train with this package, without a cached reference."""
 
     def run(data: NliData, scratch: Path) -> Timed:
         output = scratch / str(settings["objective"])
@@ -106,7 +106,7 @@ TRAININGS: dict[str, Callable[[NliData, Path], Timed]] = {
 
 
 def measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every training on the same triplets, round by round, and compare losses and times with TRL's."""
+    """Run every training on the same triplets in several rounds, and compare losses and times with TRL's."""
     triplets = load_nli(str(Path(args.data_dir, "nli", "triplets.parquet"))).triplets
     names = chosen(args.systems, TRAININGS)
     found: dict[str, list[Timed]] = {name: [] for name in names}
@@ -120,7 +120,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every training in a process of its own and compare the peaks of their memory with the first one's."""
+    """Run every training in its own process, and compare peak memory with the first one's."""
     names = chosen(args.systems, TRAININGS)
     script = str(Path(__file__).with_name("run_speed.py"))
     rows: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return the rows that are asked for, all of them where none is.
+    """Return the trainings named, or all if none is named.
 
     Raises:
         SempaError: On an unknown name.

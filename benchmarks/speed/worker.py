@@ -1,4 +1,4 @@
-"""Embed texts with one of sentence-transformers' backends: run by another environment's Python, for ``peers.py``.
+"""Embed texts with a backend of sentence-transformers, in another Python environment; started by ``peers.py``.
 
     python worker.py BACKEND FOLDER BATCH_SIZE THREADS
 
@@ -18,7 +18,7 @@ from sentence_transformers.models import Pooling, Transformer
 
 
 def main() -> None:
-    """Load or export the model, and answer one line after the other."""
+    """Load or export the model, then answer requests line by line."""
     backend, folder, batch_size, threads = sys.argv[1:]
     # What the libraries print is no reply.
     replies = os.fdopen(os.dup(1), "w")

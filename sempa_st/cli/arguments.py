@@ -1,9 +1,10 @@
-"""Options that several commands share, and the model that they name."""
+"""The parser of all commands, and the options that several of them share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sempa_st.errors import SempaError
@@ -12,51 +13,122 @@ from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Argument parser whose help is coloured on a terminal, and plain text in a pipe or file."""
+
+    def format_help(self) -> str:
+        """Return the help text."""
+        # Set here because argparse builds a formatter for each option that is added, and rich takes 0.1 s to import.
+        self.formatter_class = _coloured_formatter() if sys.stdout.isatty() else argparse.RawDescriptionHelpFormatter
+        return super().format_help()
+
+
+def _coloured_formatter() -> type[argparse.HelpFormatter]:
+    from rich_argparse import RawDescriptionRichHelpFormatter
+
+    class Formatter(RawDescriptionRichHelpFormatter):
+        group_name_formatter = str  # as in the plain help
+        help_markup = text_markup = False  # brackets are text
+
+    return Formatter
+
+
+class PrintCompletion(argparse.Action):
+    """Option that prints a shell's completion script and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        """Print the script for the shell that the option names."""
+        import shtab
+
+        _namespace, shell, *_ = given
+        commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+        for command in commands.values():
+            for action in command._actions:
+                if action.nargs != 0 and action.choices is None:
+                    action.complete = shtab.FILE  # models and data are names or paths
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """Add a command to the parser, with the options that all commands have."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    """Add a command to the parser, with the options that all commands have.
+
+    Args:
+        commands: Where to add it: what ``add_subparsers`` returned.
+        name: Name of the command.
+        run: Function that runs it.
+        help: One sentence on what it does.
+        examples: Arguments to show under the help, each after ``sempa NAME``.
+    """
+    lines = [f"  sempa {name} {example}".rstrip() for example in examples]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, epilog="\n".join(["examples:", *lines])
+    )
     parser.set_defaults(command=run)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of errors, and libraries' warnings")
     return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model and say how it is read."""
+    """Add the options that name a model and say how to read it."""
     parser.add_argument(
         "model",
         help=f"shipped model (sempa-{EMBEDDED_BASE}), SemPA folder or Hub id, base ({EMBEDDED_BASE}, folder, Hub id), "
-        "any ST model, or (with --method) a bare LoRA adapter",
+        "any sentence-transformers model, or (with --method) a bare LoRA adapter",
     )
-    parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="template of a bare base")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="embedding template of a bare base")
+    model.add_argument(
         "--method",
         metavar="NAME[:SETTING=VALUE...]",
-        help="another way to embed with a decoder: mean, last-token, prompteol, pretended-cot, knowledge-enhancement, "
-        "echo, contrastive-prompting, token-prepending, llm2vec; with an encoder: bert-avg, promptbert",
+        help="embed by another method. For a decoder: mean, last-token, prompteol, pretended-cot, "
+        "knowledge-enhancement, echo, contrastive-prompting, token-prepending, llm2vec; for an encoder: bert-avg, "
+        "promptbert",
     )
-    parser.add_argument("--layer", type=int, help="whose output the method reads: -1 the last, ... (default: its own)")
+    model.add_argument(
+        "--layer", type=int, help="layer whose output the method pools; -1 is the last (default: the method's own)"
+    )
+    add_base(model)
+    model.add_argument(
+        "--reader",
+        default="sempa",
+        choices=("sempa", "native"),
+        help="sempa: this package's faster module; native: plain sentence-transformers (default: sempa)",
+    )
+    compute = add_compute_options(parser)
+    compute.add_argument("--int8", action="store_true", help="multiply in int8: faster on a CPU, not exact")
+    add_batch_size(compute)
+
+
+def add_base(parser: argparse._ActionsContainer) -> None:
+    """Add ``--base``, which replaces the base that an adapter names."""
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")
-    parser.add_argument("--reader", default="sempa", choices=("sempa", "native"), help="our module, or plain ST")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto")
-    parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
-    parser.add_argument("--int8", action="store_true", help="round products to integers: faster on a CPU, not exact")
-    add_batch_size(parser)
 
 
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
+def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add ``--dtype`` and ``--device`` in a group, and return the group."""
+    group = parser.add_argument_group("compute")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="floating-point type (default: auto)")
+    group.add_argument("--device", help="cpu, cuda, ... (default: the fastest available)")
+    return group
+
+
+def add_batch_size(
+    parser: argparse._ActionsContainer, help: str = "sentences per batch; more when they are short and are packed"
+) -> None:
     """Add ``--batch-size``."""
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=32,
-        help="sentences a batch; more of short ones, where rows are run in packs (default: 32)",
-    )
+    parser.add_argument("--batch-size", type=positive, default=32, help=f"{help} (default: 32)")
+
+
+def add_data_dir(parser: argparse._ActionsContainer, files: str = "sts/*.parquet") -> None:
+    """Add ``--data-dir``, a folder with ``files``."""
+    parser.add_argument("--data-dir", help=f"folder with {files}, to use instead of the Hub (default: $SEMPA_DATA_DIR)")
 
 
 def positive(text: str) -> int:
-    """Return a whole number above 0, for argparse."""
+    """Return an integer above 0, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
@@ -80,7 +152,11 @@ def load_model(args: argparse.Namespace) -> Any:
 
 
 def method_of(args: argparse.Namespace) -> str | None:
-    """Return the ``--method``, with ``--layer`` as one of its settings."""
+    """Return ``--method`` with ``--layer`` as one of its settings, or None.
+
+    Raises:
+        SempaError: If there is a layer and no method.
+    """
     method: str | None = args.method
     if args.layer is None:
         return method

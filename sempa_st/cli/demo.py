@@ -1,4 +1,4 @@
-"""The whole way on two cores: train the base, open the folder with plain tools, compare the models, generate."""
+"""The command ``sempa demo``: train a model, open it with plain libraries, compare it with others, generate."""
 
 from __future__ import annotations
 
@@ -29,18 +29,37 @@ COMPARED = (
     (1, 3, "other meaning, same words"),
     (1, 4, "other meaning, other words"),
 )
-"""Numbers of two sentences, from 1, and how they relate."""
+"""Two sentences by their number, from 1, and how they relate."""
 PROMPT = "The best thing about a rainy Sunday is"
 _OBJECTIVE = "one-word-listwise"
 _TRIPLETS = 192
 _BATCH_SIZE = 32
 
 
+def add_demo(commands: Any) -> None:
+    """Add ``sempa demo``."""
+    parser = add_command(
+        commands,
+        "demo",
+        _demo,
+        "Train a small adapter on the shipped sample and show what it does.",
+        examples=("", "--output runs/demo"),
+    )
+    parser.add_argument("--output", default="runs/demo", help="folder to write the model to (default: runs/demo)")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    run_demo(Path(args.output))
+
+
 def run_demo(output: Path) -> None:
-    """Train a small adapter on the shipped sample and print what it changed; some five minutes on two cores.
+    """Train a small adapter on the shipped sample and print what it changes, in about five minutes on two cores.
 
     Args:
-        output: Folder to write the model to; what an earlier demo left there is replaced, and nothing else is.
+        output: Folder to write the model to. The model of an earlier demo is replaced.
+
+    Raises:
+        SempaError: If the folder holds anything else.
     """
     started = time.monotonic()
     from sempa_st.folder.layout import ModelFolder
@@ -49,7 +68,7 @@ def run_demo(output: Path) -> None:
 
     earlier = (ModelFolder(output).record or {}).get("data", {}).get("source") == "sample"
 
-    _say(f"1/4  Train {EMBEDDED_BASE} by {_OBJECTIVE} on {_TRIPLETS} of the shipped triplets")
+    _print_heading(f"1/4  Train {EMBEDDED_BASE} by {_OBJECTIVE} on {_TRIPLETS} of the shipped triplets")
     record = train(
         TrainConfig(
             base=EMBEDDED_BASE,
@@ -68,15 +87,17 @@ def run_demo(output: Path) -> None:
     print(f"Spearman x 100 on the {record['dev']['pairs']} shipped pairs, before (0 triplets) and after:")
     print(run_table(record))
 
-    _say(f"2/4  Open {output} with plain sentence-transformers and with sempa_st.load, and compare the vectors")
+    _print_heading(
+        f"2/4  Open {output} with plain sentence-transformers and with sempa_st.load, and compare the vectors"
+    )
     print(f"smallest cosine between the two readers' vectors: {_smallest_cosine(output):.7f}")
 
-    _say("3/4  Compare the base, the model just trained and the models that the package ships")
+    _print_heading("3/4  Compare the base, the model just trained and the models that the package ships")
     print(comparison_table(_models(output)))
 
-    _say(f"4/4  Generate with {output}")
+    _print_heading(f"4/4  Generate with {output}")
     print(generate(output))
-    _say(f"Done in {time.monotonic() - started:.0f} s. The model is in {output}.")
+    _print_heading(f"Done in {time.monotonic() - started:.0f} s. The model is in {output}.")
 
 
 def _smallest_cosine(folder: Path) -> float:
@@ -90,7 +111,7 @@ def _smallest_cosine(folder: Path) -> float:
 
 
 def _models(output: Path) -> Iterator[tuple[str, SentenceTransformer]]:
-    """Yield the models to compare, one in memory at a time, each under its column's name."""
+    """Yield the heading of its column and each model; only one model is in memory at a time."""
     from sempa_st.folder.shipped import shipped_names
     from sempa_st.loading import load
 
@@ -101,10 +122,10 @@ def _models(output: Path) -> Iterator[tuple[str, SentenceTransformer]]:
 
 
 def comparison_table(models: Iterator[tuple[str, SentenceTransformer]]) -> str:
-    """Lay out models side by side: the cosine of pairs of demo sentences, and the score on the shipped graded pairs.
+    """Compare models side by side: cosines of pairs of the demo sentences, and the score on the shipped graded pairs.
 
     Args:
-        models: Name and model, read by our module.
+        models: Name and model, loaded by :func:`sempa_st.load`.
     """
     columns = {name: [*_cosines(model), _spearman(model)] for name, model in models}
     pairs = [f"{first} and {second}: {relation}" for first, second, relation in COMPARED]
@@ -137,7 +158,7 @@ def _spearman(model: SentenceTransformer) -> float:
 
 
 def generate(folder: Path) -> str:
-    """Continue the demo prompt, greedily, with the generator that the folder still is."""
+    """Continue the demo prompt by greedy decoding, with plain PEFT and transformers."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
@@ -148,18 +169,5 @@ def generate(folder: Path) -> str:
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _say(text: str) -> None:
+def _print_heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-def add_demo(commands: Any) -> None:
-    """Add ``sempa demo``."""
-    parser = add_command(
-        commands, "demo", _demo, "Train a small adapter on the shipped sample and look at what it does."
-    )
-    parser.add_argument("--output", default="runs/demo", help="folder to write the model to (default: runs/demo)")
-
-
-def _demo(args: argparse.Namespace) -> None:
-
-    run_demo(Path(args.output))

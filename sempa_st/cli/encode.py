@@ -1,4 +1,4 @@
-"""``sempa encode``: embed the sentences of a file."""
+"""The command ``sempa encode``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from sempa_st.cli.arguments import add_command, add_model_options, load_model
 
 def add_encode(commands: Any) -> None:
     """Add ``sempa encode``."""
-    parser = add_command(commands, "encode", _encode, "Embed the sentences of a file.")
+    parser = add_command(
+        commands,
+        "encode",
+        _encode,
+        "Embed the sentences of a file.",
+        examples=(
+            "sempa-gemma3-270m sentences.txt --output vectors.npy",
+            "runs/best reviews.csv --column text --output vectors.parquet",
+        ),
+    )
     add_model_options(parser)
-    parser.add_argument("input", help="txt (a sentence a line), csv, jsonl, json or parquet file")
-    parser.add_argument("--output", required=True, help="npy or parquet file to write")
-    parser.add_argument("--column", help="column with the sentences, where there are several")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count empty sentences")
+    parser.add_argument("input", help="txt (one sentence per line), csv, jsonl, json or parquet file")
+    data = parser.add_argument_group("input and output")
+    data.add_argument("--output", required=True, help="npy or parquet file to write")
+    data.add_argument("--column", help="column that holds the sentences (default: the only one)")
+    data.add_argument("--skip-bad-rows", action="store_true", help="leave out and count empty sentences")
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -24,6 +34,6 @@ def _encode(args: argparse.Namespace) -> None:
 
     check_output_file(args.output, OUTPUT_SUFFIXES)
     sentences = read_sentences(args.input, column=args.column, skip_bad_rows=args.skip_bad_rows)
-    rows, width = encode_to_file(load_model(args), sentences, args.output, batch_size=args.batch_size)
+    count, width = encode_to_file(load_model(args), sentences, args.output, batch_size=args.batch_size)
     skipped = f", {sentences.skipped} empty rows skipped" if sentences.skipped else ""
-    print(f"Wrote {rows} vectors of width {width} to {args.output}{skipped}.")
+    print(f"Wrote {count} vectors of width {width} to {args.output}{skipped}.")

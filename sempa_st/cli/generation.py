@@ -1,4 +1,4 @@
-"""The command ``sempa generation``: how well models still generate, side by side."""
+"""The command ``sempa generation``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.cli.arguments import add_command, positive
+from sempa_st.cli.arguments import add_base, add_batch_size, add_command, add_compute_options, add_data_dir
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.generation_data import FILES, parse_limits
-from sempa_st.utils.devices import DTYPES
 from sempa_st.utils.tables import table
 
 if TYPE_CHECKING:
@@ -22,43 +21,47 @@ if TYPE_CHECKING:
 _SHOWN_VERSIONS = ("lm-eval", "transformers", "torch")
 
 
-def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command, except ``--batch-size``."""
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="SemPA folder or Hub id, or base; several are set side by side"
+def add_generation(commands: Any) -> None:
+    """Add ``sempa generation``."""
+    parser = add_command(
+        commands,
+        "generation",
+        _generation,
+        "Measure how well models still generate, with lm-evaluation-harness.",
+        examples=(
+            "gemma3-270m sempa-gemma3-270m --tasks mmlu,wikitext --limit mmlu=2000",
+            "runs/best --output generation.json",
+        ),
     )
-    parser.add_argument("--tasks", default=",".join(FILES), help="comma-separated (default: %(default)s)")
     parser.add_argument(
-        "--data-dir",
-        help="folder with generation/*.parquet and text/wikitext2.test.txt, instead of the Hub (or set SEMPA_DATA_DIR)",
+        "models", nargs="+", metavar="MODEL", help="SemPA folder or Hub id, or base; several are compared side by side"
     )
-    parser.add_argument(
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", default=",".join(FILES), help="comma-separated (default: %(default)s)")
+    add_data_dir(tasks, "generation/*.parquet and text/wikitext2.test.txt")
+    tasks.add_argument(
         "--limit",
         metavar="N",
-        help="score a fixed subset of N documents of each task, or of some: mmlu=2000,gsm8k=200 (MMLU: of all "
-        "subjects together, in proportion to their size)",
+        help="score a fixed subset of N documents of each task, or of some tasks: mmlu=2000,gsm8k=200 (MMLU: N over "
+        "all subjects, in proportion to their size)",
     )
-    parser.add_argument(
+    tasks.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
         help="put prompts into the tokenizer's chat template (default: if it has one)",
     )
-    parser.add_argument("--base", help="base to use instead of the one that an adapter names")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto")
-    parser.add_argument("--device", help="cpu, cuda, ...; the best there is by default")
-    parser.add_argument("--output", metavar="FILE", help="json file to write the scores to")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON instead of a table")
+    results = parser.add_argument_group("results")
+    results.add_argument("--output", metavar="FILE", help="JSON file to write the scores to")
+    results.add_argument("--overwrite", action="store_true", help="replace the output file")
+    results.add_argument("--json", action="store_true", help="print the scores as JSON instead of a table")
+    compute = add_compute_options(parser)
+    add_base(compute)
+    add_batch_size(compute, "prompts per batch")
 
 
-def generation_command(args: argparse.Namespace) -> None:
-    """Score the models on the tasks, print the result and write it.
-
-    Raises:
-        SempaError: On a model, task, limit or output that cannot be used.
-    """
+def _generation(args: argparse.Namespace) -> None:
     from sempa_st.data.sts import data_dir_or_default
-    from sempa_st.evaluation.generation import expand_tasks, load_tasks
+    from sempa_st.evaluation.generation import load_tasks, parse_tasks
     from sempa_st.folder.resolve import describe_method, find_model
     from sempa_st.utils.files import check_output_file, write_json
     from sempa_st.utils.run_info import run_info
@@ -67,7 +70,7 @@ def generation_command(args: argparse.Namespace) -> None:
         check_output_file(args.output, (".json",))
         if Path(args.output).exists() and not args.overwrite:
             raise SempaError(f"The output {args.output} exists. Choose another one, or pass --overwrite to replace it.")
-    names = expand_tasks(args.tasks)
+    names = parse_tasks(args.tasks)
     limits = parse_limits(args.limit, names)
     sources = [find_model(model) for model in args.models]
     for model, source in zip(args.models, sources, strict=True):
@@ -77,7 +80,7 @@ def generation_command(args: argparse.Namespace) -> None:
     tasks = load_tasks(names, data_dir=data_dir_or_default(args.data_dir), limits=limits)
     results = []
     for model, source in zip(args.models, sources, strict=True):
-        # Beside an adapter, a bare base that it is compared with has no base of its own to replace.
+        # --base is for adapters; a bare base that they are compared with stays as it is.
         base = args.base if source.kind == "sempa" or not adapters else None
         results.append(_score(model, describe_method(source, None), tasks, base, args))
     report = {"models": results, "run": {"limits": limits, **run_info()}}
@@ -89,7 +92,7 @@ def generation_command(args: argparse.Namespace) -> None:
 def _score(
     name: str, method: str, tasks: Sequence[LoadedTask], base: str | None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    from sempa_st.evaluation.generation import GenerationEvaluator, average
+    from sempa_st.evaluation.generation import GenerationEvaluator, average_share
     from sempa_st.loading import load
     from sempa_st.model.prompt_eol import PromptEOL
 
@@ -102,7 +105,7 @@ def _score(
         print(f"{name}: {task.name}", file=sys.stderr, flush=True)
         scores += generator.score(task)
     if generator.lm.cut:
-        print(f"{name}: {generator.lm.cut} prompts were too long and lost their beginning.", file=sys.stderr)
+        print(f"{name}: {generator.lm.cut} prompts were too long; their beginning was cut off.", file=sys.stderr)
     return {
         "model": name,
         "method": method,
@@ -111,7 +114,7 @@ def _score(
         "chat": generator.chat,
         "prompts_cut": generator.lm.cut,
         "scores": [asdict(score) for score in scores],
-        "average": average(scores),
+        "average": average_share(scores),
     }
 
 
@@ -142,12 +145,3 @@ def _short_names(names: Sequence[str]) -> list[str]:
     """Name models by the last part of their paths, or in full where two would look alike."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)
-
-
-def add_generation(commands: Any) -> None:
-    """Add ``sempa generation``."""
-    parser = add_command(
-        commands, "generation", generation_command, "Measure how well models still generate, by lm-evaluation-harness."
-    )
-    add_generation_options(parser)
-    parser.add_argument("--batch-size", type=positive, default=32, help="prompts a batch (default: 32)")

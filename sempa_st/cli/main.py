@@ -1,4 +1,4 @@
-"""The command line ``sempa``: parser and thin commands; what is heavy is imported inside the commands."""
+"""The command line ``sempa``: one parser, and error messages. Each command imports heavy libraries when it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from sempa_st import __version__
+from sempa_st.cli.arguments import CommandParser, PrintCompletion
 from sempa_st.cli.copy import add_average, add_copy
 from sempa_st.cli.demo import add_demo
 from sempa_st.cli.encode import add_encode
@@ -19,13 +20,21 @@ from sempa_st.cli.table import add_table
 from sempa_st.cli.train import add_train
 from sempa_st.errors import SempaError
 
-_EXIT_UNFORESEEN = 1
+_EXIT_UNEXPECTED = 1
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 for bad input (one paragraph on standard error), 130 for Ctrl-C, or 1."""
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; those of this process when None.
+
+    Returns:
+        Exit code: 0, 2 for bad input, 130 for Ctrl-C, 1 for any other error. An error is one paragraph on standard
+        error.
+    """
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -40,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Print one paragraph on an error, from one process only, and return the exit code."""
+    """Print an error as one paragraph, in one process only, and return the exit code."""
     if isinstance(error, SempaError | OSError):
         message, code = str(error), _EXIT_BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", _EXIT_INTERRUPTED
     else:
-        message = f"{type(error).__name__}: {error} (not an error we foresaw; --debug shows where it comes from)"
-        code = _EXIT_UNFORESEEN
+        message = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
+        code = _EXIT_UNEXPECTED
     if os.environ.get("RANK", "0") == "0":
         print(f"sempa: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -55,8 +64,18 @@ def _report(error: BaseException) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="sempa", description="Sentence embeddings from an LLM that keeps generating.")
+    parser = CommandParser(
+        prog="sempa",
+        description="Sentence embeddings from an LLM that keeps generating.",
+        epilog="examples:\n  sempa demo\n  sempa encode --help\n  sempa --print-completion bash > ~/.sempa-completion",
+    )
     parser.add_argument("--version", action="version", version=f"sempa-st {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a shell's completion script, to be sourced by it",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_train,
@@ -74,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def silence_libraries(debug: bool) -> None:
-    """Silence the libraries' chatter for this process; our own messages and their errors stay."""
+    """Silence the libraries' warnings and log lines in this process, unless ``debug``; errors are still shown."""
     if debug:
         return
     warnings.simplefilter("ignore")

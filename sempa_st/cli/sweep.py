@@ -1,4 +1,4 @@
-"""The command ``sempa sweep``: its flags, the settings that they ask for, and what it prints."""
+"""The command ``sempa sweep``, and the grid of settings that its options describe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.cli.arguments import add_command
+from sempa_st.cli.train import TRAIN_GROUPS
 from sempa_st.errors import SempaError
 from sempa_st.training.config import TrainConfig
-from sempa_st.utils.options import add_options, convert_option, load_yaml, option_values
+from sempa_st.utils.extras import require
+from sempa_st.utils.options import add_options, convert_option, load_yaml, option_values, split_list
 
 _OWNED = ("output", "resume", "overwrite")
 _NOT_IN_GRID = {
@@ -25,38 +27,44 @@ _MOST_POINTS = 10_000
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 
-def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a sweep, and those of a training run for the settings that all of its runs share."""
-    parser.add_argument(
-        "--grid", metavar="FILE", help="YAML file: options and lists of values, or a list of such mappings"
+def add_sweep(commands: Any) -> None:
+    """Add ``sempa sweep``: its own options, and those of a training run that all of its runs share."""
+    parser = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        "Train a grid of settings and keep the best model.",
+        examples=(
+            "--data sample --dev sample --set learning_rate=1e-4,2e-4 --set lora_r=8,16 --output runs/sweep",
+            "--config gemma3-270m --data my_nli.csv --grid grid.yaml --search 20 --output runs/sweep",
+        ),
     )
-    parser.add_argument(
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument(
+        "--grid", metavar="FILE", help="YAML file: options with lists of values, or a list of such mappings"
+    )
+    sweep.add_argument(
         "--set",
         action="append",
         default=[],
         dest="assignments",
         metavar="NAME=VALUE,...",
-        help="one more option to vary, such as learning_rate=1e-4,2e-4; values that hold a comma go into --grid",
+        help="one more option to vary, such as learning_rate=1e-4,2e-4; values that contain a comma go into --grid",
     )
-    parser.add_argument(
+    sweep.add_argument(
         "--search",
         type=int,
         metavar="N",
         help="train only N points of the grid, picked by Optuna's TPE sampler; --seed fixes which",
     )
-    parser.add_argument("--output", required=True, help="folder of the sweep; the same command goes on with it")
-    parser.add_argument("--keep-models", action="store_true", help="keep the model of every run, not only the best")
-    parser.add_argument("--retry-failed", action="store_true", help="try again what has failed before")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    add_options(parser, TrainConfig, without=_OWNED)
+    sweep.add_argument("--output", required=True, help="folder of the sweep; the same command continues it")
+    sweep.add_argument("--keep-models", action="store_true", help="keep the model of every run, not only the best")
+    sweep.add_argument("--retry-failed", action="store_true", help="run failed points again")
+    sweep.add_argument("--json", action="store_true", help="print the results as JSON")
+    add_options(parser, TrainConfig, groups=TRAIN_GROUPS, without=_OWNED)
 
 
-def sweep_command(args: argparse.Namespace) -> None:
-    """Run ``sempa sweep``.
-
-    Raises:
-        SempaError: On a bad grid, settings, data or output folder, or if no run ends well.
-    """
+def _sweep(args: argparse.Namespace) -> None:
     fixed = option_values(TrainConfig, vars(args))
     for name in ("resume", "overwrite"):
         if name in fixed:
@@ -64,10 +72,9 @@ def sweep_command(args: argparse.Namespace) -> None:
     if args.search is not None and args.search < 1:
         raise SempaError(f"--search is {args.search}. Expected the number of runs to make, 1 or more.")
     configs, varied = make_configs(fixed, read_grid(args.grid, args.assignments))
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise SempaError("A sweep needs the optuna package. Install it with: pip install 'sempa-st[train]'") from error
+    require("optuna", "trl", "datasets", extra="train", purpose="A sweep")
+    import optuna
+
     from sempa_st.training.run_results import results_table
     from sempa_st.training.sweep import BEST, run_sweep
 
@@ -89,14 +96,17 @@ def sweep_command(args: argparse.Namespace) -> None:
 
 
 def make_configs(fixed: Mapping[str, Any], grid: Sequence[Mapping[str, Any]]) -> tuple[list[TrainConfig], list[str]]:
-    """Return the settings of every point of a grid, no two the same, and the names of those that vary.
+    """Build the settings of every point of a grid.
 
     Args:
-        fixed: Settings that all points share, the output being the sweep's folder.
-        grid: Settings of each point; they win over the fixed ones.
+        fixed: Settings that all points share; the output is the sweep's folder.
+        grid: Settings of each point; they override the fixed ones.
+
+    Returns:
+        The settings by point, all different, and the names of the settings that vary.
 
     Raises:
-        SempaError: If the settings of a point are refused, or two points are the same.
+        SempaError: If the settings of a point are invalid, or two points are the same.
     """
     configs: list[TrainConfig] = []
     seen: dict[tuple[Any, ...], int] = {}
@@ -118,14 +128,14 @@ def read_grid(file: str | None, assignments: Sequence[str]) -> list[dict[str, An
     """Return the settings of each point of a grid.
 
     Args:
-        file: YAML file: keys are options of a training run, values lists, and the grid is their product; or a list of
-            such mappings, whose points are put together. A single value stands for a list of one.
-        assignments: More axes, each as ``name=value,value``; every point of the file is taken with each of their
-            combinations.
+        file: YAML file that maps options of a training run to lists of values; the grid is their product. A list of
+            such mappings gives the points of all of them. A single value is a list of one.
+        assignments: More options to vary, each as ``name=value,value``; every point of the file is combined with
+            every combination of these.
 
     Raises:
-        SempaError: On an unknown key, a value of the wrong type, an empty list, a key that is given twice, no grid at
-            all, or one of too many points.
+        SempaError: On an unknown key, a value of the wrong type, an empty list, a key that is given twice, or a grid
+            that is missing or too large.
     """
     if not file and not assignments:
         raise SempaError("The sweep has no grid. Pass --grid FILE, or --set name=value,value for each option to vary.")
@@ -157,12 +167,12 @@ def _assigned(text: str) -> tuple[str, list[Any], str]:
     key, sign, values = text.partition("=")
     if not sign:
         raise SempaError(f"--set {text} has no '='. Expected name=value,value, such as learning_rate=1e-4,2e-4.")
-    words = [word.strip() for word in values.split(",")] if values.strip() else []
+    words = split_list(values) if values.strip() else []
     return key.strip(), [_WORDS.get(word.lower(), word) for word in words], f"--set {text}"
 
 
 def _axes(given: Iterable[tuple[Any, Any, str]]) -> dict[str, list[Any]]:
-    """Return the checked values of each option, from keys with their values and where they stand."""
+    """Convert and check values: (key, values, source for error messages) in, values by option out."""
     axes: dict[str, list[Any]] = {}
     for key, value, where in given:
         values = value if isinstance(value, list) else [value]
@@ -176,10 +186,3 @@ def _axes(given: Iterable[tuple[Any, Any, str]]) -> dict[str, list[Any]]:
             raise SempaError(f"{where} gives {name} twice. Put all its values into one list.")
         axes[name] = [value for _, value in converted]
     return axes
-
-
-def add_sweep(commands: Any) -> None:
-    """Add ``sempa sweep``."""
-    add_sweep_options(
-        add_command(commands, "sweep", sweep_command, "Train a grid of settings and keep the best model.")
-    )

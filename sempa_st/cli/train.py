@@ -1,4 +1,4 @@
-"""``sempa train``: train an adapter by preference optimisation."""
+"""The command ``sempa train``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,37 @@ from sempa_st.cli.arguments import add_command
 from sempa_st.training.config import TrainConfig
 from sempa_st.utils.options import add_options, read_options
 
+TRAIN_GROUPS = {
+    "model and data": ("base", "data", "output", "paraphrase", "template", "max_triplets", "skip_bad_rows"),
+    "objective": (
+        *("objective", "beta", "word_beta", "word_tokens", "word_forms", "word_weights", "stop_words"),
+        *("temperature", "neutral", "kl", "kl_text", "kl_positions"),
+    ),
+    "adapter": ("activation", "tuning", "lora_r", "lora_alpha", "lora_dropout", "lora_layers"),
+    "optimisation": (
+        *("learning_rate", "warmup_ratio", "epochs", "batch_size", "gradient_accumulation", "max_length"),
+        *("max_grad_norm", "weight_decay", "seed"),
+    ),
+    "checkpoints and dev score": ("checkpoint_samples", "patience", "dev", "data_dir", "dev_batch_size", "log_steps"),
+    "output folder": ("max_seq_length", "format", "resume", "overwrite"),
+    "compute": ("dtype", "device", "gradient_checkpointing"),
+}
+"""Options of a training run by the heading that they have in the help."""
+
 
 def add_train(commands: Any) -> None:
     """Add ``sempa train``."""
-    parser = add_command(commands, "train", _train, "Train an adapter by preference optimisation on NLI data.")
-    add_options(parser, TrainConfig)
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        "Train an adapter by preference optimisation on NLI data.",
+        examples=(
+            "--data sample --dev sample --output runs/first",
+            "--config llama3-8b --data my_nli.csv --output runs/llama3",
+        ),
+    )
+    add_options(parser, TrainConfig, groups=TRAIN_GROUPS)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Each distinct sentence is encoded once, however many sets and sides of pairs it stands in."""
+"""Cache of sentence vectors: each distinct sentence is encoded once across tasks and sides of pairs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncodeCost:
-    """What encoding has cost so far.
+    """The cost of encoding so far.
 
     Attributes:
-        asked: Sentences that vectors were asked for.
-        encoded: Sentences that were run.
-        seconds: Time that these took.
+        asked: Sentences requested.
+        encoded: Sentences that the model encoded; the others came from the cache.
+        seconds: Time that the model took.
     """
 
     asked: int = 0
@@ -33,36 +33,36 @@ class EncodeCost:
 
 @contextmanager
 def encode_cache(model: SentenceTransformer) -> Iterator[EncodeCost]:
-    """Let ``model.encode`` remember the vectors of lists of sentences, for the time of a block.
+    """Cache the vectors that ``model.encode`` returns for lists of sentences, within a ``with`` block.
 
     Args:
-        model: Any SentenceTransformer; calls for anything but arrays of vectors are passed on.
+        model: Any SentenceTransformer. Calls that ask for anything but an array of vectors bypass the cache.
 
     Raises:
         SempaError: From ``encode``, if a vector is not finite.
     """
     original = model.encode
-    known: dict[tuple[str, str], Any] = {}
-    tally = EncodeCost()
+    cache: dict[tuple[str, str], Any] = {}
+    cost = EncodeCost()
 
     def encode(sentences: Any, *args: Any, **kwargs: Any) -> Any:
         if args or isinstance(sentences, str) or not _asks_for_array(kwargs):
             return original(sentences, *args, **kwargs)
         prompt = repr([kwargs.get(name) for name in ("prompt", "prompt_name", "normalize_embeddings", "truncate_dim")])
-        new = [sentence for sentence in dict.fromkeys(sentences) if (sentence, prompt) not in known]
+        new = [sentence for sentence in dict.fromkeys(sentences) if (sentence, prompt) not in cache]
         if new:
             started = time.perf_counter()
             vectors = original(new, **kwargs)
-            tally.seconds += time.perf_counter() - started
+            cost.seconds += time.perf_counter() - started
             check_finite(vectors, new)
-            known.update(zip(((sentence, prompt) for sentence in new), vectors, strict=True))
-        tally.asked += len(sentences)
-        tally.encoded += len(new)
-        return np.stack([known[sentence, prompt] for sentence in sentences])
+            cache.update(zip(((sentence, prompt) for sentence in new), vectors, strict=True))
+        cost.asked += len(sentences)
+        cost.encoded += len(new)
+        return np.stack([cache[sentence, prompt] for sentence in sentences])
 
     model.encode = encode  # type: ignore[method-assign,assignment]
     try:
-        yield tally
+        yield cost
     finally:
         del model.encode
 

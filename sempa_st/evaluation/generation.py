@@ -1,14 +1,11 @@
-"""How well a model still generates: accuracy and perplexity by lm-evaluation-harness's own task definitions."""
+"""Measure how well a model still generates, with lm-evaluation-harness's own task definitions."""
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,28 +19,29 @@ from sempa_st.evaluation.generation_data import (
     read_splits,
     subset,
 )
+from sempa_st.evaluation.tasks import mean, quiet
 from sempa_st.model.tokenizer import own_chat_template
+from sempa_st.utils.extras import require
+from sempa_st.utils.options import split_list
 
 if TYPE_CHECKING:
     from sempa_st.model.prompt_eol import PromptEOL
 
-if find_spec("lm_eval") is None:
-    raise SempaError("Measuring generation needs the lm-eval package. Install it with: pip install 'sempa-st[eval]'")
 _FEWSHOT_SEED = 1234  # the harness's own default, for the tasks whose examples are drawn
 _SPLIT_KEYS = {"training_split": "train", "validation_split": "validation"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How the harness scores a task.
+    """A task of the harness, and the metric to read from its results.
 
     Args:
-        folder: Folder of the harness with the task's definition.
-        harness_task: The harness's name; MMLU is a task a subject.
+        folder: Folder of the task's definition in the harness.
+        harness_task: The harness's name; MMLU has one task per subject.
         shots: Solved examples in the prompt.
         key: Metric and filter in the harness's results.
-        metric: Name for people.
-        percent: Whether it is a share, told times 100 and averaged with the others.
+        metric: Name to display.
+        percent: Whether the metric is a share, which is reported times 100 and averaged over tasks.
     """
 
     folder: str
@@ -62,20 +60,20 @@ MEASURES: dict[str, Measure] = {
     "drop": Measure("drop", "drop", 3, "f1,none", "F1"),
     "wikitext": Measure("wikitext", "wikitext", 0, "word_perplexity,none", "word perplexity", percent=False),
 }
-"""The paper's five tasks with its numbers of examples, and WikiText-2."""
+"""The paper's five tasks with its numbers of shots, and WikiText-2."""
 
 
 @dataclass(frozen=True)
 class GenerationScore:
-    """One cell of a table of generation scores.
+    """Score of one task in one metric.
 
     Args:
         task: One of :data:`MEASURES`.
-        metric: What ``score`` is.
+        metric: Name of the metric.
         n: Number of documents scored.
         shots: Solved examples in the prompt.
-        score: Times 100, or a perplexity (the only metrics in which lower is better).
-        stderr: Standard error of ``score``, where the harness gives one.
+        score: Share times 100, or a perplexity (lower is better).
+        stderr: Standard error of ``score``, or None if the harness gives none.
         percent: Whether ``score`` is a share times 100 and goes into the average.
     """
 
@@ -90,31 +88,31 @@ class GenerationScore:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its data at hand.
+    """A task with its data.
 
     Args:
         name: One of :data:`MEASURES`.
-        group: The harness's group of the parts, which puts their scores together where there are several.
-        parts: The harness's tasks.
-        chosen: Numbers of the documents to score, by part.
+        group: The harness's group of the subtasks, which aggregates their scores if there are several.
+        subtasks: The harness's tasks by name: MMLU's subjects, or the task alone.
+        chosen: Indices of the documents to score, by subtask.
     """
 
     name: str
     group: Any
-    parts: dict[str, Any]
+    subtasks: dict[str, Any]
     chosen: dict[str, list[int]]
 
 
-def expand_tasks(names: str) -> list[str]:
-    """Split a comma-separated list of tasks.
+def parse_tasks(names: str) -> list[str]:
+    """Split and check a comma-separated list of tasks.
 
-    >>> expand_tasks("mmlu, wikitext")
+    >>> parse_tasks("mmlu, wikitext")
     ['mmlu', 'wikitext']
 
     Raises:
-        SempaError: If there is none, or one is unknown.
+        SempaError: If it is empty or a task is unknown.
     """
-    tasks = list(dict.fromkeys(filter(None, (part.strip() for part in names.split(",")))))
+    tasks = list(dict.fromkeys(filter(None, split_list(names))))
     for name in tasks or [names]:
         if name not in MEASURES:
             raise SempaError(f"Unknown generation task {name!r}. Expected some of: {', '.join(MEASURES)}.")
@@ -129,11 +127,12 @@ def load_tasks(
     Args:
         names: Some of :data:`MEASURES`.
         data_dir: Folder with the files of :data:`sempa_st.evaluation.generation_data.FILES`; the Hub when None.
-        limits: How many documents to score, by task; all when missing or None.
+        limits: Number of documents to score by task; all if missing or None.
 
     Raises:
-        SempaError: If the data of a task cannot be had or read.
+        SempaError: If the data of a task cannot be read, or a package is missing.
     """
+    require("lm_eval", "datasets", extra="eval", purpose="Measuring generation")
     if data_dir:
         check_local_files(data_dir, names)
     return [_load(name, data_dir, (limits or {}).get(name)) for name in names]
@@ -146,46 +145,46 @@ def _load(name: str, data_dir: str | None, limit: int | None) -> LoadedTask:
 
     measure = MEASURES[name]
     folder = Path(lm_eval.__file__).parent / "tasks" / measure.folder
-    with _quiet():
+    with _quiet_harness():
         manager = TaskManager(include_defaults=False, include_path=folder)
-        parts = _local_parts(name, data_dir) if data_dir else _hub_parts(name, manager.all_subtasks)
-        unknown = [part["task"] for part in parts if part["task"] not in manager.all_subtasks]
+        configs = _local_configs(name, data_dir) if data_dir else _hub_configs(name, manager.all_subtasks)
+        unknown = [config["task"] for config in configs if config["task"] not in manager.all_subtasks]
         if unknown:
             raise SempaError(
                 f"{data_dir}/{FILES[name]['test']} has the unknown subject {unknown[0].removeprefix('mmlu_')!r}."
             )
         try:
-            loaded = manager.load([{"group": f"sempa_{name}", "task": parts}])
-        except Exception as error:  # datasets raises many unrelated types for one cause: it cannot be had
-            where = f"taken from {data_dir}" if data_dir else "loaded from the Hub"
+            loaded = manager.load([{"group": f"sempa_{name}", "task": configs}])
+        except Exception as error:  # datasets raises many unrelated types for data that is out of reach
+            source = f"taken from {data_dir}" if data_dir else "loaded from the Hub"
             raise SempaError(
-                f"The data of {name} cannot be {where} ({type(error).__name__}: {error}). Check the network, or give "
+                f"The data of {name} cannot be {source} ({type(error).__name__}: {error}). Check the network, or give "
                 "local files with --data-dir."
             ) from error
         group = loaded["groups"][f"sempa_{name}"]
-        chosen = subset({part: len(task.eval_docs) for part, task in loaded["tasks"].items()}, limit)
-    for part in loaded["tasks"].keys() - chosen.keys():
-        group.pop(part)
+        chosen = subset({subtask: len(task.eval_docs) for subtask, task in loaded["tasks"].items()}, limit)
+    for subtask in loaded["tasks"].keys() - chosen.keys():
+        group.pop(subtask)
     metric, kind = measure.key.split(",")
-    group.aggregate_metric_list = [AggMetricConfig(metric, [kind])] if len(parts) > 1 else None
-    return LoadedTask(name, group, {part: loaded["tasks"][part] for part in chosen}, chosen)
+    group.aggregate_metric_list = [AggMetricConfig(metric, [kind])] if len(configs) > 1 else None
+    return LoadedTask(name, group, {subtask: loaded["tasks"][subtask] for subtask in chosen}, chosen)
 
 
-def _hub_parts(name: str, known: Sequence[str]) -> list[dict[str, Any]]:
+def _hub_configs(name: str, known: Sequence[str]) -> list[dict[str, Any]]:
     measure = MEASURES[name]
     names = [task for task in known if task.startswith("mmlu_")] if name == "mmlu" else [measure.harness_task]
     return [{"task": task, "num_fewshot": measure.shots} for task in names]
 
 
-def _local_parts(name: str, data_dir: str) -> list[dict[str, Any]]:
-    """Return the harness's task names, each with local data in place of its own."""
+def _local_configs(name: str, data_dir: str) -> list[dict[str, Any]]:
+    """Return the harness's configuration of each subtask, with local data in place of its own."""
     splits = read_splits(data_dir, name)
-    parts = {MEASURES[name].harness_task: splits}
+    splits_of = {MEASURES[name].harness_task: splits}
     if name == "mmlu":
-        parts = {f"mmlu_{subject}": rows for subject, rows in by_subject(splits, data_dir).items()}
+        splits_of = {f"mmlu_{subject}": rows for subject, rows in by_subject(splits, data_dir).items()}
     absent = {key: None for key, split in _SPLIT_KEYS.items() if split not in splits}
     common = {"num_fewshot": MEASURES[name].shots, **absent}
-    return [{"task": task, "custom_dataset": _dataset(rows), **common} for task, rows in parts.items()]
+    return [{"task": task, "custom_dataset": _dataset(rows), **common} for task, rows in splits_of.items()]
 
 
 def _dataset(splits: Splits) -> Callable[..., Any]:
@@ -198,15 +197,15 @@ def _dataset(splits: Splits) -> Callable[..., Any]:
 
 
 class GenerationEvaluator:
-    """A model as the harness sees it.
+    """Scores one model on loaded tasks.
 
     Args:
         module: First module of what :func:`sempa_st.load` returns.
-        batch_size: Prompts a batch.
-        chat: Whether prompts go through the tokenizer's chat template; when it has one, if None.
+        batch_size: Prompts per batch.
+        chat: Whether to format prompts with the tokenizer's chat template; None means if it has one.
 
     Raises:
-        SempaError: If ``chat`` is asked for and there is no chat template.
+        SempaError: If ``chat`` is True and there is no chat template.
     """
 
     def __init__(self, module: PromptEOL, *, batch_size: int = 32, chat: bool | None = None) -> None:
@@ -216,7 +215,7 @@ class GenerationEvaluator:
         self.chat = has_template if chat is None else chat
         if self.chat and not has_template:
             raise SempaError("The tokenizer has no chat template of its own. Leave out --chat.")
-        with _quiet():
+        with _quiet_harness():
             self.lm = SharedPrefixLM(
                 pretrained=module.model,
                 tokenizer=module.tokenizer,
@@ -226,39 +225,39 @@ class GenerationEvaluator:
             )
 
     def score(self, task: LoadedTask) -> list[GenerationScore]:
-        """Score one task; WikiText gives two scores, the perplexity per word and per token."""
+        """Score one task. WikiText gives two scores: perplexity per word and per token."""
         from lm_eval.evaluator import evaluate
 
-        for part in task.parts.values():
-            part.set_fewshot_seed(_FEWSHOT_SEED)
+        for subtask in task.subtasks.values():
+            subtask.set_fewshot_seed(_FEWSHOT_SEED)
         groups = {task.group.name: task.group} if task.group.has_aggregation else {}
-        with _quiet():
+        with _quiet_harness():
             results = evaluate(
                 lm=self.lm,
-                task_dict={"tasks": task.parts, "groups": groups},
+                task_dict={"tasks": task.subtasks, "groups": groups},
                 samples=task.chosen,
                 log_samples=False,
                 apply_chat_template=self.chat,
                 fewshot_as_multiturn=self.chat,
             )
         measure = MEASURES[task.name]
-        found = results["results"][task.group.name if groups else measure.harness_task]
+        metrics = results["results"][task.group.name if groups else measure.harness_task]
         metric, kind = measure.key.split(",")
-        error = found.get(f"{metric}_stderr,{kind}")
+        error = metrics.get(f"{metric}_stderr,{kind}")
         scale = 100 if measure.percent else 1
         score = GenerationScore(
             task=task.name,
             metric=measure.metric,
             n=sum(map(len, task.chosen.values())),
             shots=measure.shots,
-            score=scale * float(found[measure.key]),
+            score=scale * float(metrics[measure.key]),
             stderr=scale * float(error) if isinstance(error, int | float) else None,
             percent=measure.percent,
         )
         return [score] if measure.percent else [score, self._token_perplexity(task, score)]
 
     def _token_perplexity(self, task: LoadedTask, words: GenerationScore) -> GenerationScore:
-        instances = [instance for part in task.parts.values() for instance in part.instances]
+        instances = [instance for subtask in task.subtasks.values() for instance in subtask.instances]
         total = sum(instance.resps[0] for instance in instances)
         tokens = sum(len(self.lm.tok_encode(instance.args[0])) for instance in instances)
         return GenerationScore(
@@ -266,23 +265,16 @@ class GenerationEvaluator:
         )
 
 
-def average(scores: Sequence[GenerationScore]) -> float | None:
-    """Return the plain mean of the scores that are shares, or None where there are fewer than two."""
+def average_share(scores: Sequence[GenerationScore]) -> float | None:
+    """Return the mean of the scores that are shares, or None if there are fewer than two."""
     shares = [score.score for score in scores if score.percent]
-    return sum(shares) / len(shares) if len(shares) > 1 else None
+    return mean(shares) if len(shares) > 1 else None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's log lines, and its progress bar for each task's prompts, off the screen."""
+def _quiet_harness() -> Iterator[None]:
+    """Hide the harness's warnings and log lines, and its progress bar for building the prompts of a task."""
     from sempa_st.model.patching import without_harness_bars  # here: it imports torch
 
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with without_harness_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with without_harness_bars(), quiet("lm_eval"):
+        yield

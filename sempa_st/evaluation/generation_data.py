@@ -1,4 +1,4 @@
-"""Local files for measuring generation: which task lies in which file, read and checked, and which part is scored."""
+"""Local files of the generation tasks: read, check, and choose the documents to score."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from sempa_st.data.rows import find_columns, list_rows, read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8
+from sempa_st.utils.options import split_list
 
 MMLU_SHOTS = 5
 FILES: dict[str, dict[str, str]] = {
@@ -20,7 +21,7 @@ FILES: dict[str, dict[str, str]] = {
     "drop": {"train": "generation/drop_train.parquet", "validation": "generation/drop_validation.parquet"},
     "wikitext": {"test": "text/wikitext2.test.txt"},
 }
-"""The tasks, and the file in the data folder that holds each of the splits that the harness asks for."""
+"""File in the data folder by task and split."""
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "mmlu": ("subject", "question", "choices", "answer"),
     "truthfulqa_mc1": ("question", "choices", "labels"),
@@ -33,14 +34,18 @@ Splits = dict[str, list[dict[str, Any]]]
 
 
 def check_local_files(data_dir: str | Path, tasks: Sequence[str]) -> None:
-    """Raise :class:`SempaError` unless all files of ``tasks`` are in ``data_dir``; names what is missing and there."""
+    """Check that all files of the tasks are in a folder.
+
+    Raises:
+        SempaError: If one is missing; the message names it, and the tasks whose files are present.
+    """
     missing = {task: _missing(data_dir, task) for task in FILES}
     for task in tasks:
         if missing[task]:
-            there = ", ".join(name for name in FILES if not missing[name]) or "none"
+            present = ", ".join(name for name in FILES if not missing[name]) or "none"
             raise SempaError(
                 f"The data of {task} is not in {data_dir}: {missing[task][0]} does not exist. Tasks whose data is "
-                f"there: {there}. Leave {task} out, add the file, or leave out --data-dir to read from the Hub."
+                f"there: {present}. Leave {task} out, add the file, or leave out --data-dir to read from the Hub."
             )
 
 
@@ -50,7 +55,7 @@ def _missing(data_dir: str | Path, task: str) -> list[Path]:
 
 
 def read_splits(data_dir: str | Path, task: str) -> Splits:
-    """Read the rows of a task, one list a split, in the columns that the Hub's data set has.
+    """Read the rows of a task by split, with the columns of the Hub's data set.
 
     Args:
         data_dir: Folder with the files of :data:`FILES`.
@@ -85,14 +90,14 @@ def _checked(file: Path, task: str, rows: list[dict[str, Any]]) -> list[dict[str
 
 
 def _truth_first(row: dict[str, Any]) -> dict[str, Any]:
-    """Put the true choice first, where the harness looks for it."""
+    """Put the true choice first, where the harness expects it."""
     ranked = sorted(zip(row["labels"], row["choices"], strict=True), key=lambda pair: -pair[0])
     labels, choices = zip(*ranked, strict=True)
     return {"question": row["question"], "mc1_targets": {"choices": list(choices), "labels": list(labels)}}
 
 
 def _pages(file: Path) -> list[dict[str, Any]]:
-    """Cut WikiText at its level-1 headings, as the document-level data set that the harness reads was cut."""
+    """Split WikiText at its level-1 headings, like the document-level data set that the harness reads."""
     try:
         lines = file.read_text(encoding=UTF8).split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,14 +116,14 @@ def _pages(file: Path) -> list[dict[str, Any]]:
 
 
 def by_subject(splits: Splits, data_dir: str | Path) -> dict[str, Splits]:
-    """Deal MMLU's rows out over its subjects, each with its own examples (split ``dev``).
+    """Group MMLU's rows by subject, each with its own examples (split ``dev``).
 
     Args:
         splits: What :func:`read_splits` returned for ``mmlu``.
-        data_dir: The folder it was read from, for the error message.
+        data_dir: Folder that they were read from, for the error message.
 
     Raises:
-        SempaError: If a subject has questions but fewer examples than the prompt holds.
+        SempaError: If a subject has questions but too few examples for the prompt.
     """
     subjects: dict[str, Splits] = {}
     for split, rows in splits.items():
@@ -135,33 +140,33 @@ def by_subject(splits: Splits, data_dir: str | Path) -> dict[str, Splits]:
 
 
 def parse_limits(text: str | None, tasks: Sequence[str]) -> dict[str, int | None]:
-    """Read ``--limit``: one number for all tasks, or numbers by task; a task without one is scored whole.
+    """Parse ``--limit``: one number for all tasks, or numbers by task. A task without one is scored in full.
 
     >>> parse_limits("mmlu=2000,gsm8k=200", ["mmlu", "gsm8k", "wikitext"])
     {'mmlu': 2000, 'gsm8k': 200, 'wikitext': None}
 
     Raises:
-        SempaError: If a part is no number above 0, or names a task that is not scored.
+        SempaError: If an entry is no number above 0, or names a task that is not scored.
     """
     limits: dict[str, int | None] = dict.fromkeys(tasks)
-    for part in filter(None, (part.strip() for part in (text or "").split(","))):
-        name, _, number = part.rpartition("=")
+    for entry in filter(None, split_list(text or "")):
+        name, _, number = entry.rpartition("=")
         if name and name not in limits:
             raise SempaError(f"--limit names {name!r}, which is not scored. Tasks of this run: {', '.join(tasks)}.")
         if not number.isdecimal() or int(number) < 1:
-            raise SempaError(f"--limit has {part!r}. Expected a number above 0, or parts such as mmlu=2000,gsm8k=200.")
+            raise SempaError(f"--limit has {entry!r}. Expected a number above 0, or parts such as mmlu=2000,gsm8k=200.")
         limits |= dict.fromkeys([name] if name else tasks, int(number))
     return limits
 
 
 def subset(sizes: Mapping[str, int], limit: int | None) -> dict[str, list[int]]:
-    """Choose which documents to score: the same ones in every run, in proportion to the size of each part.
+    """Choose the documents to score: the same ones in every run, in proportion to the size of each subtask.
 
-    A smaller subset lies in a larger one. A part that none of its documents were chosen from is left out.
+    A smaller subset is contained in a larger one. A subtask without a chosen document is left out.
 
     Args:
-        sizes: Number of documents of each part (MMLU's subjects, or the task alone).
-        limit: How many to choose in all; all when None.
+        sizes: Number of documents by subtask (MMLU's subjects, or the task alone).
+        limit: Number of documents to choose in total; all when None.
 
     >>> {name: len(chosen) for name, chosen in subset({"law": 60, "art": 30, "war": 10}, 10).items()}
     {'law': 6, 'art': 3, 'war': 1}

@@ -1,12 +1,9 @@
-"""STS scores by MTEB's own task classes, from the Hub or from local files."""
+"""Score models on STS tasks with MTEB's own task classes, on data from the Hub or from local files."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
+from sempa_st.evaluation.tasks import quiet
 from sempa_st.loading import load
+from sempa_st.utils.extras import require
+from sempa_st.utils.options import split_list
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -38,31 +38,31 @@ def evaluate(
 
     Args:
         model: What :func:`sempa_st.load` takes, or any SentenceTransformer.
-        tasks: MTEB names of tasks, or ``sts`` for the paper's seven.
+        tasks: MTEB names, or ``sts`` for the paper's seven tasks.
         split: ``test`` or ``dev``.
         protocol: ``mteb`` or ``senteval``; they differ in SICK-R.
         data_dir: Folder with ``sts/*.parquet``; the Hub when None.
-        output: Folder for MTEB's own result files; none are kept when None.
-        batch_size: Sentences a batch.
+        output: Folder for MTEB's result files; they are not kept when None.
+        batch_size: Sentences per batch.
 
     Returns:
         Spearman correlation of the cosine with the grades, times 100, by task.
 
     Raises:
-        SempaError: On an unknown model, task, split or protocol, or data that cannot be had.
+        SempaError: On an unknown model, task, split or protocol, or if data or a package is missing.
     """
     names = expand_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
-    cells = load_tasks(names, split=split, protocols=[protocol], data_dir=data_dir)
+    cells = load_cells(names, split=split, protocols=[protocol], data_dir=data_dir)
     if isinstance(model, str):
         model = load(model)
     with tempfile.TemporaryDirectory() as scratch:
-        scores = score_tasks(model, cells, output=Path(output or scratch), batch_size=batch_size)
+        scores = score_cells(model, cells, output=Path(output or scratch), batch_size=batch_size)
     return {score.task: score.spearman for score in scores}
 
 
 @dataclass(frozen=True)
 class Score:
-    """One cell of an STS table.
+    """Score of one :class:`Cell`.
 
     Args:
         task: MTEB's name of the task.
@@ -80,13 +80,16 @@ class Score:
 
 
 def expand_tasks(names: str) -> list[str]:
-    """Split a comma-separated list of tasks; ``sts`` stands for the paper's seven.
+    """Split a comma-separated list of tasks and replace ``sts`` by the paper's seven.
 
     >>> expand_tasks("STSBenchmark,STS12")
     ['STSBenchmark', 'STS12']
+
+    Raises:
+        SempaError: If it is empty.
     """
     tasks: list[str] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in filter(None, split_list(names)):
         tasks += list(STS_TASKS) if name.lower() == "sts" else [name]
     if not tasks:
         raise SempaError(f"No task in {names!r}. Expected names such as STSBenchmark, or sts for all seven.")
@@ -95,14 +98,14 @@ def expand_tasks(names: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A task with its data at hand, and what of it is to be scored."""
+    """A loaded task, the split to score and the protocol to score it by."""
 
     task: Any
     split: str
     protocol: str
 
 
-def load_tasks(
+def load_cells(
     tasks: Sequence[str],
     *,
     split: str = "test",
@@ -118,8 +121,9 @@ def load_tasks(
         data_dir: Folder with ``sts/*.parquet``; the Hub when None.
 
     Raises:
-        SempaError: On an unknown task, split or protocol, or data that cannot be had.
+        SempaError: On an unknown task, split or protocol, or if data or a package is missing.
     """
+    require("mteb", "datasets", extra="eval", purpose="Evaluation")
     if split not in SPLITS:
         raise SempaError(f"Unknown split {split!r}. Expected one of: {', '.join(SPLITS)}.")
     for protocol in protocols:
@@ -128,7 +132,7 @@ def load_tasks(
     return [Cell(_task(task, split, protocol, data_dir), split, protocol) for task in tasks for protocol in protocols]
 
 
-def score_tasks(
+def score_cells(
     model: SentenceTransformer,
     cells: Sequence[Cell],
     *,
@@ -136,18 +140,18 @@ def score_tasks(
     batch_size: int = 32,
     report: Callable[[Score, EncodeCost], None] | None = None,
 ) -> list[Score]:
-    """Score a model on loaded tasks; a sentence that stands in several places is encoded once.
+    """Score a model on loaded tasks; a sentence that occurs several times is encoded once.
 
     Args:
         model: Any SentenceTransformer.
-        cells: What :func:`load_tasks` returned.
-        output: Folder for MTEB's own result files.
-        batch_size: Sentences a batch.
-        report: Called with each score as it is found, and what encoding has cost until then.
+        cells: What :func:`load_cells` returned.
+        output: Folder for MTEB's result files.
+        batch_size: Sentences per batch.
+        report: Called after each task with its score and the cost of encoding so far.
     """
     done: dict[tuple[str, str, str], Score] = {}
     scores = []
-    with encode_cache(model) as tally:
+    with encode_cache(model) as cost:
         for cell in cells:
             name = cell.task.metadata.name
             key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
@@ -155,14 +159,14 @@ def score_tasks(
                 done[key] = _score(model, cell, output, batch_size)
             scores.append(replace(done[key], protocol=cell.protocol))
             if report:
-                report(scores[-1], tally)
+                report(scores[-1], cost)
     return scores
 
 
 def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     import mteb
 
-    with _quiet():
+    with quiet("mteb"):
         try:
             task = mteb.get_task(name, eval_splits=[_HUB_SPLITS[split]])
         except KeyError as error:
@@ -198,7 +202,7 @@ def _put_local_data(task: Any, name: str, split: str, protocol: str, data_dir: s
 def _load_from_hub(task: Any, name: str) -> None:
     try:
         task.load_data()
-    except Exception as error:  # datasets raises many unrelated types for one cause: it cannot be had
+    except Exception as error:  # datasets raises many unrelated types for data that is out of reach
         raise SempaError(
             f"The data of {name} cannot be loaded from the Hub ({type(error).__name__}). Check the network, or give "
             "local files with --data-dir."
@@ -209,7 +213,7 @@ def _score(model: SentenceTransformer, cell: Cell, output: Path, batch_size: int
     import mteb
 
     task = cell.task
-    with _quiet():
+    with quiet("mteb"):
         result = mteb.evaluate(
             model,
             task,
@@ -222,22 +226,3 @@ def _score(model: SentenceTransformer, cell: Cell, output: Path, batch_size: int
     hub_split = _HUB_SPLITS[cell.split]
     spearman = 100 * result.task_results[0].scores[hub_split][0]["cosine_spearman"]
     return Score(task.metadata.name, cell.split, cell.protocol, len(task.dataset[hub_split]), spearman)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep MTEB's information and deprecation lines off the screen for the time of a call."""
-    logger = logging.getLogger("mteb")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def average(scores: Sequence[Score]) -> float:
-    """Return the plain mean of the Spearman scores."""
-    return sum(score.spearman for score in scores) / len(scores)

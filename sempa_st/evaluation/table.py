@@ -1,4 +1,4 @@
-"""Many systems on the seven STS sets under both protocols: what is finished is kept, and a table beside the paper's."""
+"""Score many systems on the seven STS tasks under both protocols, resumably, and set them beside the paper's table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tabulate import tabulate
 from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
-from sempa_st.evaluation.sts import Cell, Score, load_tasks, score_tasks
+from sempa_st.evaluation.sts import Cell, Score, load_cells, score_cells
+from sempa_st.evaluation.tasks import mean
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
@@ -34,7 +35,7 @@ COLUMNS = (
     "tokens a sentence",
     "sentences/s",
 )
-"""SentEval's protocol, then what MTEB's changes (all rows of SICK-R), then the cost on this machine."""
+"""Scores by SentEval's protocol, then those that differ by MTEB's (SICK-R and the mean), then the cost."""
 Line = list[str | float | None]
 
 
@@ -44,7 +45,7 @@ class System:
 
     Args:
         model: Base, SemPA folder or any sentence-transformers model.
-        method: Way to embed with its decoder; the model's own when None.
+        method: Embedding method to apply to the model; its own when None.
     """
 
     model: str
@@ -52,7 +53,7 @@ class System:
 
     @property
     def name(self) -> str:
-        """What the row is called."""
+        """Name of the row."""
         return self.method or Path(self.model).name
 
 
@@ -65,33 +66,33 @@ def score_systems(
     device: str | None = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """Score systems on all sets, those that ``output`` already holds left out.
+    """Score systems on all tasks, except for scores that ``output`` already holds.
 
     Args:
         systems: Rows of the table.
-        output: Folder for a file a system, written after each score.
+        output: Folder for one file per system, written after each score.
         data_dir: Folder with ``sts/*.parquet``; the Hub when None.
         dtype: As for :func:`sempa_st.load`.
         device: As for :func:`sempa_st.load`.
-        batch_size: Sentences a batch.
+        batch_size: Sentences per batch.
 
     Returns:
-        What each system's file holds.
+        Content of each system's file.
 
     Raises:
-        SempaError: If a model, a method or data cannot be used; what was scored before is kept.
+        SempaError: If a model, a method or data cannot be used; earlier scores are kept.
     """
     names = [system.name for system in systems]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SempaError(f"Two systems have the name {twice[0]!r}. Expected names of their own: rename a folder.")
-    cells = load_tasks(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
-    found = []
+    cells = load_cells(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
+    results = []
     for system in systems:
         file = output / "systems" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', system.name)}.json"
         print(f"{system.name}:", file=sys.stderr, flush=True)
-        found.append(_score(system, file, cells, dtype=dtype, device=device, batch_size=batch_size))
-    return found
+        results.append(_score(system, file, cells, dtype=dtype, device=device, batch_size=batch_size))
+    return results
 
 
 def _score(
@@ -104,28 +105,28 @@ def _score(
         "dtype": dtype,
         "device": pick_device(device),
     }
-    held: dict[str, Any] = read_json(file) if file.is_file() else {}
-    if held.get("identity") != identity:
-        held = {"system": system.name, "model": source.name, "identity": identity, "scores": {}}
-    missing = [cell for cell in cells if cell.task.metadata.name not in held["scores"].get(cell.protocol, {})]
+    record: dict[str, Any] = read_json(file) if file.is_file() else {}
+    if record.get("identity") != identity:
+        record = {"system": system.name, "model": source.name, "identity": identity, "scores": {}}
+    missing = [cell for cell in cells if cell.task.metadata.name not in record["scores"].get(cell.protocol, {})]
     if not missing:
-        return held
+        return record
     model = load(system.model, method=system.method, dtype=dtype, device=device)
-    held["tokens"] = _tokens(model, cells[0].task.dataset["test"]["sentence1"])
+    record["tokens"] = _tokens(model, cells[0].task.dataset["test"]["sentence1"])
 
-    def keep(score: Score, tally: EncodeCost) -> None:
-        held["scores"].setdefault(score.protocol, {})[score.task] = score.spearman
-        if tally.encoded:
-            held["speed"] = tally.encoded / tally.seconds
-        held["run"] = run_info()
-        write_json(file, held)
+    def save(score: Score, cost: EncodeCost) -> None:
+        record["scores"].setdefault(score.protocol, {})[score.task] = score.spearman
+        if cost.encoded:
+            record["speed"] = cost.encoded / cost.seconds
+        record["run"] = run_info()
+        write_json(file, record)
 
-    score_tasks(model, missing, output=file.parent.parent, batch_size=batch_size, report=keep)
-    return held
+    score_cells(model, missing, output=file.parent.parent, batch_size=batch_size, report=save)
+    return record
 
 
 def _tokens(model: Any, sentences: Sequence[str]) -> float:
-    """Return the mean number of tokens that are run for a sentence, over all of a method's texts."""
+    """Return the mean number of tokens per sentence, over all texts that the method makes of it."""
     chosen = list(sentences)[:500]
     features = model.preprocess(chosen)
     masks = [tensor for name, tensor in features.items() if name.startswith("attention_mask")]
@@ -138,30 +139,31 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def lines_of(found: Sequence[dict[str, Any]]) -> list[Line]:
-    """Return the lines under :data:`COLUMNS` for systems scored here, then for the published ones."""
+def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
+    """Return one line of :data:`COLUMNS` per scored system, then one per published system."""
     lines = []
-    for system in found:
+    for system in results:
         scores, mteb = (system["scores"][protocol] for protocol in ("senteval", "mteb"))
-        cost = [system["tokens"], system.get("speed")]
-        lines.append([*_line(system["system"], scores), mteb["SICK-R"], _average(mteb), *cost])
+        costs = [system["tokens"], system.get("speed")]
+        lines.append([*_line(system["system"], scores), mteb["SICK-R"], mean(_in_order(mteb)), *costs])
     return [*lines, *([*_line(f"{row['system']} (paper)", row["scores"]), *[None] * 4] for row in published())]
 
 
 def _line(name: str, scores: dict[str, float]) -> Line:
-    return [name, *(scores[task] for task in STS_TASKS), _average(scores)]
+    in_order = _in_order(scores)
+    return [name, *in_order, mean(in_order)]
 
 
-def _average(scores: dict[str, float]) -> float:
-    return sum(scores[task] for task in STS_TASKS) / len(STS_TASKS)
+def _in_order(scores: dict[str, float]) -> list[float]:
+    return [scores[task] for task in STS_TASKS]
 
 
-def write_tables(output: Path, found: Sequence[dict[str, Any]]) -> None:
+def write_tables(output: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
-    lines = lines_of(found)
+    lines = lines_of(results)
     markdown = tabulate(lines, COLUMNS, tablefmt="pipe", floatfmt=".2f")
     write_text(output / "table.md", f"{markdown}\n")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
     write_text(output / "table.csv", text.getvalue())
-    write_json(output / "table.json", {"systems": list(found), "published": published(), "run": run_info()})
+    write_json(output / "table.json", {"systems": list(results), "published": published(), "run": run_info()})

@@ -13,7 +13,7 @@ from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
 from sempa_st.utils.files import lone_surrogates
-from sempa_st.utils.options import option
+from sempa_st.utils.options import option, split_list
 
 ACTIVATIONS = ("always", "sentence", "template")
 TUNINGS = ("lora", "full")
@@ -212,8 +212,8 @@ class TrainConfig:
         if not self.lora_layers:
             return None
         layers: set[int] = set()
-        for entry in self.lora_layers.split(",") if len(self.lora_layers) <= _MAX_CHARACTERS else [""]:
-            match = _LAYERS.fullmatch(entry.strip())
+        for entry in split_list(self.lora_layers) if len(self.lora_layers) <= _MAX_CHARACTERS else [""]:
+            match = _LAYERS.fullmatch(entry)
             span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
             if not span:
                 raise SempaError(
@@ -249,8 +249,8 @@ def parse_objective(text: str) -> dict[str, float]:
     {'dpo': 0.3, 'one-word': 1.0}
     """
     weights: dict[str, float] = {}
-    for entry in text.split(","):
-        name, _, weight_text = entry.strip().partition(":")
+    for entry in split_list(text):
+        name, _, weight_text = entry.partition(":")
         if name not in OBJECTIVES:
             raise SempaError(f"Unknown objective {name!r} in {text!r}. Expected one of: {', '.join(OBJECTIVES)}.")
         if name in weights:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError, first_line
+from sempa_st.utils.extras import require
 
 _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights in other formats
 # Weights in safetensors only: loading pickled weights can run code.
@@ -48,12 +49,9 @@ def hub_rows(dataset: str, /, *, split: str, **arguments: Any) -> list[dict[str,
     Raises:
         SempaError: If the dataset does not exist or cannot be reached, or if ``datasets`` is not installed.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise SempaError(
-            f"Reading {dataset} from the Hub needs the datasets package. Install it with: pip install 'sempa-st[train]'"
-        ) from error
+    require("datasets", extra="train", purpose=f"Reading {dataset} from the Hub")
+    from datasets import load_dataset
+
     if Path(arguments.get("data_files", "")).suffix == ".csv":
         arguments["keep_default_na"] = False  # a sentence such as "None" is text, not a missing value
     try:

@@ -33,33 +33,51 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, *, without: Collection[str] = ()) -> None:
-    """Add ``--config`` and a flag for each field of a dataclass to a parser.
+def split_list(text: str) -> list[str]:
+    """Split a comma-separated list and strip its entries; empty ones are kept, for the caller to refuse or drop.
 
-    A flag that is not given sets no attribute of the parsed arguments, so that the YAML file's value applies.
+    >>> split_list("0, 4,6-17")
+    ['0', '4', '6-17']
+    """
+    return [part.strip() for part in text.split(",")]
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type,
+    *,
+    groups: Mapping[str, Collection[str]] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Add ``--config`` and a flag for each field of a dataclass; a flag that is not given sets no attribute.
 
     Args:
         parser: Parser to add the flags to.
         options: The dataclass.
-        without: Names of fields that get no flag.
+        groups: Names of fields by the heading of their group in the help.
+        without: Fields that get no flag.
     """
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of the options below (or the name of a shipped one)"
+        "--config", metavar="FILE", help="YAML file with any of these options, or the name of a shipped one"
     )
+    group_of: dict[str, argparse._ArgumentGroup] = {}
+    for title, names in (groups or {}).items():
+        group_of |= dict.fromkeys(names, parser.add_argument_group(title))
     types_by_name = get_type_hints(options)
     for item in fields(options):
-        if item.name in without:
-            continue
-        flag = "--" + item.name.replace("_", "-")
-        help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
-        kind = _plain_type(types_by_name[item.name])
-        common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(
-                flag, type=kind, choices=item.metadata["choices"], metavar=_metavar(item, kind), **common
-            )
+        if item.name not in without:
+            _add_flag(group_of.get(item.name, parser), item, _plain_type(types_by_name[item.name]))
+
+
+def _add_flag(parser: argparse._ActionsContainer, item: Field[Any], kind: type) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
+    common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    else:
+        metavar = None if item.metadata["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
+        parser.add_argument(flag, type=kind, choices=item.metadata["choices"], metavar=metavar, **common)
 
 
 def read_options(options: type[Options], given: Mapping[str, Any]) -> Options:
@@ -205,9 +223,3 @@ def _plain_type(annotation: Any) -> type:
         annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
     assert isinstance(annotation, type)
     return annotation
-
-
-def _metavar(item: Field[Any], kind: type) -> str | None:
-    if item.metadata["choices"]:
-        return None
-    return {int: "N", float: "X"}.get(kind, "TEXT")

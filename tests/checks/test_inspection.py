@@ -108,7 +108,7 @@ def assert_refused(run_cli: RunCli, folder: Path, tmp_path: Path, named: str) ->
         *_, error = error.rpartition("sempa: ")  # after the progress bars of libraries
         assert error.count("\n") == 1
         assert len(error) < 2000
-        assert "not an error we foresaw" not in error
+        assert "unexpected; --debug" not in error
         assert named in error
     with pytest.raises(SempaError, match=r"\w"):
         sempa_st.load(folder, dtype="float32", device="cpu")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +7,6 @@ from pathlib import Path
 import pytest
 from helpers.generation_data import write_generation_data
 from helpers.tiny import finish_adapter, make_gemma
-
-from sempa_st.errors import SempaError
-from sempa_st.evaluation import generation
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -89,12 +84,6 @@ def test_offline_without_files_is_one_clear_error(run_cli: Cli, tiny_base: Path)
     assert code == 2
     assert "The data of gsm8k cannot be loaded from the Hub" in err
     assert "--data-dir" in err
-
-
-def test_a_missing_harness_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(SempaError, match=r"needs the lm-eval package. Install it with: pip install 'sempa-st\[eval\]'"):
-        importlib.reload(generation)
 
 
 def test_merged_and_adapter_models_score_alike(data_dir: Path, tmp_path: Path, tiny_gemma: Path, run_cli: Cli) -> None:

@@ -243,7 +243,7 @@ def test_options_that_would_be_ignored_or_cannot_be_met(
     assert_refused(run_cli("encode", broken, *tail), "The tokenizer in")
 
 
-def test_an_error_nobody_foresaw_is_one_line(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unexpected_error_is_one_line(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("by zero")
 

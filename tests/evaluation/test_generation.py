@@ -15,7 +15,7 @@ from helpers.tiny import make_tokenizer
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.evaluation.generation import GenerationEvaluator, average, load_tasks
+from sempa_st.evaluation.generation import GenerationEvaluator, average_share, load_tasks
 from sempa_st.evaluation.generation_data import check_local_files, parse_limits, read_splits, subset
 from sempa_st.evaluation.shared_prefix import SharedPrefixLM
 from sempa_st.model.tokenizer import own_chat_template
@@ -71,7 +71,7 @@ def test_mmlu_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None
 def test_truthfulqa_equals_a_reading_of_the_logits(model: Any, data_dir: Path) -> None:
     task = load_tasks(["truthfulqa_mc1"], data_dir=str(data_dir))[0]
     (score,) = GenerationEvaluator(model[0], chat=False).score(task)
-    prompts = [task.parts["truthfulqa_mc1"].doc_to_text({"question": row[0]}) for row in TRUTHS]
+    prompts = [task.subtasks["truthfulqa_mc1"].doc_to_text({"question": row[0]}) for row in TRUTHS]
     assert prompts[0].endswith("The 1992 Olympics were held in Barcelona, Spain.\n\nQ: What do cats drink?\nA:")
     right = [best(model, prompt, row[1]) == row[2].index(1) for prompt, row in zip(prompts, TRUTHS, strict=True)]
     assert score.score == pytest.approx(100 * sum(right) / 3)
@@ -164,8 +164,8 @@ def test_only_chosen_documents_are_scored(model: Any, data_dir: Path) -> None:
     assert [score.n for score in scores] == [1, 2]
     assert scores[0].score in (0, 100)
     assert scores[0].stderr is None
-    assert average(scores) == pytest.approx((scores[0].score + scores[1].score) / 2)
-    assert average(scores[:1]) is None
+    assert average_share(scores) == pytest.approx((scores[0].score + scores[1].score) / 2)
+    assert average_share(scores[:1]) is None
 
 
 def test_from_the_hub_all_subjects_are_asked_for(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from sempa_st.data.rows import read_rows
 from sempa_st.data.sts import STS_TASKS, dev_pairs, local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import encode_cache
-from sempa_st.evaluation.sts import expand_tasks, load_tasks, score_tasks
+from sempa_st.evaluation.sts import expand_tasks, load_cells, score_cells
 from sempa_st.utils.assets import asset_path
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -41,8 +41,8 @@ def model(adapter_folder: Path) -> Any:
 
 
 def test_scores_equal_scipys(model: Any, data_dir: Path, tmp_path: Path) -> None:
-    cells = load_tasks(list(STS_TASKS), protocols=["mteb", "senteval"], data_dir=str(data_dir))
-    scores = score_tasks(model, cells, output=tmp_path)
+    cells = load_cells(list(STS_TASKS), protocols=["mteb", "senteval"], data_dir=str(data_dir))
+    scores = score_cells(model, cells, output=tmp_path)
     assert len(scores) == 14
     for score in scores:
         files = local_files(data_dir, score.task, "test", score.protocol)
@@ -60,8 +60,8 @@ def test_rows_that_protocols_share_are_encoded_once(
     runs = []
     original = mteb.evaluate
     monkeypatch.setattr(mteb, "evaluate", lambda m, task, **rest: (runs.append(task), original(m, task, **rest))[1])
-    cells = load_tasks(["STS12", "SICK-R"], protocols=["mteb", "senteval"], data_dir=str(data_dir))
-    scores = score_tasks(model, cells, output=tmp_path)
+    cells = load_cells(["STS12", "SICK-R"], protocols=["mteb", "senteval"], data_dir=str(data_dir))
+    scores = score_cells(model, cells, output=tmp_path)
     assert [task.metadata.name for task in runs] == ["STS12", "SICK-R", "SICK-R"]
     assert [score.protocol for score in scores] == ["mteb", "senteval"] * 2
     assert scores[0].spearman == scores[1].spearman

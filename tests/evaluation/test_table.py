@@ -14,7 +14,7 @@ from helpers.tiny import save_sts
 import sempa_st
 from sempa_st.data.sts import STS_TASKS
 from sempa_st.evaluation import table
-from sempa_st.evaluation.sts import load_tasks, score_tasks
+from sempa_st.evaluation.sts import load_cells, score_cells
 from sempa_st.evaluation.table import COLUMNS, System, published, score_systems
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -35,14 +35,14 @@ def test_the_table_holds_what_evaluate_finds(
     assert code == 0, err
     with (tmp_path / "table" / "table.csv").open() as handle:
         rows = {row["system"]: row for row in csv.DictReader(handle)}
-    cells = load_tasks(list(STS_TASKS), protocols=["senteval", "mteb"], data_dir=str(data_dir))
+    cells = load_cells(list(STS_TASKS), protocols=["senteval", "mteb"], data_dir=str(data_dir))
     for name, model, method in (
         ("mean", tiny_base, "mean"),
         ("prompteol:layer=-2", tiny_base, "prompteol:layer=-2"),
         (adapter_folder.name, adapter_folder, None),
     ):
         loaded = sempa_st.load(model, method=method, dtype="float32", device="cpu")
-        scores = score_tasks(loaded, cells, output=tmp_path / "alone")
+        scores = score_cells(loaded, cells, output=tmp_path / "alone")
         found = {(score.protocol, score.task): score.spearman for score in scores}
         row = rows[name]
         assert float(row["STS-B"]) == pytest.approx(found["senteval", "STSBenchmark"], abs=1e-3)
@@ -67,7 +67,7 @@ def test_what_is_finished_is_not_run_again(
     tiny_base: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
-    original = table.score_tasks
+    original = table.score_cells
 
     def broken(model: Any, cells: Any, *, report: Any, **rest: Any) -> Any:
         def stop(score: Any, tally: Any) -> None:
@@ -78,7 +78,7 @@ def test_what_is_finished_is_not_run_again(
 
         return original(model, cells, report=stop, **rest)
 
-    monkeypatch.setattr(table, "score_tasks", broken)
+    monkeypatch.setattr(table, "score_cells", broken)
     systems = [System(str(tiny_base), "mean")]
     settings: dict[str, Any] = {"data_dir": str(data_dir), "dtype": "float32", "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
