@@ -90,8 +90,8 @@ def private_names(tree: ast.AST) -> Iterator[str]:
 
 
 _OWN = {"self", "cls"}
-_PUBLIC = {"_fields"}
-"""What the standard library documents in spite of its underscore."""
+_PUBLIC = {"_fields", "_actions"}
+"""What the standard library documents in spite of its underscore, and argparse's options, which completion lists."""
 
 
 def is_private(name: str) -> bool:

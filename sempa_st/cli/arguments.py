@@ -102,12 +102,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_batch_size(compute)
 
 
-def add_base(parser: argparse._ActionsContainer) -> None:
+def add_base(parser: Any) -> None:
     """Add ``--base``, which replaces the base that an adapter names."""
     parser.add_argument("--base", help="base to use instead of the one that the adapter names")
 
 
-def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_compute_options(parser: argparse.ArgumentParser) -> Any:
     """Add ``--dtype`` and ``--device`` in a group, and return the group."""
     group = parser.add_argument_group("compute")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="floating-point type (default: auto)")
@@ -115,14 +115,12 @@ def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return group
 
 
-def add_batch_size(
-    parser: argparse._ActionsContainer, help: str = "sentences per batch; more when they are short and are packed"
-) -> None:
+def add_batch_size(parser: Any, help: str = "sentences per batch; more when they are short and are packed") -> None:
     """Add ``--batch-size``."""
     parser.add_argument("--batch-size", type=positive, default=32, help=f"{help} (default: 32)")
 
 
-def add_data_dir(parser: argparse._ActionsContainer, files: str = "sts/*.parquet") -> None:
+def add_data_dir(parser: Any, files: str = "sts/*.parquet") -> None:
     """Add ``--data-dir``, a folder with ``files``."""
     parser.add_argument("--data-dir", help=f"folder with {files}, to use instead of the Hub (default: $SEMPA_DATA_DIR)")
 

@@ -60,7 +60,7 @@ def add_options(
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these options, or the name of a shipped one"
     )
-    group_of: dict[str, argparse._ArgumentGroup] = {}
+    group_of: dict[str, Any] = {}
     for title, names in (groups or {}).items():
         group_of |= dict.fromkeys(names, parser.add_argument_group(title))
     types_by_name = get_type_hints(options)
@@ -69,7 +69,7 @@ def add_options(
             _add_flag(group_of.get(item.name, parser), item, _plain_type(types_by_name[item.name]))
 
 
-def _add_flag(parser: argparse._ActionsContainer, item: Field[Any], kind: type) -> None:
+def _add_flag(parser: Any, item: Field[Any], kind: type) -> None:
     flag = "--" + item.name.replace("_", "-")
     help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
     common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
