@@ -397,7 +397,7 @@ def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         build_parser().parse_args(["evaluate", "--help"])
     shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-    shown = shown[shown.rindex("another way to embed") : shown.rindex("--layer LAYER")]
+    shown = shown[shown.rindex("embed by another method") : shown.rindex("--layer LAYER")]
     assert set(re.findall(r"[a-z0-9-]+(?=[,;]| |$)", shown)) >= set(METHODS)
 
 
