@@ -1,4 +1,4 @@
-"""Turn NLI triplets into preference data (PAPER section "Preference data")."""
+"""Turn NLI triplets into preference data (arXiv 2601.05075, section "Preference data")."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _system_messages(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]
 
 
 SYSTEM_PROMPT = "You are a helpful assistant"
-"""System prompt of the preference data (PAPER section "Training")."""
+"""System prompt of the preference data (arXiv 2601.05075, section "Training")."""
 PARAPHRASE_TEMPLATES: dict[str, str] = {
     "keep": 'Keep the same meaning of this sentence: "{sentence}", while making some changes.',
     "keep-syntax": 'Keep the meaning of this sentence: "{sentence}", but vary its syntax.',

@@ -169,7 +169,7 @@ class _Request:
             )
         if folder.invocation != prefix_tokens(load_tokenizer(folder.path), folder.template or DEFAULT_TEMPLATE):
             raise SempaError(
-                f"The adapter of {name} is an activated one: it acts on the template's closing tokens only. In the "
+                f"The adapter of {name} is an activated one: it acts on the template's suffix only. In the "
                 "format native it would act on every token or on none. Expected format custom."
             )
 

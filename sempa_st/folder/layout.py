@@ -81,7 +81,7 @@ class ModelFolder:
 
     @property
     def invocation(self) -> list[int]:
-        """Token ids from which on an activated adapter acts; empty for a plain adapter or a whole model."""
+        """Ids of the tokens that activate the aLoRA; empty for a plain adapter or a whole model."""
         return (self.adapter_settings or {}).get("alora_invocation_tokens") or []
 
     @property

@@ -54,7 +54,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to embed a sentence with a decoder or an encoder; its fields are the settings.
+    """A method to embed a sentence with a decoder or an encoder; its fields are the settings. For inference only.
+
+    :meth:`render` gives the texts to run. Its span ``read`` covers mean and last-token pooling; a method with another
+    pooling overrides :meth:`vectors`.
 
     Args:
         layer: Layer whose output is pooled, counted as in transformers' ``hidden_states``: -1 is the last layer with

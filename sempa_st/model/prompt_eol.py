@@ -28,13 +28,13 @@ SOURCES = ("prompt_eol.py", "patching.py", "peft_models.py", "token_rows.py")
 
 
 class ForwardRows(Protocol):
-    """A way to compute the last tokens' hidden states of a batch; an object that can be pickled."""
+    """A forward strategy: computes the last tokens' hidden states of a batch. An object that can be pickled."""
 
     def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return what :func:`embed_rows` returns, of shape (batch, hidden)."""
 
     def packs_batches(self, module: PromptEOL) -> bool:
-        """Whether it is faster on a batch of sentences that begin alike."""
+        """Whether it is faster on a batch of sentences with a common prefix."""
 
 
 class PromptEOL(InputModule):
@@ -46,7 +46,7 @@ class PromptEOL(InputModule):
         template: Name of that chat template.
         max_seq_length: Longest input in tokens, template included; a longer *sentence* is cut, never the template. A
             model with fewer positions lowers it to their number.
-        forward_rows: A faster way to the same hidden states of the last tokens; None runs the padded batch.
+        forward_rows: Forward strategy for the same hidden states of the last tokens; None runs the padded batch.
 
     Raises:
         ValueError: If the tokenizer has no chat template of that name.
@@ -115,7 +115,7 @@ class PromptEOL(InputModule):
 
     @property
     def packs_batches(self) -> bool:
-        """Whether a batch should hold sentences that begin alike."""
+        """Whether a batch should hold sentences with a common prefix."""
         return self.forward_rows is not None and self.forward_rows.packs_batches(self)
 
     def get_embedding_dimension(self) -> int:
@@ -247,6 +247,7 @@ def token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -
     positions = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if accepts_position_ids else {}
     suffix, width = module.num_suffix_tokens, attention_mask.shape[1]
     padding = width - 1 - _last_positions(attention_mask)  # on the right
+    # Per sequence, the number of tokens at the row's end on which the aLoRA acts, right padding included.
     with alora_on_last(module.model, (padding + suffix).tolist() if suffix else [width] * len(padding)):
         output = module.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     states: Tensor = output.last_hidden_state

@@ -1,4 +1,7 @@
-"""The trainer of every objective except plain DPO and plain contrastive learning, for which TRL and ST have trainers.
+"""The trainer of all runs that neither TRL's nor sentence-transformers' trainer covers.
+
+Without a KL term, ``dpo`` alone runs on TRL's, and ``contrastive`` alone with ``neutral`` none runs on
+sentence-transformers'.
 
 From batch to scalar, in three files:
 

@@ -29,7 +29,7 @@ _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 @dataclass
 class TrainConfig:
-    """Settings of ``sempa train``. Defaults are the paper's if it gives a value (PAPER section "Training").
+    """Settings of ``sempa train``. Defaults are the paper's if it gives a value (arXiv 2601.05075, section "Training").
 
     Raises:
         SempaError: If a value is out of range, or settings contradict each other.
