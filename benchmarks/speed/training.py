@@ -104,6 +104,8 @@ TRAININGS: dict[str, Callable[[NliData, Path], Timed]] = {
     "one-word-listwise": ours(objective="one-word-listwise", activation="template"),
 }
 
+_PROGRAM = ("-m", "benchmarks.speed.run")
+
 
 def measure_training(args: argparse.Namespace) -> dict[str, Any]:
     """Run every training on the same triplets in several rounds, and compare losses and times with TRL's."""
@@ -122,13 +124,12 @@ def measure_training(args: argparse.Namespace) -> dict[str, Any]:
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Run every training in its own process, and compare peak memory with the first one's."""
     names = chosen(args.systems, TRAININGS)
-    script = str(Path(__file__).with_name("run_speed.py"))
     rows: list[dict[str, Any]] = []
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             data = ["--data-dir", args.data_dir, "--triplets", str(args.triplets), "--rounds", "1"]
             output = str(Path(scratch, "speed.json"))
-            _, _, private = run_watched([script, "train", "--systems", name, *data, "--output", output])
+            _, _, private = run_watched([*_PROGRAM, "train", "--systems", name, *data, "--output", output])
         first = rows[0]["private MiB"] if rows else private
         rows.append({"training": name, "private MiB": private, f"times {names[0]}": private / first})
     return {"tables": {"memory of training": rows}}

@@ -105,3 +105,9 @@ def test_a_watched_process_tells_its_own_memory() -> None:
     assert 64 <= private < peak
     with pytest.raises(RuntimeError, match="ended with status"):
         run_watched(["-c", "raise SystemExit(3)"])
+
+
+def test_memory_is_measured_by_a_program_that_exists() -> None:
+    seconds, peak, private = run_watched([*training._PROGRAM, "train", "--help"])
+    assert seconds > 0
+    assert peak >= private > 0
