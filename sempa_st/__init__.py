@@ -9,7 +9,7 @@ from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
     from sempa_st.encoding import encode_file
-    from sempa_st.evaluation import evaluate
+    from sempa_st.evaluation.sts import evaluate
     from sempa_st.loading import load
     from sempa_st.training import TrainResult, train
     from sempa_st.training.config import TrainConfig
@@ -21,7 +21,7 @@ _HOMES = {
     "train": "training",
     "TrainConfig": "training.config",
     "TrainResult": "training",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.sts",
     "encode_file": "encoding",
 }
 

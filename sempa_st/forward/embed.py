@@ -15,7 +15,7 @@ from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 
 
 class Strategy(ABC):
-    """A way to compute the last tokens' hidden states of a batch."""
+    """A strategy to compute the last tokens' hidden states of a batch."""
 
     @abstractmethod
     def supports(self, decoder: Any, attention_mask: Tensor) -> bool:
@@ -64,12 +64,10 @@ class Packed(Strategy):
 class FastForward:
     """The ``forward_rows`` of a :class:`PromptEOL` for inference: the first strategy that supports its decoder.
 
-    Args:
-        *strategies: Strategies in the order in which they are tried. If none applies, the batch runs padded.
+    If none does, the batch runs padded.
     """
 
-    def __init__(self, *strategies: Strategy) -> None:
-        self._strategies = strategies or (Varlen(), Packed())
+    _strategies: tuple[Strategy, ...] = (Varlen(), Packed())
 
     def __call__(self, module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the pooled hidden states, of shape (batch, hidden)."""

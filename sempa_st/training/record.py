@@ -111,6 +111,11 @@ def _step(line: dict[str, float]) -> dict[str, float | None]:
     return {name: finite(line[key]) for name, key in names.items() if key in line}
 
 
+def dev_scores(record: Mapping[str, Any]) -> dict[int, float]:
+    """Return the dev scores in a run record by optimizer step; step 0 is the base."""
+    return {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
+
+
 def run_table(record: dict[str, Any]) -> str:
     """Format a run record as a table: triplets seen, loss, reward accuracy and dev score at each checkpoint."""
     rows: list[list[object]] = []

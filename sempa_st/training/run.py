@@ -32,7 +32,7 @@ from sempa_st.training.answers import drop_too_long
 from sempa_st.training.build import RunInputs, build_trainer
 from sempa_st.training.config import SEQUENCE_OBJECTIVES, TrainConfig
 from sempa_st.training.dev_score import DevScorer
-from sempa_st.training.record import run_record
+from sempa_st.training.record import dev_scores, run_record
 from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_device, pick_dtype
@@ -56,8 +56,7 @@ class TrainResult:
     @property
     def score(self) -> float:
         """Dev score of the best checkpoint: Spearman correlation, times 100."""
-        scores = {score["step"]: score["spearman"] for score in self.record["dev"]["scores"]}
-        return float(scores[self.record["best_step"]])
+        return dev_scores(self.record)[self.record["best_step"]]
 
 
 def train(config: TrainConfig) -> TrainResult:

@@ -12,7 +12,7 @@ from typing import Any
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.peft_models import ADAPTER_WEIGHTS
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.record import settings_digest
+from sempa_st.training.record import dev_scores, settings_digest
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.files import read_json
 from sempa_st.utils.tables import table
@@ -77,7 +77,7 @@ class RunResult:
         """Return the run as an entry of ``results.json``; its dev score is that of the best checkpoint."""
         row: dict[str, Any] = {"name": self.folder.name, "settings": dict(self.varied), "state": "waiting"}
         if record := self.record:
-            scores = {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
+            scores = dev_scores(record)
             return row | {
                 "state": "finished",
                 "triplets": record["data"]["triplets"],
