@@ -107,6 +107,17 @@ def test_private_names_of_other_libraries_are_in_patching_only() -> None:
     assert sorted(private_names(ast.parse(sample))) == ["_b", "_g", "_l", "_n", "d._e"]
 
 
+def test_methods_of_other_libraries_are_replaced_in_patching_only() -> None:
+    methods = {"forward", "encode", "generate", "__class__", "__call__"}
+    for name, path in modules().items():
+        changed = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del)
+        }
+        assert changed & methods == set() or name == "model.patching", name
+
+
 def test_the_module_file_needs_nothing_else_of_the_package() -> None:
     names = {
         name: imported(name, PACKAGE / "model" / f"{name.partition('.')[2]}.py")

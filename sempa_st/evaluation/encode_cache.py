@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sempa_st.model.patching import replaced
 from sempa_st.utils.finite import check_finite
 
 if TYPE_CHECKING:
@@ -41,9 +42,14 @@ def encode_cache(model: SentenceTransformer) -> Iterator[EncodeCost]:
     Raises:
         SempaError: From ``encode``, if a vector is not finite.
     """
-    original = model.encode
-    cache: dict[tuple[str, str], Any] = {}
     cost = EncodeCost()
+    # mteb takes a SentenceTransformer and calls its ``encode``; a wrapper would lose the model's name and card there.
+    with replaced(model, "encode", lambda encode: _cached(encode, cost)):
+        yield cost
+
+
+def _cached(original: Callable[..., Any], cost: EncodeCost) -> Callable[..., Any]:
+    cache: dict[tuple[str, str], Any] = {}
 
     def encode(sentences: Any, *args: Any, **kwargs: Any) -> Any:
         if args or isinstance(sentences, str) or not _asks_for_array(kwargs):
@@ -60,11 +66,7 @@ def encode_cache(model: SentenceTransformer) -> Iterator[EncodeCost]:
         cost.encoded += len(new)
         return np.stack([cache[sentence, prompt] for sentence in sentences])
 
-    model.encode = encode  # type: ignore[method-assign,assignment]
-    try:
-        yield cost
-    finally:
-        del model.encode
+    return encode
 
 
 def _asks_for_array(kwargs: dict[str, Any]) -> bool:

@@ -99,13 +99,10 @@ def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return output
 
 
-def _new_lock() -> None:
-    global _INSTALLING
-    _INSTALLING = Lock()
-
-
-if hasattr(os, "register_at_fork"):  # a process forked while another thread held the lock would wait for it for ever
-    os.register_at_fork(after_in_child=_new_lock)
+if hasattr(os, "register_at_fork"):  # a process forked while another thread holds the lock would wait for it for ever
+    os.register_at_fork(
+        before=_INSTALLING.acquire, after_in_parent=_INSTALLING.release, after_in_child=_INSTALLING.release
+    )
 
 
 # PEFT: the tokens that an activated adapter (aLoRA) acts on. Seen in PEFT 0.21.
@@ -238,19 +235,22 @@ def tokenizer_as_saved(folder: Path, class_name: str) -> Any:
     return tokenizer
 
 
-# Names in modules of other libraries, replaced within a block and for all threads.
+# Attributes of other libraries' modules and objects, replaced within a block and for all threads.
 
 
 @contextmanager
-def _replaced(module_name: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a name in a module by what ``make`` returns for its value."""
-    module = import_module(module_name)
-    original = getattr(module, name)
-    setattr(module, name, make(original))
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute of an object or a module by what ``make`` returns for its value."""
+    own = name in vars(owner)
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
     try:
         yield
     finally:
-        setattr(module, name, original)
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
 def completion_tokens_only() -> AbstractContextManager[None]:
@@ -259,7 +259,7 @@ def completion_tokens_only() -> AbstractContextManager[None]:
     TRL skips them where Triton runs. Elsewhere it scores every position and discards most of the scores, which is three
     quarters of a step for a vocabulary of 262,144 tokens. The loss is the same.
     """
-    return _replaced("trl.trainer.utils", "_use_triton", lambda original: lambda device: True)
+    return replaced(import_module("trl.trainer.utils"), "_use_triton", lambda original: lambda device: True)
 
 
 def gguf_parsed_once() -> AbstractContextManager[None]:
@@ -267,12 +267,12 @@ def gguf_parsed_once() -> AbstractContextManager[None]:
 
     Seen in transformers 5.23 and gguf 0.19.
     """
-    return _replaced("gguf", "GGUFReader", functools.cache)
+    return replaced(import_module("gguf"), "GGUFReader", functools.cache)
 
 
 def without_harness_bars() -> AbstractContextManager[None]:
     """Hide the harness's progress bar for each task's prompts, which has no switch. Seen in lm-eval 0.4.13."""
-    return _replaced("lm_eval.api.task", "tqdm", lambda original: lambda rows, **_: rows)
+    return replaced(import_module("lm_eval.api.task"), "tqdm", lambda original: lambda rows, **_: rows)
 
 
 # Torch: products of eight-bit integers. Announced to go (pytorch/pytorch#184982); no other way to the fast kernel yet.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import DPOTrainer
 
-from sempa_st.model.patching import completion_tokens_only
+from sempa_st.model.patching import completion_tokens_only, replaced
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import shared_states
@@ -82,9 +83,8 @@ class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
             yield
 
 
-@contextmanager
-def prompts_shared(decoder: Any) -> Iterator[None]:
-    """Make a decoder compute the shared prompts of a batch once, by :func:`shared_states`.
+def prompts_shared(decoder: Any) -> AbstractContextManager[None]:
+    """Make a decoder compute the shared prompts of a batch once, by :func:`shared_states`, within a block.
 
     This replaces ``decoder.forward`` for all threads, so it is for training alone.
 
@@ -92,27 +92,23 @@ def prompts_shared(decoder: Any) -> Iterator[None]:
         decoder: Model without the LM head, called as TRL's DPO trainer does: with sequences padded on the right, and
             only the last hidden states of the output used. Calls with other arguments are passed on unchanged.
     """
-    shadowed = decoder.__dict__.get("forward")
+    return replaced(decoder, "forward", partial(_with_shared_prompts, decoder))
 
-    def restore() -> None:
-        if shadowed is None:
-            del decoder.forward
-        else:
-            decoder.forward = shadowed
 
+def _with_shared_prompts(decoder: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    sharing = False  # the calls of shared_states() are the decoder's own
+
+    @wraps(forward)  # its signature is read
     def run(*args: Any, **kwargs: Any) -> Any:
-        restore()
+        nonlocal sharing
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if sharing or args or given - {"return_dict"} != {"input_ids", "attention_mask"}:
+            return forward(*args, **kwargs)
+        sharing = True
         try:
-            given = {name for name, value in kwargs.items() if value is not None and value is not False}
-            if args or given - {"return_dict"} != {"input_ids", "attention_mask"}:
-                return decoder.forward(*args, **kwargs)
             states = shared_states(decoder, kwargs["input_ids"], kwargs["attention_mask"])
-            return BaseModelOutputWithPast(last_hidden_state=states)
         finally:
-            decoder.forward = run
+            sharing = False
+        return BaseModelOutputWithPast(last_hidden_state=states)
 
-    decoder.forward = run
-    try:
-        yield
-    finally:
-        restore()
+    return run

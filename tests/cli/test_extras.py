@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,19 +18,44 @@ pytestmark = pytest.mark.names_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = """
-import importlib.metadata, sys
-package = sys.argv.pop(1)
-sys.modules[package] = None  # imports fail, and find_spec returns None
+import importlib.metadata, json, os, sys
+import torch, transformers.modeling_utils  # of no extra; imported once for all commands
 installed = importlib.metadata.Distribution.from_name
-def from_name(name):
-    if name == package:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return installed(name)
-importlib.metadata.Distribution.from_name = from_name
-from sempa_st.cli import main
-sys.exit(main(sys.argv[1:]))
+cases = json.load(sys.stdin)
+for case in cases:
+    if os.fork() == 0:
+        package = case["package"]
+        assert package not in sys.modules
+        sys.modules[package] = None  # imports fail, and find_spec returns None
+        def from_name(name):
+            if name == package:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return installed(name)
+        importlib.metadata.Distribution.from_name = from_name
+        sys.stderr = open(case["stderr"], "w", buffering=1)
+        from sempa_st.cli import main
+        code = 1
+        try:
+            code = main(case["argv"])
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    case["code"] = os.waitstatus_to_exitcode(os.wait()[1])
+print(json.dumps([case["code"] for case in cases]))
 """
-"""The command line in a process where the package that the first argument names is not installed."""
+"""The command line, in processes in which the package that a case names is not installed."""
+
+CASES = {
+    ("mteb", "evaluate BASE --data-dir DATA --output OUT"): "Evaluation needs the mteb package",
+    ("datasets", "evaluate BASE --data-dir DATA --output OUT"): "Evaluation needs the datasets package",
+    ("mteb", "table --base BASE --data-dir DATA --output OUT"): "Evaluation needs the mteb package",
+    ("lm_eval", "generation BASE --data-dir DATA"): "Measuring generation needs the lm-eval package",
+    ("datasets", "generation BASE --data-dir DATA"): "Measuring generation needs the datasets package",
+    ("trl", "train --base BASE --data sample --output OUT"): "Training needs the trl package",
+    ("datasets", "train --base BASE --data sample --output OUT"): "Training needs the datasets package",
+    ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT"): "A sweep needs the optuna package",
+    ("trl", "demo --output OUT"): "Training needs the trl package",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +65,36 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("package", "command", "message"),
-    [
-        ("mteb", "evaluate BASE --data-dir DATA --output OUT", "Evaluation needs the mteb package"),
-        ("datasets", "evaluate BASE --data-dir DATA --output OUT", "Evaluation needs the datasets package"),
-        ("mteb", "table --base BASE --data-dir DATA --output OUT", "Evaluation needs the mteb package"),
-        ("lm_eval", "generation BASE --data-dir DATA", "Measuring generation needs the lm-eval package"),
-        ("datasets", "generation BASE --data-dir DATA", "Measuring generation needs the datasets package"),
-        ("trl", "train --base BASE --data sample --output OUT", "Training needs the trl package"),
-        ("datasets", "train --base BASE --data sample --output OUT", "Training needs the datasets package"),
-        ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT", "A sweep needs the optuna package"),
-        ("trl", "demo --output OUT", "Training needs the trl package"),
-    ],
-)
+@pytest.fixture(scope="module")
+def endings(
+    data_dir: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[int, str, Path]]:
+    """For each case the exit status, what was printed as an error, and the output folder."""
+    folder = tmp_path_factory.mktemp("endings")
+    cases, outputs = [], []
+    for number, (package, command) in enumerate(CASES):
+        places = {"BASE": tiny_base, "DATA": data_dir, "OUT": folder / f"out-{number}"}
+        argv = [str(places.get(word, word)) for word in command.split()]
+        cases.append({"package": package, "argv": argv, "stderr": str(folder / f"{number}.txt")})
+        outputs.append(places["OUT"])
+    result = subprocess.run([sys.executable, "-c", HIDDEN], input=json.dumps(cases), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    codes = json.loads(result.stdout.splitlines()[-1])
+    errors = [Path(case["stderr"]).read_text() for case in cases]
+    return dict(zip(CASES, zip(codes, errors, outputs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_missing_package_is_named(
-    package: str, command: str, message: str, tiny_base: Path, data_dir: Path, tmp_path: Path
+    case: tuple[str, str], endings: dict[tuple[str, str], tuple[int, str, Path]]
 ) -> None:
-    places = {"BASE": tiny_base, "DATA": data_dir, "OUT": tmp_path / "out"}
-    argv = [str(places.get(word, word)) for word in command.split()]
-    result = subprocess.run([sys.executable, "-c", HIDDEN, package, *argv], capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    extra = "eval" if command.split()[0] in ("evaluate", "table", "generation") else "train"
-    assert result.stderr.startswith(f"sempa: {message}")
-    assert result.stderr.strip().endswith(f"Install it with: pip install 'sempa-st[{extra}]'")
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    code, stderr, output = endings[case]
+    assert code == 2, stderr
+    extra = "eval" if case[1].split()[0] in ("evaluate", "table", "generation") else "train"
+    assert stderr.startswith(f"sempa: {CASES[case]}")
+    assert stderr.strip().endswith(f"Install it with: pip install 'sempa-st[{extra}]'")
+    assert len(stderr.splitlines()) == 1
+    assert not output.exists()
 
 
 def test_reading_from_the_hub_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

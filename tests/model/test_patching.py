@@ -32,6 +32,7 @@ from sempa_st.model.patching import (
     linear_int8,
     pack_int8,
     patch_alora,
+    replaced,
     tokenizer_as_saved,
     unpack_int8,
     without_harness_bars,
@@ -114,6 +115,20 @@ def test_attention_is_told_by_the_config() -> None:
     assert attention_implementation(model.config) == "sdpa"
     model.set_attn_implementation("eager")
     assert attention_implementation(model.config) == attention_implementation(model.config.get_text_config()) == "eager"
+
+
+def test_an_attribute_is_replaced_and_is_again_what_it_was() -> None:
+    plain, with_own = nn.Identity(), nn.Identity()
+    with_own.forward = abs
+    for owner, name in ((plain, "forward"), (with_own, "forward"), (trl.trainer.utils, "selective_log_softmax")):
+        before, own = getattr(owner, name), vars(owner).get(name)
+        with pytest.raises(KeyError), replaced(owner, name, lambda value: [value]):
+            with replaced(owner, name, lambda value: [value]):
+                assert getattr(owner, name) == [[before]]
+            assert getattr(owner, name) == [before]
+            raise KeyError
+        assert getattr(owner, name) == before
+        assert vars(owner).get(name) == own
 
 
 def test_trl_asks_the_function_that_is_replaced() -> None:
