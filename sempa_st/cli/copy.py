@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sempa_st.cli.arguments import add_base, add_command
+from sempa_st.cli.arguments import add_base, add_command, given
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 
@@ -58,23 +58,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _copy(args: argparse.Namespace) -> None:
     from sempa_st.folder.copying import copy_model
 
-    path = copy_model(
-        args.model,
-        args.output,
-        format=args.format,
-        merge=args.merge,
-        activate=args.activate,
-        scale=args.scale,
-        dtype=args.dtype,
-        base=args.base,
-        template=args.template,
-        overwrite=args.overwrite,
-    )
-    print(f"Wrote {path}.")
+    print(f"Wrote {copy_model(**given(args))}.")
 
 
 def _average(args: argparse.Namespace) -> None:
     from sempa_st.folder.averaging import average_models
 
-    path = average_models(args.models, args.output, rank=args.rank, overwrite=args.overwrite)
-    print(f"Wrote {path}.")
+    print(f"Wrote {average_models(**given(args))}.")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sempa_st.data.rows import ROW_SUFFIXES, find_columns, list_rows, read_rows
-from sempa_st.errors import SempaError
+from sempa_st.data.rows import ROW_SUFFIXES, find_columns, read_rows
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import is_text, lone_surrogates
 from sempa_st.utils.run_info import fingerprint
@@ -19,7 +19,7 @@ _LABELS = ("entailment", "neutral", "contradiction")
 """Names of SNLI's integer labels 0, 1 and 2; -1 marks a pair without a gold label."""
 _NO_LABEL = ("", "-")
 """Strings that also mark an unlabelled pair. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
-_NO_TEXT = "sentences that are empty or null or hold half a character (a lone surrogate)"
+_NO_TEXT = "sentences that are empty or null or hold a lone surrogate"
 _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
     "princeton-nlp/datasets-for-simcse": {"data_files": "nli_for_simcse.csv"},
     "sentence-transformers/all-nli": {"name": "triplet"},
@@ -191,5 +191,5 @@ def _report(numbers: list[int], fault: str, source: str, skip_bad_rows: bool) ->
         return
     raise SempaError(
         f"{source} has {len(numbers)} bad row(s), counted from 1 without the header: {fault}, in row(s) "
-        f"{list_rows(numbers)}. Fix them, or pass --skip-bad-rows to skip them."
+        f"{list_first(numbers)}. Fix them, or pass --skip-bad-rows to skip them."
     )

@@ -11,18 +11,8 @@ from typing import Any
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8, read_json
 
-_MAX_LISTED = 10
 _PARQUET_ROWS = 8192
 ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-
-
-def list_rows(numbers: Sequence[int]) -> str:
-    """Format row numbers for an error message: the first ten, then an ellipsis.
-
-    >>> list_rows(range(1, 13))
-    '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
-    """
-    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tabulate import tabulate
@@ -17,7 +18,6 @@ from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
 from sempa_st.evaluation.sts import Cell, Score, load_cells, score_cells
-from sempa_st.evaluation.tasks import mean
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
@@ -135,8 +135,7 @@ def _tokens(model: Any, sentences: Sequence[str]) -> float:
 
 def published() -> list[dict[str, Any]]:
     """Return the rows of the paper's main table (arXiv 2601.05075): ``system`` and ``scores`` by task."""
-    rows: list[dict[str, Any]] = read_json(asset_path("published.json"))
-    return rows
+    return read_json(asset_path("published.json"))
 
 
 def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
@@ -145,13 +144,13 @@ def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
     for system in results:
         scores, mteb = (system["scores"][protocol] for protocol in ("senteval", "mteb"))
         costs = [system["tokens"], system.get("speed")]
-        lines.append([*_line(system["system"], scores), mteb["SICK-R"], mean(_in_order(mteb)), *costs])
+        lines.append([*_line(system["system"], scores), mteb["SICK-R"], fmean(_in_order(mteb)), *costs])
     return [*lines, *([*_line(f"{row['system']} (paper)", row["scores"]), *[None] * 4] for row in published())]
 
 
 def _line(name: str, scores: dict[str, float]) -> Line:
     in_order = _in_order(scores)
-    return [name, *in_order, mean(in_order)]
+    return [name, *in_order, fmean(in_order)]
 
 
 def _in_order(scores: dict[str, float]) -> list[float]:

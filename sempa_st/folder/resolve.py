@@ -10,13 +10,13 @@ from typing import Literal
 
 from sempa_st.checks.inspection import checked_folder
 from sempa_st.errors import SempaError
-from sempa_st.folder.digests import combined_digest
 from sempa_st.folder.formats import MODULES, SETTINGS
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import shipped_model, shipped_names
 from sempa_st.model.base_model import Base, is_encoder, resolve_base
 from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE
+from sempa_st.utils.files import json_digest
 
 Kind = Literal["base", "sempa", "sentence-transformers", "encoder", "adapter"]
 
@@ -161,4 +161,4 @@ def source_digest(source: Source, base: str | None = None) -> str:
         if folder.is_adapter:
             (_, *adapters), below = adapters_over_base(folder, base)
             folders += [*adapters, ModelFolder(below.folder)]
-    return combined_digest({"folders": [folder.digest for folder in folders]})
+    return json_digest({"folders": [folder.digest for folder in folders]})

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.checks.inspection import tensor_shapes
 from sempa_st.checks.library_errors import readable
 from sempa_st.errors import SempaError
 from sempa_st.model.base_model import Base, load_config
@@ -38,7 +39,7 @@ def extras(folder: Path) -> list[str]:
         names.discard("bias")
     if settings.get("init_lora_weights") in _PLAIN_INITS:
         names.discard("init_lora_weights")
-    if any("lora_embedding" in name for name in _shapes(folder)):
+    if any("lora_embedding" in name for name in tensor_shapes(folder / ADAPTER_WEIGHTS)):
         names.add(_EMBEDDING)
     return sorted(names)
 
@@ -98,8 +99,8 @@ def check_native(base: Base, name: str, folder: Path) -> None:
     purpose = "have the format native, in which plain sentence-transformers would misread it"
     _refuse(name, folder, purpose, _NATIVE_EXTRAS, "--format custom")
     model = skeleton(base)
-    prefix = f"base_model.model.{model.base_model_prefix}."
-    expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in _shapes(folder).items()}
+    prefix, shapes = f"base_model.model.{model.base_model_prefix}.", tensor_shapes(folder / ADAPTER_WEIGHTS)
+    expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in shapes.items()}
     head = model.get_output_embeddings()
     heads = tuple(f"base_model.model.{key}." for key, module in model.named_modules() if module is head)
     try:
@@ -130,13 +131,6 @@ def _refuse(name: str, folder: Path, purpose: str, allowed: Collection[str], ins
         )
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    from safetensors import safe_open
-
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-
-
 def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
     """Return the adapter tensors that the settings in ``folder`` create on a model without weights, by name."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -144,8 +138,7 @@ def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
     config: Any = PeftConfig.from_pretrained(str(folder))
     # Some initialisations would read the base's weights.
     config.inference_mode, config.init_lora_weights = True, True
-    tensors: dict[str, Any] = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
-    return tensors
+    return get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
 
 
 def skeleton(base: Base) -> PreTrainedModel:

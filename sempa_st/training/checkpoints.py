@@ -206,7 +206,7 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the best checkpoint of a resumed run."""
+        """Find the best checkpoint of a resumed run; at its end, the one that becomes the finished model."""
         _find_best(Path(str(args.output_dir)), state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -218,11 +218,7 @@ class Checkpoints(TrainerCallback):
             write_through(folder)
             rotate_checkpoints(str(folder), _NUM_KEPT, state.best_model_checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Find the best checkpoint, which becomes the finished model."""
-        _find_best(Path(str(args.output_dir)), state)
+    on_train_end = on_train_begin
 
 
 def _find_best(folder: Path, state: TrainerState) -> None:

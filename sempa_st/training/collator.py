@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ BatchMaker = Callable[[Sequence[int], Sequence[Triplet]], Batch]
 """Makes some tensors of a batch from the indices of its triplets and the triplets themselves."""
 
 
+@dataclass(frozen=True)
 class Collator:
     """Join the tensors of several batch makers into one batch.
 
@@ -31,15 +33,14 @@ class Collator:
         makers: Batch makers; no two make a tensor of the same name.
     """
 
-    def __init__(self, triplets: Sequence[Triplet], makers: Sequence[BatchMaker]) -> None:
-        self._triplets = triplets
-        self._makers = makers
+    triplets: Sequence[Triplet]
+    makers: Sequence[BatchMaker]
 
     def __call__(self, items: Sequence[Mapping[str, int]]) -> Batch:
         """Return the batch of the triplets with these indices."""
         indices = [item["index"] for item in items]
-        triplets = [self._triplets[index] for index in indices]
-        return {name: tensor for make in self._makers for name, tensor in make(indices, triplets).items()}
+        triplets = [self.triplets[index] for index in indices]
+        return {name: tensor for make in self.makers for name, tensor in make(indices, triplets).items()}
 
 
 def make_batch_makers(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from statistics import fmean
 from typing import Any
 
 from sempa_st.data.nli import NliData
 from sempa_st.model.base_model import Base
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.training.config import TrainConfig
-from sempa_st.utils.files import finite
+from sempa_st.utils.files import finite, json_digest
 from sempa_st.utils.portable import portable_record
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
@@ -95,7 +94,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
         for item in fields(TrainConfig)
         if item.name not in _NOT_IDENTITY and settings.get(item.name, item.default) != item.default
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest(identity)[:12]
 
 
 def _step(line: dict[str, float]) -> dict[str, float | None]:
@@ -143,4 +142,4 @@ def run_table(record: dict[str, Any]) -> str:
 
 def _mean(lines: list[dict[str, float | None]], key: str) -> float | str:
     values = [value for line in lines if (value := line.get(key)) is not None]
-    return sum(values) / len(values) if values else ""
+    return fmean(values) if values else ""

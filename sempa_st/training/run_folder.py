@@ -20,8 +20,7 @@ from sempa_st.training.checkpoints import (
     rename_damaged,
     run_identity,
 )
-from sempa_st.utils.files import check_output_folder, read_json, write_json, write_text
-from sempa_st.utils.leftovers import InUseError, held
+from sempa_st.utils.files import check_output_folder, locked, read_json, write_json, write_text
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
@@ -91,23 +90,13 @@ class RunFolder:
         self._stack.close()
 
     def _take_lock(self) -> None:
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._stack.enter_context(held(self._lock))
-        except InUseError as error:
-            raise SempaError(
-                f"{self.output} is being trained by process {self._process()} at this moment. Wait for it, stop it, or "
-                "choose another --output."
-            ) from error
-        except OSError as error:
-            raise SempaError(
-                f"{self._lock}, the lock that keeps two runs apart, cannot be written: {error.strerror}. Check the "
-                "path, its owner and the free space."
-            ) from error
-
-    def _process(self) -> str:
         path = self.path / _PROCESS
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
+        process = path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
+        in_use = (
+            f"{self.output} is being trained by process {process} at this moment. Wait for it, stop it, or choose "
+            "another --output."
+        )
+        self._stack.enter_context(locked(self._lock, in_use, "runs"))
 
     def _check_no_other_files(self) -> None:
         """Raise :class:`SempaError` if the folder holds files that no run has written."""

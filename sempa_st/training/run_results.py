@@ -136,9 +136,8 @@ def results_table(results: dict[str, Any]) -> str:
 def results_markdown(results: dict[str, Any]) -> str:
     """Format the results as a Markdown table."""
     header, rows = _cells(results)
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = [header, ["---"] * len(header), *cells]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    escaped = [[cell.replace("|", "\\|") if isinstance(cell, str) else cell for cell in row] for row in rows]
+    return f"{table(header, escaped, style='pipe')}\n"
 
 
 def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:

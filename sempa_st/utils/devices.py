@@ -58,9 +58,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise SempaError(f"Unknown dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
     if dtype != "auto":
-        chosen = getattr(torch, dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
+        return getattr(torch, dtype)
     if device.startswith("cpu"):
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     if device.startswith("cuda") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

@@ -55,11 +55,9 @@ def hub_rows(dataset: str, /, *, split: str, **arguments: Any) -> list[dict[str,
     if Path(arguments.get("data_files", "")).suffix == ".csv":
         arguments["keep_default_na"] = False  # a sentence such as "None" is text, not a missing value
     try:
-        rows = load_dataset(dataset, split=split, **arguments).to_list()
+        return load_dataset(dataset, split=split, **arguments).to_list()
     except Exception as error:  # datasets raises many unrelated types
         raise SempaError(
             f"The dataset {dataset!r} cannot be loaded from the Hub: {type(error).__name__}: {first_line(error)}. "
             "Check the name and the network, or pass a local csv, jsonl or parquet file."
         ) from error
-    assert isinstance(rows, list)
-    return rows

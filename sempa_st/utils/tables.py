@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], style: str = "simple") -> str:
     """Format rows under a header; numbers are aligned right, floats have two decimals.
+
+    Args:
+        header: Name of each column.
+        rows: Cells of each row.
+        style: Format of tabulate, such as ``simple`` or ``pipe`` (Markdown).
 
     >>> print(table(["task", "score"], [["STS12", 61.5], ["average", 7]]))
     task       score
@@ -20,4 +25,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     numeric = [all(isinstance(row[index], int | float) for row in rows) for index in range(len(header))]
     align = ["right" if is_number else "left" for is_number in numeric]
     # The cells are formatted already; tabulate must not parse them as numbers again.
-    return tabulate(cells, list(header), tablefmt="simple", colalign=align, disable_numparse=True)
+    return tabulate(cells, list(header), tablefmt=style, colalign=align, disable_numparse=True)
