@@ -57,11 +57,10 @@ def check_folder(folder: Path) -> Path:
     for path in files:
         check_entry(folder, path)
     subfolders = _subfolders(folder)
-    for subfolder in subfolders:
-        entries = _relevant_entries(folder, subfolder)
-        for path in entries:
-            check_entry(folder, path)
-        files += entries
+    inner = [path for subfolder in subfolders for path in _relevant_entries(folder, subfolder)]
+    for path in inner:
+        check_entry(folder, path)
+    files += inner
     for directory in (folder, *subfolders):
         _check_not_pickled(folder, directory)
         for name in SETTINGS_FILES:

@@ -10,8 +10,13 @@ from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 
 
-def add_copy(commands: Any) -> None:
-    """Add ``sempa copy``."""
+def add(commands: Any) -> None:
+    """Add ``sempa copy`` and ``sempa average``."""
+    _add_copy(commands)
+    _add_average(commands)
+
+
+def _add_copy(commands: Any) -> None:
     parser = add_command(
         commands,
         "copy",
@@ -36,8 +41,7 @@ def add_copy(commands: Any) -> None:
     adapter.add_argument("--scale", type=float, default=1.0, metavar="X", help="factor for the adapter's update")
 
 
-def add_average(commands: Any) -> None:
-    """Add ``sempa average``."""
+def _add_average(commands: Any) -> None:
     parser = add_command(
         commands,
         "average",

@@ -35,7 +35,7 @@ _OBJECTIVE = "one-word-listwise"
 _TRIPLETS = 192
 
 
-def add_demo(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa demo``."""
     parser = add_command(
         commands,

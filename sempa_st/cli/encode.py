@@ -8,7 +8,7 @@ from typing import Any
 from sempa_st.cli.arguments import add_command, add_model_options, given
 
 
-def add_encode(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa encode``."""
     parser = add_command(
         commands,

@@ -13,7 +13,7 @@ from sempa_st.utils.options import split_list
 from sempa_st.utils.tables import table
 
 
-def add_evaluate(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa evaluate``."""
     parser = add_command(
         commands,

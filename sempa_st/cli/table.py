@@ -15,7 +15,7 @@ from sempa_st.utils.tables import table
 _ALL = "all"
 
 
-def add_table(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa table``."""
     parser = add_command(
         commands,
@@ -79,6 +79,5 @@ def _table(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
-    lines = [["" if cell is None else cell for cell in line] for line in lines_of(results)]
-    print(table(COLUMNS, lines))
+    print(table(COLUMNS, lines_of(results)))
     print(f"Wrote table.md, table.csv and table.json to {output}.")

@@ -140,6 +140,6 @@ def run_table(record: dict[str, Any]) -> str:
     return text
 
 
-def _mean(lines: list[dict[str, float | None]], key: str) -> float | str:
+def _mean(lines: list[dict[str, float | None]], key: str) -> float | None:
     values = [value for line in lines if (value := line.get(key)) is not None]
-    return fmean(values) if values else ""
+    return fmean(values) if values else None

@@ -130,35 +130,29 @@ class RunFolder:
     def _clear(self, *, overwrite: bool) -> None:
         """Delete an earlier run, or raise :class:`SempaError` if it has checkpoints and ``overwrite`` is not set."""
         if checkpoints_in(self.checkpoints) and not overwrite:
-            resumable = self.last_checkpoint() and self.started_with() is not None
-            advice = (
-                "Pass --resume to continue it, or --overwrite to start a new one."
-                if resumable
-                else f"It cannot be resumed: {self._fault()}. Pass --overwrite to start a new one."
-            )
-            raise SempaError(f"There is an unfinished run in {self.path}. {advice}")
+            fault = self._fault()
+            advice = f"It cannot be resumed: {fault}. Pass" if fault else "Pass --resume to continue it, or"
+            raise SempaError(f"There is an unfinished run in {self.path}. {advice} --overwrite to start a new one.")
         self.remove()
 
-    def _fault(self) -> str:
-        """Return why the run in the folder cannot be resumed.
+    def _fault(self) -> str | None:
+        """Return why the run in the folder, which has a checkpoint, cannot be resumed; None if it can.
 
         Raises:
             UnreadableError: If the newest checkpoint cannot be read because of a system error.
         """
-        checkpoints = checkpoints_in(self.checkpoints)
-        if not checkpoints:
-            return "it has no checkpoint yet"
         if self.last_checkpoint() is None:
-            return f"none of its checkpoints is complete ({checkpoints[-1].name}: {damage_in(checkpoints[-1])})"
-        return f"{_IDENTITY}, which records its settings, is missing"
+            newest = checkpoints_in(self.checkpoints)[-1]
+            return f"none of its checkpoints is complete ({newest.name}: {damage_in(newest)})"
+        return None if self.started_with() else f"{_IDENTITY}, which records its settings, is missing"
 
     def _check_resumable(self, identity: dict[str, Any]) -> None:
-        started = self.started_with()
-        if started is None or self.last_checkpoint() is None:
+        if fault := self._fault():
             raise SempaError(
-                f"The run in {self.path} cannot be resumed: {self._fault()}. Pass --overwrite instead of --resume to "
-                "start it again."
+                f"The run in {self.path} cannot be resumed: {fault}. Pass --overwrite instead of --resume to start it "
+                "again."
             )
+        started = self.started_with() or {}
         for name in identity.keys() | started.keys():
             if identity.get(name) != started.get(name):
                 raise SempaError(

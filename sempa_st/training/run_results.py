@@ -143,7 +143,7 @@ def results_markdown(results: dict[str, Any]) -> str:
 def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     rows: list[list[object]] = []
     for run in results["runs"]:
-        measured: list[object] = ["", "", "", "", ""]
+        measured: list[object] = [None] * 5
         note = "not run yet"
         if run["state"] == "finished":
             measured = [run["triplets"], run["base_score"], run["dev_score"], run["step"], round(run["seconds"])]
