@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--print-completion",
         action=PrintCompletion,
         choices=("bash", "zsh", "tcsh"),
+        default=argparse.SUPPRESS,
         help="print a shell's completion script, to be sourced by it",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ _PAIR_COLUMNS = ("premise", "hypothesis", "label")
 _LAYOUTS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"), _PAIR_COLUMNS)
 _LABELS = ("entailment", "neutral", "contradiction")
 """Names of SNLI's integer labels 0, 1 and 2; -1 marks a pair without a gold label."""
-_NO_LABEL = ("", "-")
-"""Strings that also mark an unlabelled pair. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
+_LABEL_OF: dict[Any, str] = {**dict.fromkeys(("", "-", None, -1), ""), **{name: name for name in _LABELS}}
+_LABEL_OF |= enumerate(_LABELS)
+"""Names by what stands for them. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
 _NO_TEXT = "sentences that are empty or null or hold a lone surrogate"
 _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
     "princeton-nlp/datasets-for-simcse": {"data_files": "nli_for_simcse.csv"},
@@ -156,20 +159,13 @@ def _from_pairs(
 def _label(raw: Any) -> str | None:
     """Return the label's name, ``""`` for a pair without a gold label, or None if the label is unknown."""
     if isinstance(raw, str):
-        text = raw.strip().lower()
-        if text in _LABELS:
-            return text
-        if text in _NO_LABEL:
-            return ""
-        try:
-            raw = float(text)
-        except ValueError:
-            return None
-    if raw is None or raw != raw:
+        raw = raw.strip().lower()
+        with suppress(ValueError):
+            raw = float(raw)
+    if isinstance(raw, float) and math.isnan(raw):
         return ""
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw not in range(-1, len(_LABELS)):
-        return None
-    return _LABELS[int(raw)] if raw >= 0 else ""
+    known = isinstance(raw, str | int | float | None) and not isinstance(raw, bool)
+    return _LABEL_OF.get(raw) if known else None
 
 
 def _combine(premise: str, entailment: list[str], neutral: list[str], contradiction: list[str]) -> Iterable[Triplet]:

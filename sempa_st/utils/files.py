@@ -149,10 +149,9 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
     with os_errors_as_sempa_errors(f"{target} cannot be read"):
         clear_leftovers(target.resolve().parent, target.resolve().name)
         is_file = target.is_file()
+        is_filled = target.is_dir() and any(target.iterdir())
     if is_file:
         raise SempaError(f"The output {target} is a file. Expected a new or empty folder; choose another path.")
-    with os_errors_as_sempa_errors(f"{target} cannot be read"):
-        is_filled = target.is_dir() and any(target.iterdir())
     if is_filled and not overwrite:
         raise SempaError(f"The output folder {target} is not empty. Choose another, or pass --overwrite to replace it.")
     _check_parent(target)

@@ -19,10 +19,8 @@ def model_folder(name: str) -> Path:
     Raises:
         SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached.
     """
-    return Path(name) if Path(name).is_dir() else _snapshot(name)
-
-
-def _snapshot(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
