@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class SempaError(ValueError):
@@ -21,3 +21,9 @@ def list_first(items: Sequence[object], most: int = 10) -> str:
     '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
     """
     return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def check_known(name: str, known: Collection[str], what: str) -> None:
+    """Raise :class:`SempaError` unless ``name`` is one of the ``known`` names of a kind of thing, such as ``split``."""
+    if name not in known:
+        raise SempaError(f"Unknown {what} {name!r}. Expected one of: {', '.join(known) or 'none'}.")

@@ -9,7 +9,7 @@ from sempa_st.checks.inspection import CONFIG, read_settings, settings_if_any
 from sempa_st.checks.library_errors import readable
 from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 from sempa_st.data.nli import load_nli
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.digests import digested_name
 from sempa_st.folder.formats import ST_CONFIG
 from sempa_st.folder.plain import load_plain
@@ -70,8 +70,7 @@ def load(
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
     """
-    if reader not in READERS:
-        raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
+    check_known(reader, READERS, "reader")
     if int8:
         device, dtype = device or "cpu", "float32" if dtype == "auto" else dtype
     device = pick_device(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, data_dir_or_default, local_files, read_pairs
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.evaluation.tasks import quiet
 from sempa_st.loading import load
@@ -149,11 +149,9 @@ def load_cells(
         SempaError: On an unknown task, split or protocol, or if data or a package is missing.
     """
     require("mteb", "datasets", extra="eval", purpose="Evaluation")
-    if split not in SPLITS:
-        raise SempaError(f"Unknown split {split!r}. Expected one of: {', '.join(SPLITS)}.")
+    check_known(split, SPLITS, "split")
     for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            raise SempaError(f"Unknown protocol {protocol!r}. Expected one of: {', '.join(PROTOCOLS)}.")
+        check_known(protocol, PROTOCOLS, "protocol")
     data_dir = data_dir_or_default(data_dir)
     return [Cell(_task(task, split, protocol, data_dir), split, protocol) for task in tasks for protocol in protocols]
 
@@ -191,6 +189,7 @@ def score_cells(
 
 def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     import mteb
+    from datasets import Dataset, DatasetDict
 
     with quiet("mteb"):
         try:
@@ -206,7 +205,10 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
             f"{name} has subsets in several languages, which this command does not score. Use mteb itself."
         )
     if data_dir:
-        _put_local_data(task, name, split, protocol, data_dir)
+        pairs = read_pairs(local_files(data_dir, name, split, protocol))
+        columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
+        task.dataset = DatasetDict({_HUB_SPLITS[split]: Dataset.from_dict(columns)})
+        task.data_loaded = True
     elif protocol == "senteval" and name not in _SENTEVAL_FROM_HUB:
         raise SempaError(f"The Hub's {name} does not mark SentEval's rows. Give local files with --data-dir.")
     else:
@@ -214,15 +216,6 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     if _HUB_SPLITS[split] not in task.dataset:
         raise SempaError(f"MTEB's {name} has no {split} split, only: {', '.join(task.dataset)}.")
     return task
-
-
-def _put_local_data(task: Any, name: str, split: str, protocol: str, data_dir: str) -> None:
-    from datasets import Dataset, DatasetDict
-
-    pairs = read_pairs(local_files(data_dir, name, split, protocol))
-    columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
-    task.dataset = DatasetDict({_HUB_SPLITS[split]: Dataset.from_dict(columns)})
-    task.data_loaded = True
 
 
 def _load_from_hub(task: Any, name: str) -> None:

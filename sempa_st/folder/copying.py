@@ -119,10 +119,21 @@ class _Request:
                 f"{source.name} is a plain sentence-transformers model. Expected a SemPA folder or a base."
             )
         check_format(self.target_format)
-        self._check_activate()
+        is_plain = folder.is_adapter and not folder.is_activated
+        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
+            raise SempaError(
+                f"--activate cannot be applied to {source.name} like this. Expected a model that holds a plain "
+                "adapter, no --merge, and format custom."
+            )
         if self.merge and not folder.is_adapter:
             raise SempaError(f"{source.name} holds no adapter, so there is nothing to merge. Leave out --merge.")
-        self._check_scale()
+        if self.scale != 1:
+            if self.merge or not folder.is_adapter or not 0 < self.scale < math.inf:
+                raise SempaError(
+                    f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an "
+                    "adapter, and no --merge (merge the scaled copy instead)."
+                )
+            check_scaled(source.name, folder.path)
         if not folder.is_adapter:
             check_causal_lm(folder.path)
         if folder.is_activated and (self.merge or self.target_format == "native"):
@@ -131,25 +142,6 @@ class _Request:
             raise SempaError(
                 f"{source.name} brings its own template; --template {self.template!r} is for bare bases only."
             )
-
-    def _check_activate(self) -> None:
-        folder = self.source.folder
-        is_plain = folder.is_adapter and not folder.is_activated
-        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
-            raise SempaError(
-                f"--activate cannot be applied to {self.source.name} like this. Expected a model that holds a plain "
-                "adapter, no --merge, and format custom."
-            )
-
-    def _check_scale(self) -> None:
-        if self.scale == 1:
-            return
-        if self.merge or not self.source.folder.is_adapter or not 0 < self.scale < math.inf:
-            raise SempaError(
-                f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an adapter, "
-                "and no --merge (merge the scaled copy instead)."
-            )
-        check_scaled(self.source.name, self.source.folder.path)
 
     def _check_deactivate(self) -> None:
         """Raise :class:`SempaError` unless the activated adapter acts from the beginning of the template on.

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
     if dtype == "auto" and device.startswith("cpu"):
         dtype = os.environ.get(AUTO_DTYPE_VARIABLE) or dtype
-    if dtype not in DTYPES:
-        raise SempaError(f"Unknown dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
+    check_known(dtype, DTYPES, "dtype")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cpu"):
