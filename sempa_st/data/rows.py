@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8, read_json
 
 _PARQUET_ROWS = 8192
-ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -51,13 +50,7 @@ def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             yielded first.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-        ".csv": _iter_csv,
-        ".jsonl": _iter_jsonl,
-        ".json": _iter_json,
-        ".parquet": _iter_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise SempaError(
             f"{path} has the unknown extension {path.suffix!r}. Expected one of {', '.join(ROW_SUFFIXES)}."
@@ -105,3 +98,7 @@ def _iter_parquet(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             yield from batch.to_pylist()
+
+
+_READERS = {".csv": _iter_csv, ".jsonl": _iter_jsonl, ".json": _iter_json, ".parquet": _iter_parquet}
+ROW_SUFFIXES = tuple(_READERS)

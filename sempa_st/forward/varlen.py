@@ -105,7 +105,9 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     seen = (-1 if window is None else window - 1, 0)
-    return varlen_attn(queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=seen)
+    states = varlen_attn(queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=seen)
+    assert isinstance(states, Tensor)
+    return states
 
 
 def _attention(
