@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sempa_st.data.nli import NliData
-from sempa_st.model.base_model import Base
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.training.config import TrainConfig
 from sempa_st.utils.files import finite, json_digest
@@ -16,21 +14,16 @@ from sempa_st.utils.portable import portable_record
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
+if TYPE_CHECKING:
+    from sempa_st.training.build import RunInputs
+
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
 _NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
 """Settings that say where and how a run is made, but do not affect its result."""
 
 
 def run_record(
-    config: TrainConfig,
-    base: Base,
-    data: NliData,
-    state: Any,
-    *,
-    base_score: float,
-    dev_pairs: int,
-    seconds: float,
-    kl_text_sha256: str | None = None,
+    config: TrainConfig, inputs: RunInputs, state: Any, *, base_score: float, seconds: float
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -38,15 +31,13 @@ def run_record(
     settings. In ``training``, null is a value that was not finite, such as the gradient norm of a step that overflowed.
 
     Args:
-        config: Settings of the run.
-        base: Base model of the run.
-        data: Training triplets.
+        config: Settings as they were asked for; those of ``inputs`` are fitted to the base.
+        inputs: Data and model of the run.
         state: The trainer's state after training.
         base_score: Dev score before training, times 100.
-        dev_pairs: Number of dev pairs.
         seconds: Wall-clock time in seconds.
-        kl_text_sha256: SHA-256 digest (hex) of the text of the KL term; None without such a text.
     """
+    data = inputs.data
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
     scores = [{"step": 0, "samples": 0, "spearman": base_score}]
@@ -62,17 +53,17 @@ def run_record(
         "too_long": data.too_long,
         "sha256": data.fingerprint(),
     }
-    if kl_text_sha256:
-        source["kl_text_sha256"] = kl_text_sha256
+    if inputs.passages:
+        source["kl_text_sha256"] = inputs.passages.sha256
     settings = asdict(config)
     record = {
         **run_info(),
         "objective": config.objective,
-        "base": base.name,
+        "base": inputs.base.name,
         "data": source,
         "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
         "settings_digest": settings_digest(settings),
-        "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
+        "dev": {"source": config.dev, "pairs": len(inputs.scorer.pairs), "scores": scores},
         "best_step": state.best_global_step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),

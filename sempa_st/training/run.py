@@ -81,16 +81,8 @@ def train(config: TrainConfig) -> TrainResult:
             # A new adapter changes nothing, so this is the score of the base.
             base_score = _base_score(inputs, trainer.generator())
             trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
-            record = run_record(
-                config,
-                inputs.base,
-                inputs.data,
-                trainer.state,
-                base_score=base_score,
-                dev_pairs=len(inputs.scorer.pairs),
-                seconds=time.monotonic() - started,
-                kl_text_sha256=inputs.passages.sha256 if inputs.passages else None,
-            )
+            seconds = time.monotonic() - started
+            record = run_record(config, inputs, trainer.state, base_score=base_score, seconds=seconds)
             _on_main_process(lambda: _finish(inputs, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
         run_folder.close()
