@@ -144,7 +144,7 @@ class RunFolder:
         if self.last_checkpoint() is None:
             newest = checkpoints_in(self.checkpoints)[-1]
             return f"none of its checkpoints is complete ({newest.name}: {damage_in(newest)})"
-        return None if self.started_with() else f"{_IDENTITY}, which records its settings, is missing"
+        return None if self.started_with() is not None else f"{_IDENTITY}, which records its settings, is missing"
 
     def _check_resumable(self, identity: dict[str, Any]) -> None:
         if fault := self._fault():
