@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.data.rows import ROW_SUFFIXES, iter_rows, list_rows
-from sempa_st.errors import SempaError
+from sempa_st.data.rows import ROW_SUFFIXES, iter_rows
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.files import UTF8, atomic_file, check_output_file, is_text
 from sempa_st.utils.finite import NotFiniteError, check_finite
 
@@ -73,8 +73,8 @@ def read_sentences(path: str | Path, *, column: str | None = None, skip_bad_rows
             bad.append(count)
     if bad and not skip_bad_rows:
         raise SempaError(
-            f"{path} has {len(bad)} empty or null sentence(s), or ones with half a character (a lone surrogate), in "
-            f"row(s) {list_rows(bad)}. Mend them, or pass --skip-bad-rows."
+            f"{path} has {len(bad)} empty or null sentence(s), or ones with a lone surrogate, in "
+            f"row(s) {list_first(bad)}. Mend them, or pass --skip-bad-rows."
         )
     if count == len(bad):
         raise SempaError(f"{path} holds no sentence.")
@@ -105,55 +105,46 @@ def _find_column(path: Path, column: str | None) -> str:
 
 def encode_file(
     model: str | SentenceTransformer,
-    input: str | Path,
+    input: str | Path | Sentences,
     output: str | Path,
     *,
     column: str | None = None,
     batch_size: int = 32,
     skip_bad_rows: bool = False,
+    **options: Any,
 ) -> tuple[int, int]:
-    """Embed the sentences of a file into a file: ``sempa encode`` from Python.
-
-    Args:
-        model: What :func:`sempa_st.load` takes, or a model that it returned.
-        input: File with sentences; see :func:`read_sentences`.
-        output: ``.npy`` or ``.parquet`` file to write; see :func:`encode_to_file`.
-        column: Column with the sentences; may be left out if there is only one.
-        batch_size: Sentences per batch.
-        skip_bad_rows: Leave out empty sentences.
-
-    Returns:
-        Number of vectors, and their width.
-
-    Raises:
-        SempaError: If the model, the input or the output cannot be used.
-    """
-    check_output_file(output, OUTPUT_SUFFIXES)
-    sentences = read_sentences(input, column=column, skip_bad_rows=skip_bad_rows)
-    if isinstance(model, str):
-        from sempa_st.loading import load
-
-        model = load(model)
-    return encode_to_file(model, sentences, output, batch_size=batch_size)
-
-
-def encode_to_file(
-    model: SentenceTransformer, sentences: Sentences, output: str | Path, *, batch_size: int = 32
-) -> tuple[int, int]:
-    """Embed sentences and write all vectors, or no file at all.
+    """Embed the sentences of a file and write all vectors, or no file at all: ``sempa encode`` from Python.
 
     ``.npy`` gets a float32 array of shape (sentences, width); ``.parquet`` the columns row, sentence and embedding.
     Equal sentences of a window are encoded once.
 
+    Args:
+        model: What :func:`sempa_st.load` takes, or a model that it returned.
+        input: File with sentences, or what :func:`read_sentences` returned for it.
+        output: ``.npy`` or ``.parquet`` file to write.
+        column: Column with the sentences; may be left out if there is only one.
+        batch_size: Sentences per batch.
+        skip_bad_rows: Leave out empty sentences.
+        **options: Arguments of :func:`sempa_st.load`, for a model that is to be loaded.
+
     Returns:
         Number of vectors, and their width.
 
     Raises:
-        SempaError: If the output cannot be written, a vector is not finite, or the number of sentences has changed.
+        SempaError: If the model, the input or the output cannot be used, a vector is not finite, or the number of
+            sentences has changed.
     """
     from tqdm.auto import tqdm
 
     check_output_file(output, OUTPUT_SUFFIXES)
+    if isinstance(input, Sentences):
+        sentences = input
+    else:
+        sentences = read_sentences(input, column=column, skip_bad_rows=skip_bad_rows)
+    if isinstance(model, str):
+        from sempa_st.loading import load
+
+        model = load(model, **options)
     written, width, remaining = 0, 0, iter(sentences)
     writer = _npy_writer if Path(output).suffix.lower() == ".npy" else _parquet_writer
     with (

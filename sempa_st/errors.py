@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 
 class SempaError(ValueError):
     """An error that the user can fix: the message names the bad value, what was expected and what to do."""
@@ -10,3 +12,18 @@ class SempaError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def list_first(items: Sequence[object], most: int = 10) -> str:
+    """Format items for an error message: the first few, then an ellipsis.
+
+    >>> list_first(range(1, 13))
+    '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
+    """
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def check_known(name: str, known: Collection[str], what: str) -> None:
+    """Raise :class:`SempaError` unless ``name`` is one of the ``known`` names of a kind of thing, such as ``split``."""
+    if name not in known:
+        raise SempaError(f"Unknown {what} {name!r}. Expected one of: {', '.join(known) or 'none'}.")

@@ -9,11 +9,19 @@ from sempa_st.checks.inspection import CONFIG, read_settings, settings_if_any
 from sempa_st.checks.library_errors import readable
 from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 from sempa_st.data.nli import load_nli
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.digests import digested_name
 from sempa_st.folder.formats import ST_CONFIG
 from sempa_st.folder.plain import load_plain
-from sempa_st.folder.resolve import Source, adapter_base, adapters_over_base, bare_adapter, find_model, source_digest
+from sempa_st.folder.resolve import (
+    Source,
+    adapter_base,
+    adapters_over_base,
+    bare_adapter,
+    embedding_tokenizer,
+    find_model,
+    source_digest,
+)
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.base_model import Base, load_causal_lm
@@ -21,13 +29,11 @@ from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
-from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
+from sempa_st.model.tokenizer import embedding_rows, load_tokenizer
 from sempa_st.utils.devices import pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
 
 READERS = ("sempa", "native")
 """``sempa``: our module. ``native``: plain ``SentenceTransformer(folder)``, as without this package."""
@@ -64,8 +70,7 @@ def load(
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
     """
-    if reader not in READERS:
-        raise SempaError(f"Unknown reader {reader!r}. Expected one of: {', '.join(READERS)}.")
+    check_known(reader, READERS, "reader")
     if int8:
         device, dtype = device or "cpu", "float32" if dtype == "auto" else dtype
     device = pick_device(device)
@@ -116,29 +121,31 @@ def _load_by_kind(
         raise SempaError(
             f"{source.name} is a bare base. Make a native folder of it first: sempa copy {source.name} DIR"
         )
-    if source.kind == "base":
-        return _load_base(source, template or DEFAULT_TEMPLATE, dtype, device)
-    if source.kind == "sempa" and reader == "sempa":
-        return _load_sempa(source, base, dtype, device)
-    return load_plain(source, dtype, device)
+    if source.kind == "sentence-transformers" or reader == "native":
+        return load_plain(source, dtype, device)
+    return _load_prompt_eol(source, template, base, dtype, device)
 
 
-def _load_base(source: Source, template: str, dtype: Any, device: str) -> SentenceTransformer:
-    definition = embedding_template(template)
-    tokenizer = load_tokenizer(source.folder.path)
-    install_template(tokenizer, definition)
-    decoder = load_causal_lm(source.folder.path, dtype, whole=False).eval()
-    return _assemble(PromptEOL(decoder, tokenizer, template=template, forward_rows=embed_rows_fast), source, device)
+def _load_prompt_eol(
+    source: Source, template: str | None, base: str | None, dtype: Any, device: str
+) -> SentenceTransformer:
+    """Load a base or a SemPA folder with our module."""
+    from sempa_st.forward.sentence_transformer import SentenceTransformer
 
-
-def _load_sempa(source: Source, base: str | None, dtype: Any, device: str) -> SentenceTransformer:
     # Faults of the settings are found before the weights are read, which takes longer.
     origin = _base_of(source, base)
-    tokenizer = _load_tokenizer(source, origin)
-    template, length = source.folder.embedding_settings(tokenizer)
+    tokenizer, name, length = embedding_tokenizer(source, origin, template)
     model = _load_weights(source, origin, dtype)
-    module = PromptEOL(model, tokenizer, template=template, max_seq_length=length, forward_rows=embed_rows_fast)
-    return _assemble(module, source, device)
+    module = PromptEOL(model, tokenizer, template=name, max_seq_length=length, forward_rows=embed_rows_fast)
+    config = settings_if_any(source.folder.path, ST_CONFIG) or {}
+    return SentenceTransformer(
+        modules=[module],
+        device=device,
+        prompts=config.get("prompts"),
+        default_prompt_name=config.get("default_prompt_name"),
+        similarity_fn_name=config.get("similarity_fn_name", "cosine"),
+        truncate_dim=config.get("truncate_dim"),
+    )
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
@@ -155,15 +162,12 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
         merge_adapters(model, [folder.path for folder in folders], below.name)
         return model, tokenizer
     origin = _base_of(source, base)
-    return _load_weights(source, origin, dtype), _load_tokenizer(source, origin)
+    tokenizer = load_tokenizer(source.folder.path, embedding_rows(origin.folder) if origin else None)
+    return _load_weights(source, origin, dtype), tokenizer
 
 
 def _base_of(source: Source, base: str | None) -> Base | None:
     return adapter_base(source.folder, base) if source.folder.is_adapter else None
-
-
-def _load_tokenizer(source: Source, base: Base | None) -> PreTrainedTokenizerBase:
-    return load_tokenizer(source.folder.path, embedding_rows(base.folder) if base else None)
 
 
 def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
@@ -203,20 +207,6 @@ def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
     check_whole(model, info, path)
     check_finite_weights(model, path)
     return model.get_encoder().eval() if model.config.is_encoder_decoder else model.eval(), tokenizer
-
-
-def _assemble(module: PromptEOL, source: Source, device: str) -> SentenceTransformer:
-    from sempa_st.forward.sentence_transformer import SentenceTransformer
-
-    config = settings_if_any(source.folder.path, ST_CONFIG) or {}
-    return SentenceTransformer(
-        modules=[module],
-        device=device,
-        prompts=config.get("prompts"),
-        default_prompt_name=config.get("default_prompt_name"),
-        similarity_fn_name=config.get("similarity_fn_name", "cosine"),
-        truncate_dim=config.get("truncate_dim"),
-    )
 
 
 def _quantize(opened: SentenceTransformer) -> None:

@@ -57,11 +57,10 @@ def check_folder(folder: Path) -> Path:
     for path in files:
         check_entry(folder, path)
     subfolders = _subfolders(folder)
-    for subfolder in subfolders:
-        entries = _relevant_entries(folder, subfolder)
-        for path in entries:
-            check_entry(folder, path)
-        files += entries
+    inner = [path for subfolder in subfolders for path in _relevant_entries(folder, subfolder)]
+    for path in inner:
+        check_entry(folder, path)
+    files += inner
     for directory in (folder, *subfolders):
         _check_not_pickled(folder, directory)
         for name in SETTINGS_FILES:
@@ -189,20 +188,28 @@ def _check_index(index: Path) -> None:
             raise SempaError(f"{index} names {name}, which does not exist. Restore or download the folder again.")
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a safetensors file, by name."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
 def _check_weights(path: Path) -> None:
     """Check the header of a safetensors file and, for an adapter, the ranks in its settings against its tensors.
 
     PEFT allocates memory for the ranks in the settings before it reads the tensors. With a ``rank_pattern`` a rank may
     apply to no layer at all, so ranks are then bounded by the width of the layers only.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, "np") as file:
-            names = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
-            shapes = [file.get_slice(name).get_shape() for name in names]
-            max_rank = max((shape[0] for shape in shapes), default=None)
-            max_width = max((shape[1] for shape in shapes), default=0)
+        shapes = [
+            shape for name, shape in tensor_shapes(path).items() if "lora_A" in name or "lora_embedding_A" in name
+        ]
+        max_rank = max((shape[0] for shape in shapes), default=None)
+        max_width = max((shape[1] for shape in shapes), default=0)
     except (SafetensorError, OSError, IndexError) as error:
         raise SempaError(f"{path} is corrupted ({error}). Restore or download the file again.") from error
     config = path.with_name("adapter_config.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,12 +42,6 @@ def _unsupported(value: Any) -> Any:
     return value
 
 
-def _not_empty(value: Any) -> Any:
-    if not value:
-        raise ValueError("at least one entry")
-    return value
-
-
 def _relative_path(name: str) -> str:
     if not is_plain_path(name):
         raise ValueError("a name inside the folder")
@@ -59,63 +54,20 @@ def _safetensors(name: str) -> str:
     return _relative_path(name)
 
 
-def _suffix_pattern(text: str) -> str:
-    """Check an expression that PEFT prefixes with a quantifier (``.*``) of its own."""
-    return check_pattern(text, max_repeats=1)
-
-
-def _pattern_or_names(value: Any) -> Any:
-    """Check one regular expression, or a list of plain names."""
-    if value is not None and not isinstance(value, str) and not _is_list_of(value, str):
-        raise ValueError("a list of names, or a regular expression")
-    return check_pattern(value) if isinstance(value, str) else value
-
-
-def _layer_indices(value: Any) -> Any:
-    indices = [value] if isinstance(value, int) else value
-    if value is not None and not (_is_list_of(indices, int) and all(index >= 0 for index in indices)):
-        raise ValueError("a layer index, or a list of layer indices")
-    return value
-
-
-def _token_ids(value: Any) -> Any:
-    lists = value.values() if isinstance(value, dict) else [value]
-    if value is not None and not all(_is_list_of(ids, int) and ids for ids in lists):
-        raise ValueError("a list of token ids, or such lists by layer")
-    return value
-
-
-def _names(value: Any) -> Any:
-    if value is not None and not isinstance(value, str) and not _is_list_of(value, str):
-        raise ValueError("a name, or a list of names")
-    return value
-
-
-def _templates(value: Any) -> Any:
-    """Check chat templates: a single text, a mapping of names to texts, or a list of ``{"name", "template"}``."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        pairs = [(item.get("name"), item.get("template")) for item in value]
-    elif isinstance(value, dict):
-        pairs = list(value.items())
-    else:
-        raise ValueError("a text, or texts by name")
-    for name, text in pairs:
-        if not isinstance(name, str) or not isinstance(text, str) or not is_plain_path(name) or "/" in name:
-            raise ValueError(f"plain names and texts, got {name!r:.80}")
-    return value
-
-
-def _is_list_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+def _plain_name(name: str) -> str:
+    if not is_plain_path(name) or "/" in name:
+        raise ValueError("a plain name")
+    return name
 
 
 _Unsupported = Annotated[Any, AfterValidator(_unsupported)]
 _Path = Annotated[str, AfterValidator(_relative_path)]
 _WeightFile = Annotated[str, AfterValidator(_safetensors)]
-_PatternOrNames = Annotated[Any, AfterValidator(_pattern_or_names)]
-_Suffix = Annotated[str, AfterValidator(_suffix_pattern)]
+_Name = Annotated[str, AfterValidator(_plain_name)]
+_PatternOrNames = Annotated[str, AfterValidator(check_pattern)] | list[str]
+# PEFT prefixes these with a quantifier (``.*``) of its own.
+_Suffix = Annotated[str, AfterValidator(partial(check_pattern, max_repeats=1))]
+_TokenIds = Annotated[list[int], Field(min_length=1)]
 _Few = Field(max_length=_MAX_PATTERNS)
 _Suffixes = Annotated[list[_Suffix], _Few]
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
@@ -155,7 +107,7 @@ class _SentenceTransformer(Settings):
 
 
 class _Pooling(Settings):
-    pooling_mode: Annotated[Any, AfterValidator(_names)] = None
+    pooling_mode: str | list[str] | None = None
     embedding_dimension: PositiveInt | None = None
     word_embedding_dimension: PositiveInt | None = None
 
@@ -166,15 +118,15 @@ class _Adapter(Settings):
     r: _Rank = 8
     lora_alpha: FiniteFloat = 8
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0
-    target_modules: _PatternOrNames = None
-    exclude_modules: _PatternOrNames = None
+    target_modules: _PatternOrNames | None = None
+    exclude_modules: _PatternOrNames | None = None
     modules_to_save: _Suffixes | None = None
     target_parameters: list[str] | None = None
-    layers_to_transform: Annotated[Any, AfterValidator(_layer_indices)] = None
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = None
     layers_pattern: _Suffix | _Suffixes | None = None
     rank_pattern: Annotated[dict[_Suffix, _Rank], _Few] | None = None
     alpha_pattern: Annotated[dict[_Suffix, FiniteFloat], _Few] | None = None
-    trainable_token_indices: Annotated[Any, AfterValidator(_token_ids)] = None
+    trainable_token_indices: _TokenIds | dict[str, _TokenIds] | None = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
     init_lora_weights: bool | Annotated[str, Field(max_length=14)] | None = (
         True  # pissa_niter_N with two digits at most
@@ -217,24 +169,33 @@ class _Config(Settings):
 
 
 class _WeightIndex(Settings):
-    weight_map: Annotated[dict[str, _WeightFile], AfterValidator(_not_empty)]
+    weight_map: Annotated[dict[str, _WeightFile], Field(min_length=1)]
+
+
+class _NamedTemplate(Settings):
+    name: _Name
+    template: str
 
 
 class _TokenizerConfig(Settings):
     tokenizer_class: str | None = None
     backend: str | None = None
-    chat_template: Annotated[Any, AfterValidator(_templates)] = None
+    chat_template: str | dict[_Name, str] | list[_NamedTemplate] | None = None
     fast_tokenizer_files: list[_Path] | None = None
     init_inputs: _Unsupported = None
 
 
-_CLASS_NAME = re.compile(r" or instance of \w+")
-"""The part of pydantic's messages that names a schema class."""
+_NOISE = re.compile(
+    r"^(Input should be|Value error,|(List|Dictionary) should have) | or instance of \w+| after validation, not \d+"
+)
+"""Parts of pydantic's messages that do not belong to the expectation, or name a schema class."""
+_UNION_MEMBER = re.compile(r"str|int|bool|constrained-int|(list|dict|function-after)\[.*")
+"""What pydantic puts among the keys for a member of a union of types."""
 _OBJECT: Any = dict[str, Any]
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind)
     for name, kind in {
-        "modules.json": Annotated[list[_Module], AfterValidator(_not_empty)],
+        "modules.json": Annotated[list[_Module], Field(min_length=1)],
         "sentence_bert_config.json": _TransformerModule,
         "config_sentence_transformers.json": _SentenceTransformer,
         "1_Pooling/config.json": _Pooling,
@@ -253,7 +214,7 @@ SETTINGS_FILES = tuple(_SCHEMAS)
 
 
 def first_mismatch(name: str, content: Any) -> tuple[str, Any, str] | None:
-    """Return the first violation of a file's schema as (dotted key, value, expectation), or None if it is valid.
+    """Return a violation of a file's schema as (dotted key, value, expectation), or None if it is valid.
 
     Args:
         name: One of :data:`SETTINGS_FILES`.
@@ -262,7 +223,8 @@ def first_mismatch(name: str, content: Any) -> tuple[str, Any, str] | None:
     try:
         _SCHEMAS[name].validate_python(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message = _CLASS_NAME.sub("", first["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
-        return ".".join(map(str, first["loc"])), first["input"], message
+        # Of the members of a union, the one that fits best fails last.
+        found = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+        keys = [str(part) for part in found["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
+        return ".".join(keys), found["input"], _NOISE.sub("", found["msg"])
     return None

@@ -57,14 +57,15 @@ def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     Raises:
         SempaError: If another token lies outside the matrix, or no token can be used for padding.
     """
-    outside = _tokens_outside(tokenizer, rows)
+    added = tokenizer.added_tokens_decoder.items()
+    outside = {token.content: index for index, token in added if rows is not None and index >= rows}
     pad = tokenizer.pad_token
     if pad is None or pad == tokenizer.eos_token or pad in outside:
         tokenizer.pad_token = _spare_token(tokenizer, outside)
     if rows is None:
         return
     special = {getattr(tokenizer, name) for name in _IN_TEXT} & outside.keys()
-    plain = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special} & outside.keys()
+    plain = {token.content for _, token in added if not token.special} & outside.keys()
     if tokenizer.vocab_size > rows or special or plain:
         shown = ", ".join(f"{token!r} is {outside[token]}" for token in sorted(special | plain)[:3])
         raise SempaError(
@@ -72,12 +73,6 @@ def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
             f"embedding matrix has {rows} rows. Expected token ids below that; use the tokenizer that came with the "
             "model."
         )
-
-
-def _tokens_outside(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
-    """Return the ids of the added tokens, by text, that have no row in the embedding matrix."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {token.content: index for index, token in added if rows is not None and index >= rows}
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> str:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.checks.library_errors import readable
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, list_first
 
-_MAX_SHOWN = 3
-"""Number of tensors that an error names."""
 _MAX_WEIGHTS_PER_BYTE = 4
 """Two for 4-bit weights, doubled since the LM head, or the decoder of an encoder-decoder, may be missing."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,7 +109,7 @@ def check_whole(model: Any, info: Mapping[str, Any], folder: str | Path, *, head
     Raises:
         SempaError: If a tensor is missing, of another size, or left over; the message names the first few.
     """
-    sizes = {_name(entry) for entry in info["mismatched_keys"]}
+    sizes = {entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]}
     missing = {name for name in info["missing_keys"] if not _POOLER.search(name)} - sizes
     if model.config.is_encoder_decoder:  # only the encoder is used
         missing = {name for name in missing if name.startswith(("encoder.", "shared."))}
@@ -123,21 +121,12 @@ def check_whole(model: Any, info: Mapping[str, Any], folder: str | Path, *, head
         missing = set()
     left_over = _layer_tensors(model, info["unexpected_keys"])
     faults = {"missing": missing, "of another size": sizes, "left over": left_over}
-    shown = [f"{len(names)} {fault} ({_list_first(names)})" for fault, names in faults.items() if names]
+    shown = [f"{len(names)} {fault} ({list_first(sorted(names), 3)})" for fault, names in faults.items() if names]
     if shown:
         raise SempaError(
             f"The weights in {folder} are not those of the model that its config.json describes "
             f"({type(model).__name__}); tensors: {'; '.join(shown)}. Restore or download the folder again."
         )
-
-
-def _name(entry: Any) -> str:
-    return entry if isinstance(entry, str) else str(entry[0])
-
-
-def _list_first(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:_MAX_SHOWN]) + (", ..." if len(ordered) > _MAX_SHOWN else "")
 
 
 def _head_tensors(model: Any) -> set[str]:

@@ -133,31 +133,18 @@ def positive(text: str) -> int:
     return value
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """Load the model that the options name."""
-    from sempa_st.loading import load
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a command by name, as arguments of the function that it calls.
 
-    return load(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        template=args.template,
-        base=args.base,
-        reader=args.reader,
-        method=method_of(args),
-        int8=args.int8,
-    )
-
-
-def method_of(args: argparse.Namespace) -> str | None:
-    """Return ``--method`` with ``--layer`` as one of its settings, or None.
+    ``--layer`` becomes one of the settings of ``--method``.
 
     Raises:
         SempaError: If there is a layer and no method.
     """
-    method: str | None = args.method
-    if args.layer is None:
-        return method
-    if method is None:
-        raise SempaError("--layer is for a --method, such as --method prompteol.")
-    return f"{method}:layer={args.layer}"
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "debug")}
+    layer = options.pop("layer", None)
+    if layer is not None:
+        if options["method"] is None:
+            raise SempaError("--layer is for a --method, such as --method prompteol.")
+        options["method"] += f":layer={layer}"
+    return options

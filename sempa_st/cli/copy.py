@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sempa_st.cli.arguments import add_base, add_command
+from sempa_st.cli.arguments import add_base, add_command, given
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 
 
-def add_copy(commands: Any) -> None:
-    """Add ``sempa copy``."""
+def add(commands: Any) -> None:
+    """Add ``sempa copy`` and ``sempa average``."""
+    _add_copy(commands)
+    _add_average(commands)
+
+
+def _add_copy(commands: Any) -> None:
     parser = add_command(
         commands,
         "copy",
@@ -36,8 +41,7 @@ def add_copy(commands: Any) -> None:
     adapter.add_argument("--scale", type=float, default=1.0, metavar="X", help="factor for the adapter's update")
 
 
-def add_average(commands: Any) -> None:
-    """Add ``sempa average``."""
+def _add_average(commands: Any) -> None:
     parser = add_command(
         commands,
         "average",
@@ -58,23 +62,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _copy(args: argparse.Namespace) -> None:
     from sempa_st.folder.copying import copy_model
 
-    path = copy_model(
-        args.model,
-        args.output,
-        format=args.format,
-        merge=args.merge,
-        activate=args.activate,
-        scale=args.scale,
-        dtype=args.dtype,
-        base=args.base,
-        template=args.template,
-        overwrite=args.overwrite,
-    )
-    print(f"Wrote {path}.")
+    print(f"Wrote {copy_model(**given(args))}.")
 
 
 def _average(args: argparse.Namespace) -> None:
     from sempa_st.folder.averaging import average_models
 
-    path = average_models(args.models, args.output, rank=args.rank, overwrite=args.overwrite)
-    print(f"Wrote {path}.")
+    print(f"Wrote {average_models(**given(args))}.")

@@ -33,10 +33,9 @@ COMPARED = (
 PROMPT = "The best thing about a rainy Sunday is"
 _OBJECTIVE = "one-word-listwise"
 _TRIPLETS = 192
-_BATCH_SIZE = 32
 
 
-def add_demo(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa demo``."""
     parser = add_command(
         commands,
@@ -77,7 +76,7 @@ def run_demo(output: Path) -> None:
             objective=_OBJECTIVE,
             max_triplets=_TRIPLETS,
             learning_rate=2e-4,
-            batch_size=_BATCH_SIZE,
+            batch_size=32,
             gradient_accumulation=1,
             checkpoint_samples=96,
             dev="sample",
@@ -142,19 +141,9 @@ def _cosines(model: SentenceTransformer) -> list[float]:
 
 def _spearman(model: SentenceTransformer) -> float:
     from sempa_st.data.sts import dev_pairs
-    from sempa_st.model.prompt_eol import PromptEOL
-    from sempa_st.training.dev_score import DevScorer
 
-    module = model[0]
-    assert isinstance(module, PromptEOL)
-    scorer = DevScorer(
-        dev_pairs("sample", None),
-        module.tokenizer,
-        template=module.template,
-        max_seq_length=module.max_seq_length,
-        batch_size=_BATCH_SIZE,
-    )
-    return scorer(module.model)
+    pairs = dev_pairs("sample", None)
+    return pairs.spearman(model.encode(pairs.sentences, convert_to_tensor=True, show_progress_bar=False))
 
 
 def generate(folder: Path) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sempa_st.cli.arguments import add_command, add_model_options, load_model
+from sempa_st.cli.arguments import add_command, add_model_options, given
 
 
-def add_encode(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa encode``."""
     parser = add_command(
         commands,
@@ -29,11 +29,11 @@ def add_encode(commands: Any) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from sempa_st.encoding import OUTPUT_SUFFIXES, encode_to_file, read_sentences
-    from sempa_st.utils.files import check_output_file
+    from sempa_st.encoding import encode_file, read_sentences
 
-    check_output_file(args.output, OUTPUT_SUFFIXES)
-    sentences = read_sentences(args.input, column=args.column, skip_bad_rows=args.skip_bad_rows)
-    count, width = encode_to_file(load_model(args), sentences, args.output, batch_size=args.batch_size)
+    options = given(args)
+    reading = {name: options.pop(name) for name in ("column", "skip_bad_rows")}
+    sentences = read_sentences(options.pop("input"), **reading)
+    count, width = encode_file(input=sentences, **options)
     skipped = f", {sentences.skipped} empty rows skipped" if sentences.skipped else ""
     print(f"Wrote {count} vectors of width {width} to {args.output}{skipped}.")

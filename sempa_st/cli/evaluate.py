@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from sempa_st.cli.arguments import add_command, add_data_dir, add_model_options, load_model, method_of
+from sempa_st.cli.arguments import add_command, add_data_dir, add_model_options, given
 from sempa_st.utils.options import split_list
 from sempa_st.utils.tables import table
 
 
-def add_evaluate(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa evaluate``."""
     parser = add_command(
         commands,
@@ -40,30 +41,24 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from sempa_st.data.sts import data_dir_or_default
-    from sempa_st.evaluation.sts import expand_tasks, load_cells, score_cells
-    from sempa_st.evaluation.tasks import mean
+    from sempa_st.evaluation.sts import score_tasks
     from sempa_st.folder.resolve import describe_method, find_model
     from sempa_st.utils.files import check_output_file, write_json
     from sempa_st.utils.run_info import run_info
 
-    output = Path(args.output)
-    score_files = [output / "scores.json", *([Path(args.json)] if args.json else [])]
+    score_files = [Path(args.output, "scores.json"), *([Path(args.json)] if args.json else [])]
     for file in score_files:
         check_output_file(file, (".json",))
-    method = describe_method(find_model(args.model, for_method=True), args.template, method_of(args))
-    cells = load_cells(
-        expand_tasks(args.tasks),
-        split=args.split,
-        protocols=split_list(args.protocol),
-        data_dir=data_dir_or_default(args.data_dir),
-    )
-    scores = score_cells(load_model(args), cells, output=output, batch_size=args.batch_size)
+    options = given(args)
+    method = describe_method(find_model(args.model, for_method=True), args.template, options["method"])
+    protocols = split_list(options.pop("protocol"))
+    del options["json"]
+    scores = score_tasks(protocols=protocols, **options)
     rows: list[list[object]] = [list(asdict(score).values()) for score in scores]
     for protocol in dict.fromkeys(score.protocol for score in scores):
         same = [score for score in scores if score.protocol == protocol]
         if len(same) > 1:
-            average = mean([score.spearman for score in same])
+            average = fmean(score.spearman for score in same)
             rows.append(["average", args.split, protocol, sum(score.pairs for score in same), average])
     print(table(["task", "split", "protocol", "pairs", "Spearman x 100"], rows))
     result = {"model": args.model, "method": method, "results": [asdict(score) for score in scores]}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SHOWN_VERSIONS = ("lm-eval", "transformers", "torch")
 
 
-def add_generation(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa generation``."""
     parser = add_command(
         commands,
@@ -134,7 +134,7 @@ def _rows(models: list[dict[str, Any]]) -> Iterator[list[object]]:
         first = cells[0]
         row = [first["task"], first["metric"], first["n"], first["shots"]]
         for cell in cells:
-            row += [cell["score"], "" if cell["stderr"] is None else cell["stderr"]]
+            row += [cell["score"], cell["stderr"]]
         yield row
     if models[0]["average"] is not None:
         total = sum(cell["n"] for cell in models[0]["scores"] if cell["percent"])

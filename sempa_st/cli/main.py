@@ -9,15 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from sempa_st import __version__
+from sempa_st.cli import copy, demo, encode, evaluate, generation, sweep, table, train
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
-from sempa_st.cli.copy import add_average, add_copy
-from sempa_st.cli.demo import add_demo
-from sempa_st.cli.encode import add_encode
-from sempa_st.cli.evaluate import add_evaluate
-from sempa_st.cli.generation import add_generation
-from sempa_st.cli.sweep import add_sweep
-from sempa_st.cli.table import add_table
-from sempa_st.cli.train import add_train
 from sempa_st.errors import SempaError
 
 _EXIT_UNEXPECTED = 1
@@ -74,21 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--print-completion",
         action=PrintCompletion,
         choices=("bash", "zsh", "tcsh"),
+        default=argparse.SUPPRESS,
         help="print a shell's completion script, to be sourced by it",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (
-        add_train,
-        add_sweep,
-        add_encode,
-        add_evaluate,
-        add_table,
-        add_generation,
-        add_copy,
-        add_average,
-        add_demo,
-    ):
-        add(commands)
+    for command in (train, sweep, encode, evaluate, table, generation, copy, demo):
+        command.add(commands)
     return parser
 
 

@@ -27,7 +27,7 @@ _MOST_POINTS = 10_000
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
 
 
-def add_sweep(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa sweep``: its own options, and those of a training run that all of its runs share."""
     parser = add_command(
         commands,

@@ -15,7 +15,7 @@ from sempa_st.utils.tables import table
 _ALL = "all"
 
 
-def add_table(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa table``."""
     parser = add_command(
         commands,
@@ -48,7 +48,6 @@ def add_table(commands: Any) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    from sempa_st.data.sts import data_dir_or_default
     from sempa_st.evaluation.table import COLUMNS, System, lines_of, score_systems, write_tables
     from sempa_st.folder.resolve import find_model
     from sempa_st.methods.registry import methods_for, parse_method
@@ -71,7 +70,7 @@ def _table(args: argparse.Namespace) -> None:
     results = score_systems(
         systems,
         output,
-        data_dir=data_dir_or_default(args.data_dir),
+        data_dir=args.data_dir,
         dtype=args.dtype,
         device=args.device,
         batch_size=args.batch_size,
@@ -80,6 +79,5 @@ def _table(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
-    lines = [["" if cell is None else cell for cell in line] for line in lines_of(results)]
-    print(table(COLUMNS, lines))
+    print(table(COLUMNS, lines_of(results)))
     print(f"Wrote table.md, table.csv and table.json to {output}.")

@@ -27,7 +27,7 @@ TRAIN_GROUPS = {
 """Options of a training run by the heading that they have in the help."""
 
 
-def add_train(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add ``sempa train``."""
     parser = add_command(
         commands,

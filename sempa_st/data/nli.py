@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sempa_st.data.rows import ROW_SUFFIXES, find_columns, list_rows, read_rows
-from sempa_st.errors import SempaError
+from sempa_st.data.rows import ROW_SUFFIXES, find_columns, read_rows
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import is_text, lone_surrogates
 from sempa_st.utils.run_info import fingerprint
@@ -17,9 +19,10 @@ _PAIR_COLUMNS = ("premise", "hypothesis", "label")
 _LAYOUTS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"), _PAIR_COLUMNS)
 _LABELS = ("entailment", "neutral", "contradiction")
 """Names of SNLI's integer labels 0, 1 and 2; -1 marks a pair without a gold label."""
-_NO_LABEL = ("", "-")
-"""Strings that also mark an unlabelled pair. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
-_NO_TEXT = "sentences that are empty or null or hold half a character (a lone surrogate)"
+_LABEL_OF: dict[Any, str] = {**dict.fromkeys(("", "-", None, -1), ""), **{name: name for name in _LABELS}}
+_LABEL_OF |= enumerate(_LABELS)
+"""Names by what stands for them. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
+_NO_TEXT = "sentences that are empty or null or hold a lone surrogate"
 _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
     "princeton-nlp/datasets-for-simcse": {"data_files": "nli_for_simcse.csv"},
     "sentence-transformers/all-nli": {"name": "triplet"},
@@ -156,20 +159,13 @@ def _from_pairs(
 def _label(raw: Any) -> str | None:
     """Return the label's name, ``""`` for a pair without a gold label, or None if the label is unknown."""
     if isinstance(raw, str):
-        text = raw.strip().lower()
-        if text in _LABELS:
-            return text
-        if text in _NO_LABEL:
-            return ""
-        try:
-            raw = float(text)
-        except ValueError:
-            return None
-    if raw is None or raw != raw:
+        raw = raw.strip().lower()
+        with suppress(ValueError):
+            raw = float(raw)
+    if isinstance(raw, float) and math.isnan(raw):
         return ""
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw not in range(-1, len(_LABELS)):
-        return None
-    return _LABELS[int(raw)] if raw >= 0 else ""
+    known = isinstance(raw, str | int | float | None) and not isinstance(raw, bool)
+    return _LABEL_OF.get(raw) if known else None
 
 
 def _combine(premise: str, entailment: list[str], neutral: list[str], contradiction: list[str]) -> Iterable[Triplet]:
@@ -191,5 +187,5 @@ def _report(numbers: list[int], fault: str, source: str, skip_bad_rows: bool) ->
         return
     raise SempaError(
         f"{source} has {len(numbers)} bad row(s), counted from 1 without the header: {fault}, in row(s) "
-        f"{list_rows(numbers)}. Fix them, or pass --skip-bad-rows to skip them."
+        f"{list_first(numbers)}. Fix them, or pass --skip-bad-rows to skip them."
     )

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import UTF8, read_json
 
-_MAX_LISTED = 10
 _PARQUET_ROWS = 8192
-ROW_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-
-
-def list_rows(numbers: Sequence[int]) -> str:
-    """Format row numbers for an error message: the first ten, then an ellipsis.
-
-    >>> list_rows(range(1, 13))
-    '1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...'
-    """
-    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -61,13 +50,7 @@ def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             yielded first.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-        ".csv": _iter_csv,
-        ".jsonl": _iter_jsonl,
-        ".json": _iter_json,
-        ".parquet": _iter_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise SempaError(
             f"{path} has the unknown extension {path.suffix!r}. Expected one of {', '.join(ROW_SUFFIXES)}."
@@ -115,3 +98,7 @@ def _iter_parquet(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             yield from batch.to_pylist()
+
+
+_READERS = {".csv": _iter_csv, ".jsonl": _iter_jsonl, ".json": _iter_json, ".parquet": _iter_parquet}
+ROW_SUFFIXES = tuple(_READERS)

@@ -13,6 +13,7 @@ from sempa_st.data.rows import find_columns, read_rows
 from sempa_st.errors import SempaError
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import lone_surrogates
+from sempa_st.utils.run_info import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,10 @@ class GradedPairs:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 digest (hex) of the pairs, order included."""
+        return fingerprint(zip(self.first, self.second, self.scores, strict=True))
 
     @property
     def sentences(self) -> list[str]:
@@ -128,7 +133,7 @@ def dev_pairs(dev: str, data_dir: str | None) -> GradedPairs:
     Args:
         dev: ``stsb`` (STS-B dev, from ``data_dir`` or else from the Hub), ``sample`` (the pairs shipped with this
             package), or a csv, jsonl or parquet file.
-        data_dir: Folder with ``sts/stsb.dev.parquet``, or None.
+        data_dir: Folder with ``sts/stsb.dev.parquet``; that of ``SEMPA_DATA_DIR``, if set, when None.
 
     Raises:
         SempaError: If the pairs cannot be read, or all have the same grade.
@@ -143,7 +148,7 @@ def dev_pairs(dev: str, data_dir: str | None) -> GradedPairs:
 
 
 def _stsb_dev(data_dir: str | None) -> GradedPairs:
-    if data_dir:
+    if data_dir := data_dir_or_default(data_dir):
         return read_pairs(local_files(data_dir, "STSBenchmark", "dev", "mteb"))
     from sempa_st.utils.hub import hub_rows
 

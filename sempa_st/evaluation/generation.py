@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
@@ -19,7 +20,7 @@ from sempa_st.evaluation.generation_data import (
     read_splits,
     subset,
 )
-from sempa_st.evaluation.tasks import mean, quiet
+from sempa_st.evaluation.tasks import quiet
 from sempa_st.model.tokenizer import own_chat_template
 from sempa_st.utils.extras import require
 from sempa_st.utils.options import split_list
@@ -268,7 +269,7 @@ class GenerationEvaluator:
 def average_share(scores: Sequence[GenerationScore]) -> float | None:
     """Return the mean of the scores that are shares, or None if there are fewer than two."""
     shares = [score.score for score in scores if score.percent]
-    return mean(shares) if len(shares) > 1 else None
+    return fmean(shares) if len(shares) > 1 else None
 
 
 @contextmanager

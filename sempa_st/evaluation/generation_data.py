@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sempa_st.data.rows import find_columns, list_rows, read_rows
-from sempa_st.errors import SempaError
+from sempa_st.data.rows import find_columns, read_rows
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.files import UTF8
 from sempa_st.utils.options import split_list
 
@@ -80,11 +80,13 @@ def _checked(file: Path, task: str, rows: list[dict[str, Any]]) -> list[dict[str
     if task == "mmlu":
         bad = [n for n, row in enumerate(rows, 1) if len(row["choices"]) != 4 or row["answer"] not in range(4)]
         if bad:
-            raise SempaError(f"{file}, rows {list_rows(bad)}: expected four choices and the index (0-3) of the answer.")
+            raise SempaError(
+                f"{file}, rows {list_first(bad)}: expected four choices and the index (0-3) of the answer."
+            )
     if task == "truthfulqa_mc1":
         bad = [n for n, row in enumerate(rows, 1) if sorted(row["labels"]) != [0] * (len(row["choices"]) - 1) + [1]]
         if bad:
-            raise SempaError(f"{file}, rows {list_rows(bad)}: expected a label for each choice, 1 for one and 0 else.")
+            raise SempaError(f"{file}, rows {list_first(bad)}: expected a label for each choice, 1 for one and 0 else.")
         return [_truth_first(row) for row in rows]
     return rows
 

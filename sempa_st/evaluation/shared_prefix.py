@@ -216,8 +216,7 @@ class _Scorer:
         with _head_only_at(self.model.get_output_embeddings(), indices.to(self.device)):
             past = {} if cache is None else {cache_argument(self.model): cache}
             output = self.model(input_ids=tokens, use_cache=cache is not None, **past)
-        logits: Tensor = output.logits[0]
-        return logits
+        return output.logits[0]
 
 
 def _shared(sequences: list[ScoredSequence]) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, local_files, read_pairs
-from sempa_st.errors import SempaError
+from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, data_dir_or_default, local_files, read_pairs
+from sempa_st.errors import SempaError, check_known
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.evaluation.tasks import quiet
 from sempa_st.loading import load
@@ -33,6 +33,7 @@ def evaluate(
     data_dir: str | None = None,
     output: str | Path | None = None,
     batch_size: int = 32,
+    **options: Any,
 ) -> dict[str, float]:
     """Score a model on STS tasks: ``sempa evaluate`` from Python.
 
@@ -41,9 +42,10 @@ def evaluate(
         tasks: MTEB names, or ``sts`` for the paper's seven tasks.
         split: ``test`` or ``dev``.
         protocol: ``mteb`` or ``senteval``; they differ in SICK-R.
-        data_dir: Folder with ``sts/*.parquet``; the Hub when None.
+        data_dir: Folder with ``sts/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub when None.
         output: Folder for MTEB's result files; they are not kept when None.
         batch_size: Sentences per batch.
+        **options: Arguments of :func:`sempa_st.load`, for a model that is to be loaded.
 
     Returns:
         Spearman correlation of the cosine with the grades, times 100, by task.
@@ -51,13 +53,36 @@ def evaluate(
     Raises:
         SempaError: On an unknown model, task, split or protocol, or if data or a package is missing.
     """
-    names = expand_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
-    cells = load_cells(names, split=split, protocols=[protocol], data_dir=data_dir)
-    if isinstance(model, str):
-        model = load(model)
     with tempfile.TemporaryDirectory() as scratch:
-        scores = score_cells(model, cells, output=Path(output or scratch), batch_size=batch_size)
+        scores = score_tasks(
+            model,
+            tasks,
+            split=split,
+            protocols=[protocol],
+            data_dir=data_dir,
+            output=output or scratch,
+            batch_size=batch_size,
+            **options,
+        )
     return {score.task: score.spearman for score in scores}
+
+
+def score_tasks(
+    model: str | SentenceTransformer,
+    tasks: str | Sequence[str],
+    *,
+    split: str,
+    protocols: Sequence[str],
+    data_dir: str | None,
+    output: str | Path,
+    batch_size: int,
+    **options: Any,
+) -> list[Score]:
+    """Load tasks and a model, and return the model's score of each; arguments as for :func:`evaluate`."""
+    names = expand_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
+    cells = load_cells(names, split=split, protocols=protocols, data_dir=data_dir)
+    opened = load(model, **options) if isinstance(model, str) else model
+    return score_cells(opened, cells, output=Path(output), batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -118,17 +143,16 @@ def load_cells(
         tasks: MTEB names; see :func:`expand_tasks`.
         split: ``test`` or ``dev``.
         protocols: Any of ``mteb`` and ``senteval``.
-        data_dir: Folder with ``sts/*.parquet``; the Hub when None.
+        data_dir: Folder with ``sts/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub when None.
 
     Raises:
         SempaError: On an unknown task, split or protocol, or if data or a package is missing.
     """
     require("mteb", "datasets", extra="eval", purpose="Evaluation")
-    if split not in SPLITS:
-        raise SempaError(f"Unknown split {split!r}. Expected one of: {', '.join(SPLITS)}.")
+    check_known(split, SPLITS, "split")
     for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            raise SempaError(f"Unknown protocol {protocol!r}. Expected one of: {', '.join(PROTOCOLS)}.")
+        check_known(protocol, PROTOCOLS, "protocol")
+    data_dir = data_dir_or_default(data_dir)
     return [Cell(_task(task, split, protocol, data_dir), split, protocol) for task in tasks for protocol in protocols]
 
 
@@ -165,6 +189,7 @@ def score_cells(
 
 def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     import mteb
+    from datasets import Dataset, DatasetDict
 
     with quiet("mteb"):
         try:
@@ -180,7 +205,10 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
             f"{name} has subsets in several languages, which this command does not score. Use mteb itself."
         )
     if data_dir:
-        _put_local_data(task, name, split, protocol, data_dir)
+        pairs = read_pairs(local_files(data_dir, name, split, protocol))
+        columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
+        task.dataset = DatasetDict({_HUB_SPLITS[split]: Dataset.from_dict(columns)})
+        task.data_loaded = True
     elif protocol == "senteval" and name not in _SENTEVAL_FROM_HUB:
         raise SempaError(f"The Hub's {name} does not mark SentEval's rows. Give local files with --data-dir.")
     else:
@@ -188,15 +216,6 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     if _HUB_SPLITS[split] not in task.dataset:
         raise SempaError(f"MTEB's {name} has no {split} split, only: {', '.join(task.dataset)}.")
     return task
-
-
-def _put_local_data(task: Any, name: str, split: str, protocol: str, data_dir: str) -> None:
-    from datasets import Dataset, DatasetDict
-
-    pairs = read_pairs(local_files(data_dir, name, split, protocol))
-    columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
-    task.dataset = DatasetDict({_HUB_SPLITS[split]: Dataset.from_dict(columns)})
-    task.data_loaded = True
 
 
 def _load_from_hub(task: Any, name: str) -> None:

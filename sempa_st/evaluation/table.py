@@ -9,21 +9,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-from tabulate import tabulate
 
 from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
 from sempa_st.evaluation.sts import Cell, Score, load_cells, score_cells
-from sempa_st.evaluation.tasks import mean
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import read_json, write_json, write_text
 from sempa_st.utils.run_info import run_info
+from sempa_st.utils.tables import table
 
 _SHORT = {"STSBenchmark": "STS-B"}
 COLUMNS = (
@@ -135,8 +134,7 @@ def _tokens(model: Any, sentences: Sequence[str]) -> float:
 
 def published() -> list[dict[str, Any]]:
     """Return the rows of the paper's main table (arXiv 2601.05075): ``system`` and ``scores`` by task."""
-    rows: list[dict[str, Any]] = read_json(asset_path("published.json"))
-    return rows
+    return read_json(asset_path("published.json"))
 
 
 def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
@@ -144,25 +142,20 @@ def lines_of(results: Sequence[dict[str, Any]]) -> list[Line]:
     lines = []
     for system in results:
         scores, mteb = (system["scores"][protocol] for protocol in ("senteval", "mteb"))
-        costs = [system["tokens"], system.get("speed")]
-        lines.append([*_line(system["system"], scores), mteb["SICK-R"], mean(_in_order(mteb)), *costs])
+        others = [mteb["SICK-R"], fmean(mteb[task] for task in STS_TASKS), system["tokens"], system.get("speed")]
+        lines.append([*_line(system["system"], scores), *others])
     return [*lines, *([*_line(f"{row['system']} (paper)", row["scores"]), *[None] * 4] for row in published())]
 
 
 def _line(name: str, scores: dict[str, float]) -> Line:
-    in_order = _in_order(scores)
-    return [name, *in_order, mean(in_order)]
-
-
-def _in_order(scores: dict[str, float]) -> list[float]:
-    return [scores[task] for task in STS_TASKS]
+    in_order = [scores[task] for task in STS_TASKS]
+    return [name, *in_order, fmean(in_order)]
 
 
 def write_tables(output: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write ``table.md``, ``table.csv`` and ``table.json`` into a folder."""
     lines = lines_of(results)
-    markdown = tabulate(lines, COLUMNS, tablefmt="pipe", floatfmt=".2f")
-    write_text(output / "table.md", f"{markdown}\n")
+    write_text(output / "table.md", f"{table(COLUMNS, lines, style='pipe')}\n")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
     write_text(output / "table.csv", text.getvalue())

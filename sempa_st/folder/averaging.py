@@ -14,7 +14,7 @@ from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.resolve import Source, adapter_base, find_model
 from sempa_st.folder.write import copy_files
 from sempa_st.model.adapter import check_adapter
-from sempa_st.model.adapter_kinds import check_mean
+from sempa_st.model.adapter_kinds import refuse_extras
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.utils.files import check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_name
@@ -97,7 +97,7 @@ def _settings(sources: Sequence[Source]) -> list[dict[str, Any]]:
                 f"The adapter of {source.name} ({', '.join(odd) or adapter.get('peft_type')}) cannot be "
                 "averaged. Expected a plain LoRA."
             )
-        check_mean(source.name, source.folder.path)
+        refuse_extras(source.name, source.folder.path, "be averaged")
         first = settings[0]
         differing = [
             name

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sempa_st.checks.inspection import CONFIG
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG, check_format
-from sempa_st.folder.resolve import Source, adapter_base, find_model
+from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.adapter import check_adapter, check_runs_activated, merged_model
 from sempa_st.model.adapter_kinds import (
@@ -23,15 +23,12 @@ from sempa_st.model.adapter_kinds import (
 )
 from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolve_base
 from sempa_st.model.gemma import TERMS_FILE
-from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, save_model
-from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
-from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer, prefix_tokens
+from sempa_st.model.prompt_eol import save_model
+from sempa_st.model.templates import DEFAULT_TEMPLATE
+from sempa_st.model.tokenizer import load_tokenizer, prefix_tokens
 from sempa_st.utils.devices import pick_dtype
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _COPIED = (ST_CONFIG, "NOTICE", TERMS_FILE)
 """Files that a copy takes over as they are, beside those of the model."""
@@ -77,16 +74,14 @@ def copy_model(
     check_not_inside(output, [source.folder.path, origin.folder])
     if source.folder.is_adapter:
         check_adapter(origin, source.folder.path)
-    tokenizer, template, length = _embedding_settings(request, origin)
+    tokenizer, template, length = embedding_tokenizer(source, origin, template)
     with atomic_folder(output, overwrite=overwrite) as folder:
         if merge:
             save_model(merged_model(origin, source.folder.path, pick_dtype(dtype, "cpu")), folder)
-        elif activate:
-            _write_activated(request, origin, folder, prefix_tokens(tokenizer, template))
-        elif source.folder.is_adapter:
-            _write_adapter(request, origin, folder)
         else:
-            _copy_files(source, folder)
+            copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
+            if source.folder.is_adapter:
+                _adjust_adapter(request, origin, folder, prefix_tokens(tokenizer, template) if activate else [])
         write_embedding_files(
             folder,
             tokenizer,
@@ -124,10 +119,21 @@ class _Request:
                 f"{source.name} is a plain sentence-transformers model. Expected a SemPA folder or a base."
             )
         check_format(self.target_format)
-        self._check_activate()
+        is_plain = folder.is_adapter and not folder.is_activated
+        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
+            raise SempaError(
+                f"--activate cannot be applied to {source.name} like this. Expected a model that holds a plain "
+                "adapter, no --merge, and format custom."
+            )
         if self.merge and not folder.is_adapter:
             raise SempaError(f"{source.name} holds no adapter, so there is nothing to merge. Leave out --merge.")
-        self._check_scale()
+        if self.scale != 1:
+            if self.merge or not folder.is_adapter or not 0 < self.scale < math.inf:
+                raise SempaError(
+                    f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an "
+                    "adapter, and no --merge (merge the scaled copy instead)."
+                )
+            check_scaled(source.name, folder.path)
         if not folder.is_adapter:
             check_causal_lm(folder.path)
         if folder.is_activated and (self.merge or self.target_format == "native"):
@@ -136,25 +142,6 @@ class _Request:
             raise SempaError(
                 f"{source.name} brings its own template; --template {self.template!r} is for bare bases only."
             )
-
-    def _check_activate(self) -> None:
-        folder = self.source.folder
-        is_plain = folder.is_adapter and not folder.is_activated
-        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
-            raise SempaError(
-                f"--activate cannot be applied to {self.source.name} like this. Expected a model that holds a plain "
-                "adapter, no --merge, and format custom."
-            )
-
-    def _check_scale(self) -> None:
-        if self.scale == 1:
-            return
-        if self.merge or not self.source.folder.is_adapter or not 0 < self.scale < math.inf:
-            raise SempaError(
-                f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an adapter, "
-                "and no --merge (merge the scaled copy instead)."
-            )
-        check_scaled(self.source.name, self.source.folder.path)
 
     def _check_deactivate(self) -> None:
         """Raise :class:`SempaError` unless the activated adapter acts from the beginning of the template on.
@@ -187,46 +174,23 @@ def _origin(source: Source, base: str | None) -> Base:
     return replace(resolve_base(str(source.folder.path)), name=str(record.get("base") or source.name))
 
 
-def _embedding_settings(request: _Request, origin: Base) -> tuple[PreTrainedTokenizerBase, str, int]:
-    """Return the copy's tokenizer with the template installed, the template's name and the longest input in tokens."""
+def _adjust_adapter(request: _Request, origin: Base, folder: Path, tokens: list[int]) -> None:
+    """Scale the copy of an adapter, and make it plain for the format native, or act from ``tokens`` on if there are."""
     source = request.source
-    tokenizer = load_tokenizer(source.folder.path, embedding_rows(origin.folder))
-    if source.kind == "base":
-        template = embedding_template(request.template or DEFAULT_TEMPLATE)
-        install_template(tokenizer, template)
-        return tokenizer, template.name, DEFAULT_MAX_SEQ_LENGTH
-    return tokenizer, *source.folder.embedding_settings(tokenizer)
-
-
-def _copy_files(source: Source, folder: Path) -> None:
-    """Copy a model as it is."""
-    copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
-
-
-def _write_adapter(request: _Request, origin: Base, folder: Path) -> None:
-    """Copy an adapter with its update scaled; from an activated one make a plain one for the format native."""
-    source = request.source
-    _copy_files(source, folder)
-    set_base_reference(folder, origin.reference)
     native = request.target_format == "native"
-    if native and source.folder.is_activated:
+    set_base_reference(folder, origin.reference)
+    if tokens:
+        set_invocation(folder, tokens)
+        check_activated(origin, source.name, folder)
+    elif native and source.folder.is_activated:
         set_invocation(folder, None)
         (folder / CONFIG).unlink()  # It keeps transformers from opening the folder, which can be opened now.
     rewrite_tensors(origin, folder, request.scale)
-    if native:
+    if tokens:
+        check_runs_activated(origin, source.name, folder, tokens)
+    elif native:
         write_native_settings(origin, folder)
         check_native(origin, source.name, folder)
-
-
-def _write_activated(request: _Request, origin: Base, folder: Path, tokens: list[int]) -> None:
-    """Copy a plain adapter, with its update scaled, as one that acts from ``tokens`` on."""
-    source = request.source
-    _copy_files(source, folder)
-    set_base_reference(folder, origin.reference)
-    set_invocation(folder, tokens)
-    check_activated(origin, source.name, folder)
-    rewrite_tensors(origin, folder, request.scale)
-    check_runs_activated(origin, source.name, folder, tokens)
 
 
 def _write_record(request: _Request, origin: Base, folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sempa_st.errors import SempaError
 from sempa_st.folder.formats import RUN_RECORD
-from sempa_st.utils.files import cache_folder, file_sha256, read_json, write_text
+from sempa_st.utils.files import cache_folder, file_sha256, json_digest, read_json, write_text
 from sempa_st.utils.names import is_plain_path
 
 _RECORDS = (RUN_RECORD, "trainer_state.json")
@@ -72,7 +72,7 @@ def _content_digest(path: Path) -> str:
             content: Any = read_json(path)
             if isinstance(content, dict):
                 content = {key: value for key, value in content.items() if key not in _ORIGINS}
-            return combined_digest(content)
+            return json_digest(content)
     stat = path.stat()
     # Tools set the modification time back, but never the change time (ctime).
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
@@ -98,11 +98,6 @@ def _remembered(key: tuple[str | int, ...]) -> str:
     return digest
 
 
-def combined_digest(value: Any) -> str:
-    """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def digested_name(name: str, identity: dict[str, Any]) -> str:
     """Return a model name for MTEB, which gives two models of one name the same cached scores.
 
@@ -112,4 +107,4 @@ def digested_name(name: str, identity: dict[str, Any]) -> str:
     """
     # Of "." the folder's name is wanted; abspath, unlike resolve, keeps the name of a link.
     shown = os.path.abspath(name) if Path(name).is_dir() else name  # noqa: PTH100
-    return f"local/{Path(shown).name}-{combined_digest(identity)[:12]}"
+    return f"local/{Path(shown).name}-{json_digest(identity)[:12]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import check_known
 from sempa_st.model.prompt_eol import PromptEOL
 
 FORMATS = ("native", "custom")
@@ -27,5 +27,4 @@ POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooli
 
 def check_format(format: str) -> None:
     """Raise :class:`SempaError` unless ``format`` is one of :data:`FORMATS`."""
-    if format not in FORMATS:
-        raise SempaError(f"Unknown folder format {format!r}. Expected one of: {', '.join(FORMATS)}.")
+    check_known(format, FORMATS, "folder format")

@@ -24,6 +24,7 @@ from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE
+from sempa_st.model.tokenizer import template_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,7 @@ class ModelFolder:
     def template(self) -> str | None:
         """Name of the embedding template."""
         processing = self._settings.get("processing_kwargs") or {}
-        name: str | None = (processing.get("chat_template") or {}).get("chat_template")
-        return name
+        return (processing.get("chat_template") or {}).get("chat_template")
 
     @property
     def max_seq_length(self) -> int:
@@ -71,8 +71,7 @@ class ModelFolder:
     @cached_property
     def adapter_settings(self) -> dict[str, Any] | None:
         """PEFT's settings of the adapter; None for a whole model."""
-        settings: dict[str, Any] | None = settings_if_any(self.path, ADAPTER_CONFIG)
-        return settings
+        return settings_if_any(self.path, ADAPTER_CONFIG)
 
     @property
     def is_adapter(self) -> bool:
@@ -111,8 +110,7 @@ class ModelFolder:
     @cached_property
     def record(self) -> dict[str, Any] | None:
         """The run record of a trained model."""
-        record: dict[str, Any] | None = settings_if_any(self.path, RUN_RECORD)
-        return record
+        return settings_if_any(self.path, RUN_RECORD)
 
     @cached_property
     def digest(self) -> str:
@@ -122,8 +120,7 @@ class ModelFolder:
     @cached_property
     def modules(self) -> list[dict[str, Any]]:
         """The modules that sentence-transformers would load, in order; empty if the folder lists none."""
-        modules: list[dict[str, Any]] = settings_if_any(self.path, MODULES) or []
-        return modules
+        return settings_if_any(self.path, MODULES) or []
 
     @property
     def module_folders(self) -> list[str]:
@@ -164,12 +161,9 @@ class ModelFolder:
         where = f"The template {name!r} in {self.path}"
         check_embedding_template(where, templates[name], tokenizer.special_tokens_map)
         try:
-            rendered: Any = tokenizer.apply_chat_template(
-                [{"role": "user", "content": ""}], chat_template=name, tokenize=True, return_dict=True
-            )
+            shortest = len(template_ids(tokenizer, name, "")) + 1
         except Exception as error:  # a template is a program, and may raise anything
             raise SempaError(f"{where} cannot be rendered ({error}). Mend it.") from error
-        shortest = len(rendered["input_ids"]) + 1
         if length < shortest:
             raise SempaError(
                 f"{settings}: max_seq_length is {length}, which leaves no room for a sentence. Expected at least "
@@ -179,5 +173,4 @@ class ModelFolder:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = read_settings(self.path, SETTINGS)
-        return settings
+        return read_settings(self.path, SETTINGS)

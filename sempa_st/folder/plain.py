@@ -34,7 +34,16 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
     from sentence_transformers import SentenceTransformer
 
     folder = source.folder
-    _check_not_custom(source)
+    if folder.format == "custom":
+        raise SempaError(
+            f"{source.name} is of format custom: plain sentence-transformers would run the code in it, which this "
+            "package does not. Read it with --reader sempa"
+            + (
+                "; its adapter is an activated one, which has no native form."
+                if folder.is_activated
+                else ", or make a native copy with sempa copy FOLDER DIR --format native"
+            )
+        )
     base = adapter_base(folder) if folder.is_adapter else None
     if base:
         check_native(base, source.name, folder.path)
@@ -55,19 +64,6 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
             "settings do not go together; restore or download the folder again."
         ) from error
     return model
-
-
-def _check_not_custom(source: Source) -> None:
-    if source.folder.format == "custom":
-        raise SempaError(
-            f"{source.name} is of format custom: plain sentence-transformers would run the code in it, which this "
-            "package does not. Read it with --reader sempa"
-            + (
-                "; its adapter is an activated one, which has no native form."
-                if source.folder.is_activated
-                else ", or make a native copy with sempa copy FOLDER DIR --format native"
-            )
-        )
 
 
 def _check_weights(folder: ModelFolder) -> None:

@@ -6,17 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sempa_st.checks.inspection import checked_folder
 from sempa_st.errors import SempaError
-from sempa_st.folder.digests import combined_digest
 from sempa_st.folder.formats import MODULES, SETTINGS
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import shipped_model, shipped_names
 from sempa_st.model.base_model import Base, is_encoder, resolve_base
 from sempa_st.model.gemma import EMBEDDED_BASE
-from sempa_st.model.templates import DEFAULT_TEMPLATE
+from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
+from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
+from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
+from sempa_st.utils.files import json_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["base", "sempa", "sentence-transformers", "encoder", "adapter"]
 
@@ -111,6 +116,27 @@ def adapter_base(folder: ModelFolder, base: str | None = None) -> Base:
         return resolve_base(base or folder.base)
 
 
+def embedding_tokenizer(
+    source: Source, base: Base | None, template: str | None
+) -> tuple[PreTrainedTokenizerBase, str, int]:
+    """Return a model's tokenizer with its embedding template, that template's name, and the longest input in tokens.
+
+    Args:
+        source: A SemPA folder or a base.
+        base: Base of its adapter; None for a whole model.
+        template: Embedding template of a base (default ``prompteol``); a SemPA folder brings its own.
+
+    Raises:
+        SempaError: If the tokenizer or the template cannot be used.
+    """
+    definition = embedding_template(template or DEFAULT_TEMPLATE)
+    tokenizer = load_tokenizer(source.folder.path, embedding_rows(base.folder) if base else None)
+    if source.kind != "base":
+        return tokenizer, *source.folder.embedding_settings(tokenizer)
+    install_template(tokenizer, definition)
+    return tokenizer, definition.name, DEFAULT_MAX_SEQ_LENGTH
+
+
 @contextmanager
 def _explain_base_of(folder: ModelFolder) -> Iterator[None]:
     try:
@@ -161,4 +187,4 @@ def source_digest(source: Source, base: str | None = None) -> str:
         if folder.is_adapter:
             (_, *adapters), below = adapters_over_base(folder, base)
             folders += [*adapters, ModelFolder(below.folder)]
-    return combined_digest({"folders": [folder.digest for folder in folders]})
+    return json_digest({"folders": [folder.digest for folder in folders]})

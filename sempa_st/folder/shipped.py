@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import MODULES, RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
@@ -44,8 +44,7 @@ def shipped_model(name: str) -> Path:
     Raises:
         SempaError: If there is no shipped model of this name, or its base is not installed.
     """
-    if name not in shipped_names():
-        raise SempaError(f"Unknown shipped model {name!r}. Expected one of: {', '.join(shipped_names()) or 'none'}.")
+    check_known(name, shipped_names(), "shipped model")
     try:
         base = resolve_base(EMBEDDED_BASE)
     except SempaError as error:

@@ -68,7 +68,7 @@ def write_embedding_files(
     modules = [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}]
     if format == "native":
         modules.append({"idx": 1, "name": "1", "path": POOLING, "type": POOLING_TYPE})
-        _write_pooling(folder, embedding_width(config))
+        _write_pooling(folder / POOLING, embedding_width(config))
     else:
         copy_sources(folder)
     write_json(folder / MODULES, modules)
@@ -79,9 +79,8 @@ def write_embedding_files(
 def _write_pooling(folder: Path, width: int) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    path = folder / POOLING
-    path.mkdir(exist_ok=True)
-    Pooling(width, pooling_mode="lasttoken").save(str(path))
+    folder.mkdir(exist_ok=True)
+    Pooling(width, pooling_mode="lasttoken").save(str(folder))
 
 
 def _sentence_transformers_config() -> dict[str, Any]:

@@ -42,7 +42,9 @@ def batches_by_length(texts: Sequence[str], size: int, characters: int) -> Itera
     """
     batch: list[int] = []
     held = 0
-    for index in sorted(range(len(texts)), key=lambda index: (_magnitude(texts[index]), texts[index]), reverse=True):
+    # By magnitude first: a long text would leave empty space in every pack of short ones.
+    keys = [((len(text) // _SHORT).bit_length(), text) for text in texts]
+    for index in sorted(range(len(texts)), key=keys.__getitem__, reverse=True):
         batch.append(index)
         held += len(texts[index])
         if len(batch) >= size and held >= characters:
@@ -50,11 +52,6 @@ def batches_by_length(texts: Sequence[str], size: int, characters: int) -> Itera
             batch, held = [], 0
     if batch:
         yield batch
-
-
-def _magnitude(text: str) -> int:
-    # A long text would leave empty space in every pack of short ones.
-    return (len(text) // _SHORT).bit_length()
 
 
 def group_by_length(

@@ -28,10 +28,9 @@ class EndedEarly(Exception):  # noqa: N818 (it ends a forward pass early and is 
 def last_hidden_states(decoder: Any, **inputs: Any) -> Tensor:
     """Run a decoder and return its last hidden states, or those at which :class:`EndedEarly` ended the pass."""
     try:
-        states: Tensor = decoder(**inputs).last_hidden_state
+        return decoder(**inputs).last_hidden_state
     except EndedEarly as ended:
         return ended.states
-    return states
 
 
 def forward_with_cache(
@@ -197,5 +196,4 @@ def at_tokens(states: Tensor, marked: Tensor, new: Tensor) -> Tensor:
 
 def states_in(output: Any) -> Tensor:
     """Return the hidden states in a layer's output: the output itself, or the first item of a tuple."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+    return output[0] if isinstance(output, tuple) else output

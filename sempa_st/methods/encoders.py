@@ -25,8 +25,7 @@ class EncoderMethod(Method):
     def states(self, model: Any, batch: Batch, attention_mask: Tensor) -> Tensor:
         """Return the hidden states of the layer that is pooled, of shape (batch, seq_len, hidden)."""
         output = model(input_ids=batch.input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        states: Tensor = output.hidden_states[self.num_layers(model)]
-        return states
+        return output.hidden_states[self.num_layers(model)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.methods.contrastive_prompting import ContrastivePrompting
 from sempa_st.methods.encoders import EncoderMean, PromptBERT
 from sempa_st.methods.llm2vec import LLM2Vec
@@ -49,15 +49,13 @@ def parse_method(text: str) -> Method:
         SempaError: On an unknown name or setting, or a value of the wrong type.
     """
     name, *settings = _SETTINGS.findall(text) or [text]
-    if name not in METHODS:
-        raise SempaError(f"Unknown method {name!r}. Expected one of: {', '.join(METHODS)}.")
+    check_known(name, METHODS, "method")
     values: dict[str, Any] = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
-            raise SempaError(
-                f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known(name)}."
-            )
+            known = ", ".join(field.name for field in fields(METHODS[name]))
+            raise SempaError(f"The method {text!r} has {setting!r}. Expected SETTING=VALUE, with one of: {known}.")
         # As in a YAML file, where false is not a string.
         try:
             parsed = yaml.safe_load(value)
@@ -68,8 +66,3 @@ def parse_method(text: str) -> Method:
         field, converted = convert_option(METHODS[name], key, parsed, f"The method {text!r}")
         values[field] = converted
     return METHODS[name](**values)
-
-
-def known(name: str) -> str:
-    """Return the names of a method's settings, for an error message."""
-    return ", ".join(field.name for field in fields(METHODS[name]))

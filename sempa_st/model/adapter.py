@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.checks.inspection import read_settings
+from sempa_st.checks.inspection import read_settings, tensor_shapes
 from sempa_st.errors import SempaError
 from sempa_st.model.adapter_kinds import layers_pattern, skeleton
 from sempa_st.model.base_model import Base, load_causal_lm
@@ -122,13 +122,10 @@ def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: s
     Raises:
         SempaError: As :func:`attach_adapter`, and if an adapter is not LoRA.
     """
-    from safetensors import safe_open
-
     for folder in reversed(folders):
         with _loading_errors(folder, base_name):
-            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-                prefix = f"base_model.model.{model.base_model_prefix}."
-                has_head = any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118
+            prefix = f"base_model.model.{model.base_model_prefix}."
+            has_head = any(name.startswith(prefix) for name in tensor_shapes(folder / ADAPTER_WEIGHTS))
             target: Any = model if has_head else model.base_model
             load_adapter(target, folder).merge_and_unload()
 

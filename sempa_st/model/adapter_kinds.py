@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.checks.inspection import tensor_shapes
 from sempa_st.checks.library_errors import readable
 from sempa_st.errors import SempaError
 from sempa_st.model.base_model import Base, load_config
@@ -38,27 +39,14 @@ def extras(folder: Path) -> list[str]:
         names.discard("bias")
     if settings.get("init_lora_weights") in _PLAIN_INITS:
         names.discard("init_lora_weights")
-    if any("lora_embedding" in name for name in _shapes(folder)):
+    if any("lora_embedding" in name for name in tensor_shapes(folder / ADAPTER_WEIGHTS)):
         names.add(_EMBEDDING)
     return sorted(names)
 
 
 def check_scaled(name: str, folder: Path) -> None:
-    """Refuse to scale an adapter unless its whole effect is proportional to its B matrices.
-
-    Args:
-        name: Name of the model, for the message.
-        folder: Adapter folder.
-
-    Raises:
-        SempaError: If it has other extras, which the message names.
-    """
-    _refuse(name, folder, "be scaled", {"lora_bias", _EMBEDDING})
-
-
-def check_mean(name: str, folder: Path) -> None:
-    """Refuse to average an adapter unless it consists of low-rank updates only; see :func:`check_scaled`."""
-    _refuse(name, folder, "be averaged", set())
+    """Refuse to scale an adapter whose effect is not proportional to its B matrices; see :func:`refuse_extras`."""
+    refuse_extras(name, folder, "be scaled", {"lora_bias", _EMBEDDING})
 
 
 def check_activated(base: Base, name: str, folder: Path) -> None:
@@ -72,7 +60,7 @@ def check_activated(base: Base, name: str, folder: Path) -> None:
     Raises:
         SempaError: If it would also act on other text, or adapts layers that PEFT has no activated form for.
     """
-    _refuse(name, folder, "be activated, since other text would not get the base's exact output", set())
+    refuse_extras(name, folder, "be activated, since other text would not get the base's exact output")
     try:
         _tensors_on(skeleton(base), folder)
     except (ValueError, RuntimeError) as error:
@@ -96,10 +84,10 @@ def check_native(base: Base, name: str, folder: Path) -> None:
         SempaError: If the adapter is of an unsupported kind, or its settings do not match its layers there.
     """
     purpose = "have the format native, in which plain sentence-transformers would misread it"
-    _refuse(name, folder, purpose, _NATIVE_EXTRAS, "--format custom")
+    refuse_extras(name, folder, purpose, _NATIVE_EXTRAS, "--format custom")
     model = skeleton(base)
-    prefix = f"base_model.model.{model.base_model_prefix}."
-    expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in _shapes(folder).items()}
+    prefix, shapes = f"base_model.model.{model.base_model_prefix}.", tensor_shapes(folder / ADAPTER_WEIGHTS)
+    expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in shapes.items()}
     head = model.get_output_embeddings()
     heads = tuple(f"base_model.model.{key}." for key, module in model.named_modules() if module is head)
     try:
@@ -120,21 +108,27 @@ def _is_lost(tensors: dict[str, Any], key: str, shape: list[int]) -> bool:
     return not key.endswith(".base_layer.weight") and (key not in tensors or list(tensors[key].shape) != shape)
 
 
-def _refuse(name: str, folder: Path, purpose: str, allowed: Collection[str], instead: str | None = None) -> None:
-    """Raise :class:`SempaError` that an adapter cannot ``purpose`` if it has extras that are not ``allowed``."""
+def refuse_extras(
+    name: str, folder: Path, purpose: str, allowed: Collection[str] = (), instead: str | None = None
+) -> None:
+    """Refuse a use of an adapter that has more than low-rank updates of linear layers.
+
+    Args:
+        name: Name of the model, for the message.
+        folder: Adapter folder.
+        purpose: What it then cannot do, such as ``be averaged``.
+        allowed: Extras that do no harm; see :func:`extras`.
+        instead: What the message advises.
+
+    Raises:
+        SempaError: If it has other extras, which the message names.
+    """
     refused = [extra for extra in extras(folder) if extra not in allowed]
     if refused:
         raise SempaError(
             f"The adapter of {name} ({', '.join(refused)}) cannot {purpose}. Expected "
             f"{instead or 'only low-rank updates of linear layers'}."
         )
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    from safetensors import safe_open
-
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
@@ -144,8 +138,7 @@ def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
     config: Any = PeftConfig.from_pretrained(str(folder))
     # Some initialisations would read the base's weights.
     config.inference_mode, config.init_lora_weights = True, True
-    tensors: dict[str, Any] = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
-    return tensors
+    return get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
 
 
 def skeleton(base: Base) -> PreTrainedModel:

@@ -116,7 +116,6 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
     from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 
     model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype)
-
     if whole and getattr(model, "is_quantized", False):
         raise SempaError(
             f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need "
@@ -124,8 +123,7 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
         )
     check_whole(model, info, folder, head=whole)
     check_finite_weights(model, folder)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def check_causal_lm(folder: str | Path) -> None:

@@ -45,21 +45,18 @@ def check_chat_templates(templates: dict[str, str] | str | None, folder: str | P
     """
     for name, text in (templates if isinstance(templates, dict) else {"default": templates}).items():
         if text:
-            _check(f"The chat template {name!r} in {folder}", text, tokens)
+            check_embedding_template(f"The chat template {name!r} in {folder}", text, tokens, embeds=False)
 
 
-def check_embedding_template(name: str, text: str, tokens: dict[str, str]) -> None:
+def check_embedding_template(name: str, text: str, tokens: dict[str, str], *, embeds: bool = True) -> None:
     """Raise :class:`SempaError` if a chat template cannot embed: it must render a single sentence, and include it.
 
     Args:
         name: Description of the template, for the message.
         text: The template.
         tokens: The tokenizer's special tokens by name.
+        embeds: False to check only that it is valid and takes little time and memory.
     """
-    _check(name, text, tokens, embeds=True)
-
-
-def _check(name: str, text: str, tokens: dict[str, str], *, embeds: bool = False) -> None:
     bos = tokens.get("bos_token", "")
     if any(text == own.jinja(start=start) for own in EMBEDDING_TEMPLATES.values() for start in ("", bos, bos + " ")):
         return

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .patching import EVERY_TOKEN, alora_acting_on, patch_alora
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 _START_AT_ZERO = ("lora_B", "lora_embedding_A")
 """Parts of the names of matrices that are zero before training."""
 

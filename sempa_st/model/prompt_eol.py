@@ -80,8 +80,7 @@ class PromptEOL(InputModule):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The layers with the LM head, adapter included but not PEFT's wrapper."""
-        causal_lm: PreTrainedModel = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        return causal_lm
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -250,8 +249,7 @@ def token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -
     # Per sequence, the number of tokens at the row's end on which the aLoRA acts, right padding included.
     with alora_on_last(module.model, (padding + suffix).tolist() if suffix else [width] * len(padding)):
         output = module.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    states: Tensor = output.last_hidden_state
-    return states
+    return output.last_hidden_state
 
 
 def _pool_last(states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import check_known
 
 _SENTENCE_ENDS = (".", "?", '"', "'")
 
@@ -75,20 +75,16 @@ class EmbeddingTemplate:
             "{%- endif -%}",
             "{%- set s = (messages[0]['content'] if messages | length == 2 else '') + last['content'] -%}",
         ]
+        # Jinja's lexer reads all escapes of ``ascii`` back; those of JSON break for characters outside the BMP.
         if self.normalize:
-            ends = ", ".join(_jinja_string(end) for end in _SENTENCE_ENDS)
+            ends = ", ".join(ascii(end) for end in _SENTENCE_ENDS)
             lines += [
                 f"{{%- if s and s[-1] not in [{ends}] -%}}{{%- set s = s + '.' -%}}{{%- endif -%}}",
-                f"{{%- set s = s | replace({_jinja_string(chr(34))}, {_jinja_string(chr(39))}) -%}}",
+                f"{{%- set s = s | replace({chr(34)!a}, {chr(39)!a}) -%}}",
                 "{%- if s and s[-1] == '?' -%}{%- set s = s[:-1] + '.' -%}{%- endif -%}",
             ]
-        lines.append(f"{{{{- {_jinja_string(start + self.prefix)} + s + {_jinja_string(self.suffix)} -}}}}")
+        lines.append(f"{{{{- {start + self.prefix!a} + s + {self.suffix!a} -}}}}")
         return "\n".join(lines)
-
-
-def _jinja_string(text: str) -> str:
-    # Jinja's lexer reads all escapes of ``ascii`` back; those of JSON break for characters outside the BMP.
-    return ascii(text)
 
 
 EMBEDDING_TEMPLATES: dict[str, EmbeddingTemplate] = {
@@ -121,6 +117,5 @@ def look_up_name(table: dict[str, Any], name: str, what: str) -> Any:
         name: Name of the entry.
         what: Kind of entry, for the message.
     """
-    if name not in table:
-        raise SempaError(f"Unknown {what} {name!r}. Expected one of: {', '.join(table)}.")
+    check_known(name, table, what)
     return table[name]

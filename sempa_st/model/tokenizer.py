@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
 def embedding_rows(folder: Path) -> int | None:
     """Return the vocabulary size in a folder's ``config.json``, or None if it has none."""
     config = settings_if_any(folder, CONFIG) or {}
-    rows: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return rows
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def _read_tokenizer(folder: Path) -> Any:
@@ -93,7 +93,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: EmbeddingTemp
     # Some SentencePiece tokenizers add a word-start marker at the start of a text, but not directly after BOS.
     for start in (bos, bos + " "):
         tokenizer.chat_template = {**named, template.name: template.jinja(start=start)}
-        rendered = [_template_ids(tokenizer, template.name, sentence) for sentence in _PROBES]
+        rendered = [template_ids(tokenizer, template.name, sentence) for sentence in _PROBES]
         if rendered == expected:
             return
     tokenizer.chat_template = own or None
@@ -109,12 +109,12 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) -> list[int]:
+def template_ids(tokenizer: PreTrainedTokenizerBase, name: str, sentence: str) -> list[int]:
+    """Return the token ids of a sentence under the tokenizer's chat template of a name."""
     encoded: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": sentence}], chat_template=name, tokenize=True, return_dict=True
     )
-    ids: list[int] = encoded["input_ids"]
-    return ids
+    return encoded["input_ids"]
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
@@ -127,9 +127,7 @@ def prefix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int
     Raises:
         SempaError: If they share no token but BOS.
     """
-    sentences = [*_PROBES, *string.punctuation, *_BEGINNINGS]
-    sequences = [_template_ids(tokenizer, template, sentence) for sentence in sentences]
-    prefix = sequences[0][: common_prefix(sequences)]
+    prefix = _shared_tokens(tokenizer, template, [*string.punctuation, *_BEGINNINGS], 1)
     if not set(prefix) - {tokenizer.bos_token_id}:
         raise SempaError(f"Sentences under the template {template!r} do not begin alike with this tokenizer.")
     return prefix
@@ -145,12 +143,16 @@ def suffix_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int
     Raises:
         SempaError: If they share no token.
     """
-    sentences = [*_PROBES, *_ENDINGS]
-    reversed_sequences = [_template_ids(tokenizer, template, sentence)[::-1] for sentence in sentences]
-    suffix = reversed_sequences[0][: common_prefix(reversed_sequences)]
+    suffix = _shared_tokens(tokenizer, template, _ENDINGS, -1)
     if not suffix:
         raise SempaError(f"Sentences under the template {template!r} do not end in the same token with this tokenizer.")
-    return suffix[::-1]
+    return suffix
+
+
+def _shared_tokens(tokenizer: PreTrainedTokenizerBase, template: str, sentences: Sequence[str], step: int) -> list[int]:
+    """Return the token ids that :data:`_PROBES` and ``sentences`` begin with, or end with if ``step`` is -1."""
+    sequences = [template_ids(tokenizer, template, sentence)[::step] for sentence in (*_PROBES, *sentences)]
+    return sequences[0][: common_prefix(sequences)][::step]
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -166,7 +168,7 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> 
         save_tokenizer(tokenizer, folder)
         reloaded = load_tokenizer(folder)
     for sentence in _PROBES:
-        if _template_ids(reloaded, template, sentence) != _template_ids(tokenizer, template, sentence):
+        if template_ids(reloaded, template, sentence) != template_ids(tokenizer, template, sentence):
             raise SempaError(
                 f"The tokenizer {type(tokenizer).__name__} gives other tokens for {sentence!r} when it is saved "
                 f"without its model and loaded again, as {type(reloaded).__name__}. This base is not supported."

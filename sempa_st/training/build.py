@@ -24,7 +24,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base
-from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
+from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
 from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.callbacks import DEV_METRIC, PairProgress, Patience
@@ -111,7 +111,7 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
 def _contrastive_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> ContrastiveTrainer:
     return ContrastiveTrainer(
         dev_scorer=inputs.scorer,
-        module=_module(inputs, _tuned(inputs), TrainingForward()),
+        module=inputs.scorer.module(_tuned(inputs), TrainingForward()),
         temperature=inputs.config.temperature,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=contrastive_dataset(inputs.data.triplets),
@@ -121,14 +121,14 @@ def _contrastive_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> Contra
 def _alignment_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> AlignmentTrainer:
     # The reference is the base model before the adapter is attached; it runs on the training device.
     model: Any = inputs.model
-    module = _module(inputs, model.to(PartialState().device))
+    module = inputs.scorer.module(model.to(PartialState().device))
     digest = ModelFolder(inputs.base.folder).digest
     makers = make_batch_makers(inputs.config, inputs.data, inputs.tokenizer, module, digest, inputs.passages)
     tuned = _tuned(inputs)
     return AlignmentTrainer(
         dev_scorer=inputs.scorer,
         config=inputs.config,
-        module=_module(inputs, tuned),
+        module=inputs.scorer.module(tuned),
         model=tuned,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
         train_dataset=Dataset.from_dict({"index": list(range(len(inputs.data.triplets)))}),
@@ -142,14 +142,14 @@ def _tuned(inputs: RunInputs) -> Any:
         return inputs.model
     if inputs.config.activation == "template":
         activated = _activated(inputs, suffix_tokens)
-        _check_activation(_module(inputs, activated))
+        _check_activation(inputs.scorer.module(activated))
         return activated
     if inputs.config.activation == "sentence":
         # Training uses only sentences under the template, where this adapter acts on every token. So it is trained as a
         # plain adapter, with the same initialisation.
         with torch.random.fork_rng():
             activated = _activated(inputs, prefix_tokens)
-            _check_activation(_module(inputs, activated))
+            _check_activation(inputs.scorer.module(activated))
             activated.unload()
     return get_peft_model(inputs.model, _adapter_settings(inputs))
 
@@ -182,16 +182,6 @@ def _adapter_settings(inputs: RunInputs, invocation: list[int] | None = None) ->
         dropout=config.lora_dropout,
         layers=config.adapted_layers,
         invocation=invocation,
-    )
-
-
-def _module(inputs: RunInputs, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
-    return PromptEOL(
-        model,
-        inputs.scorer.tokenizer,
-        template=inputs.config.template,
-        max_seq_length=inputs.config.max_seq_length,
-        forward_rows=forward_rows,
     )
 
 

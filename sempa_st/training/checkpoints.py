@@ -206,7 +206,7 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the best checkpoint of a resumed run."""
+        """Find the best checkpoint of a resumed run; at its end, the one that becomes the finished model."""
         _find_best(Path(str(args.output_dir)), state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -218,11 +218,7 @@ class Checkpoints(TrainerCallback):
             write_through(folder)
             rotate_checkpoints(str(folder), _NUM_KEPT, state.best_model_checkpoint)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Find the best checkpoint, which becomes the finished model."""
-        _find_best(Path(str(args.output_dir)), state)
+    on_train_end = on_train_begin
 
 
 def _find_best(folder: Path, state: TrainerState) -> None:
@@ -233,24 +229,16 @@ def _find_best(folder: Path, state: TrainerState) -> None:
     if fault_in(recorded) is None:
         state.best_model_checkpoint = str(recorded)
         return
-    best = _best_complete(folder, state)
+    scores = {int(line["step"]): line[DEV_METRIC] for line in state.log_history if DEV_METRIC in line}
+    complete = [path for path in checkpoints_in(folder) if _step(path) in scores and fault_in(path) is None]
+    best = max(complete, key=lambda path: scores[_step(path)], default=None)
     if state.is_world_process_zero:
         fallback = f"{best.name} is the best complete one" if best else "no other one is complete"
         print(f"The best checkpoint, {recorded.name}, is damaged or missing; {fallback}.", file=sys.stderr)
     state.best_model_checkpoint = str(best) if best else None
     state.best_global_step = _step(best) if best else None
-    state.best_metric = _scores(state)[_step(best)] if best else None
-
-
-def _best_complete(folder: Path, state: TrainerState) -> Path | None:
-    scores = _scores(state)
-    complete = [path for path in checkpoints_in(folder) if _step(path) in scores and fault_in(path) is None]
-    return max(complete, key=lambda path: scores[_step(path)], default=None)
+    state.best_metric = scores[_step(best)] if best else None
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def _scores(state: TrainerState) -> dict[int, float]:
-    return {int(line["step"]): line[DEV_METRIC] for line in state.log_history if DEV_METRIC in line}

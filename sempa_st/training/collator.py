@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ BatchMaker = Callable[[Sequence[int], Sequence[Triplet]], Batch]
 """Makes some tensors of a batch from the indices of its triplets and the triplets themselves."""
 
 
+@dataclass(frozen=True)
 class Collator:
     """Join the tensors of several batch makers into one batch.
 
@@ -31,15 +33,14 @@ class Collator:
         makers: Batch makers; no two make a tensor of the same name.
     """
 
-    def __init__(self, triplets: Sequence[Triplet], makers: Sequence[BatchMaker]) -> None:
-        self._triplets = triplets
-        self._makers = makers
+    triplets: Sequence[Triplet]
+    makers: Sequence[BatchMaker]
 
     def __call__(self, items: Sequence[Mapping[str, int]]) -> Batch:
         """Return the batch of the triplets with these indices."""
         indices = [item["index"] for item in items]
-        triplets = [self._triplets[index] for index in indices]
-        return {name: tensor for make in self._makers for name, tensor in make(indices, triplets).items()}
+        triplets = [self.triplets[index] for index in indices]
+        return {name: tensor for make in self.makers for name, tensor in make(indices, triplets).items()}
 
 
 def make_batch_makers(
@@ -78,11 +79,7 @@ def make_batch_makers(
         makers.append(lambda indices, _: answers(indices))
         makers.append(_lookup(reference_answers(config, answers, module, identity)))
     if config.kl:
-        makers.append(
-            _passage_batches(tokenizer, passages, config.kl_positions, len(data.triplets))
-            if passages
-            else _premise_batches(tokenizer, config.max_seq_length)
-        )
+        makers.append(_plain_text(config, tokenizer, passages, len(data.triplets)))
     return makers
 
 
@@ -117,33 +114,23 @@ def _lookup(tensors: Mapping[str, Tensor]) -> BatchMaker:
     return lambda indices, _: {name: tensor[list(indices)] for name, tensor in tensors.items()}
 
 
-def _premise_batches(tokenizer: PreTrainedTokenizerBase, max_length: int) -> BatchMaker:
-    """Return a maker of batches of premises as ordinary text."""
-
-    def make(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
-        return _plain_batch(tokenizer, [tokenizer(triplet.premise)["input_ids"][:max_length] for triplet in triplets])
-
-    return make
-
-
-def _passage_batches(
-    tokenizer: PreTrainedTokenizerBase, passages: Passages, num_positions: int, num_triplets: int
+def _plain_text(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, passages: Passages | None, num_triplets: int
 ) -> BatchMaker:
-    """Return a maker of batches of passages: as many as it takes to hold ``num_positions`` tokens.
+    """Return a maker of padded batches of ordinary text, ``plain_input_ids`` and ``plain_attention_mask``.
 
-    The position of the batch's first triplet in the data decides where they start in the text, so that a whole epoch
-    covers the whole text.
+    These are the batch's premises, or as many passages as it takes to hold ``kl_positions`` tokens. The position of the
+    batch's first triplet in the data decides where passages start in the text, so that a whole epoch covers all of it.
     """
-    count = len(passages.token_ids)
 
-    def make(indices: Sequence[int], _: Sequence[Triplet]) -> Batch:
-        first = indices[0] * count // num_triplets
-        selected = range(first, first + math.ceil(num_positions / PASSAGE_TOKENS))
-        return _plain_batch(tokenizer, [passages.token_ids[index % count] for index in selected])
+    def make(indices: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
+        if passages is None:
+            token_ids = [tokenizer(triplet.premise)["input_ids"][: config.max_seq_length] for triplet in triplets]
+        else:
+            count = len(passages.token_ids)
+            first = indices[0] * count // num_triplets
+            selected = range(first, first + math.ceil(config.kl_positions / PASSAGE_TOKENS))
+            token_ids = [passages.token_ids[index % count] for index in selected]
+        return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, token_ids, "right").items()}
 
     return make
-
-
-def _plain_batch(tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]]) -> Batch:
-    """Return the padded batch ``plain_input_ids`` and ``plain_attention_mask`` of ordinary text."""
-    return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, token_ids, "right").items()}

@@ -101,7 +101,7 @@ class TrainConfig:
     device: str | None = option(None, "device type such as cpu or cuda (default: the best available)")
     skip_bad_rows: bool = option(False, "skip and count bad rows of the data instead of stopping")
     resume: bool = option(False, "resume an interrupted run with the same settings from its last checkpoint")
-    overwrite: bool = option(False, "replace the output folder if it exists")
+    overwrite: bool = option(False, "replace the output folder if it exists, and delete an unfinished run")
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):

@@ -47,10 +47,6 @@ class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
 
 def contrastive_dataset(triplets: Sequence[Triplet]) -> Dataset:
     """Return the triplets as a data set with the columns ``anchor``, ``positive`` and ``negative``."""
-    return Dataset.from_dict(
-        {
-            "anchor": [triplet.premise for triplet in triplets],
-            "positive": [triplet.entailed for triplet in triplets],
-            "negative": [triplet.contradicted for triplet in triplets],
-        }
+    return Dataset.from_list(
+        [{"anchor": row.premise, "positive": row.entailed, "negative": row.contradicted} for row in triplets]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
@@ -10,12 +11,12 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.embed import embed_rows_fast
-from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.utils.finite import check_finite
-from sempa_st.utils.run_info import fingerprint
 
 
+@dataclass(frozen=True)
 class DevScorer:
     """Score a model in memory on graded pairs, with the embeddings that its model folder would give.
 
@@ -27,29 +28,21 @@ class DevScorer:
         batch_size: Number of sentences in a batch.
     """
 
-    def __init__(
-        self,
-        pairs: GradedPairs,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        template: str,
-        max_seq_length: int,
-        batch_size: int,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._pairs = pairs
-        self._template = template
-        self._max_seq_length = max_seq_length
-        self._batch_size = batch_size
+    pairs: GradedPairs
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_seq_length: int
+    batch_size: int
 
-    @property
-    def pairs(self) -> int:
-        """Number of graded pairs."""
-        return len(self._pairs)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 digest (hex) of the graded pairs."""
-        return fingerprint(zip(self._pairs.first, self._pairs.second, self._pairs.scores, strict=True))
+    def module(self, model: Any, forward_rows: ForwardRows | None = None) -> PromptEOL:
+        """Return the embedding module around a model, with this tokenizer and template."""
+        return PromptEOL(
+            model,
+            self.tokenizer,
+            template=self.template,
+            max_seq_length=self.max_seq_length,
+            forward_rows=forward_rows,
+        )
 
     def __call__(self, model: Any) -> float:
         """Return the Spearman correlation, times 100, of cosine similarities with the grades.
@@ -59,24 +52,18 @@ class DevScorer:
         """
         from sentence_transformers import SentenceTransformer
 
-        module = PromptEOL(
-            model,
-            self.tokenizer,
-            template=self._template,
-            max_seq_length=self._max_seq_length,
-            forward_rows=embed_rows_fast,
-        )
-        embedder = SentenceTransformer(modules=[module], device=str(model.device))
+        sentences = self.pairs.sentences
+        embedder = SentenceTransformer(modules=[self.module(model, embed_rows_fast)], device=str(model.device))
         vectors = embedder.encode(
-            self._pairs.sentences, batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
+            sentences, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True
         )
         try:
-            check_finite(vectors, self._pairs.sentences)
+            check_finite(vectors, sentences)
         except SempaError as error:
             raise SempaError(
                 f"The embeddings of the dev pairs have diverged: lower the learning rate. {error}"
             ) from error
-        score = self._pairs.spearman(vectors.float())
+        score = self.pairs.spearman(vectors.float())
         if not math.isfinite(score):
             raise SempaError(
                 f"The dev score is not a number ({score}): the embeddings have diverged. Lower the learning rate."

@@ -142,8 +142,7 @@ def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
     mask = attention_mask.bool()
     if not can_pack(decoder, int(mask.sum(dim=1).max())):
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
+        return output.last_hidden_state
     packed = states_packed(decoder, unpadded(input_ids, attention_mask))
     index = torch.zeros_like(input_ids)  # of each token among the packed ones
     index[mask] = torch.cat(packed.indices).to(index.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
 from sempa_st.errors import SempaError
+from sempa_st.utils.files import json_digest
 from sempa_st.utils.run_info import versions
 
 JOURNAL = "journal.jsonl"
@@ -79,7 +79,7 @@ def open_study(storage: JournalStorage, kind: str, digests: Sequence[str], sourc
         digests: Digests of the points' settings, in any order.
         sources: Fingerprints of the data, to record.
     """
-    points = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()[:12]
+    points = json_digest(sorted(digests))[:12]
     study = optuna.create_study(
         study_name=f"{kind} {points}", storage=storage, direction="maximize", load_if_exists=True
     )

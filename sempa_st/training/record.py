@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from sempa_st.data.nli import NliData
-from sempa_st.model.base_model import Base
 from sempa_st.training.callbacks import DEV_METRIC
 from sempa_st.training.config import TrainConfig
-from sempa_st.utils.files import finite
+from sempa_st.utils.files import finite, json_digest
 from sempa_st.utils.portable import portable_record
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
+
+if TYPE_CHECKING:
+    from sempa_st.training.build import RunInputs
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
 _NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
@@ -23,15 +23,7 @@ _NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
 
 
 def run_record(
-    config: TrainConfig,
-    base: Base,
-    data: NliData,
-    state: Any,
-    *,
-    base_score: float,
-    dev_pairs: int,
-    seconds: float,
-    kl_text_sha256: str | None = None,
+    config: TrainConfig, inputs: RunInputs, state: Any, *, base_score: float, seconds: float
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -39,15 +31,13 @@ def run_record(
     settings. In ``training``, null is a value that was not finite, such as the gradient norm of a step that overflowed.
 
     Args:
-        config: Settings of the run.
-        base: Base model of the run.
-        data: Training triplets.
+        config: Settings as they were asked for; those of ``inputs`` are fitted to the base.
+        inputs: Data and model of the run.
         state: The trainer's state after training.
         base_score: Dev score before training, times 100.
-        dev_pairs: Number of dev pairs.
         seconds: Wall-clock time in seconds.
-        kl_text_sha256: SHA-256 digest (hex) of the text of the KL term; None without such a text.
     """
+    data = inputs.data
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
     scores = [{"step": 0, "samples": 0, "spearman": base_score}]
@@ -63,17 +53,17 @@ def run_record(
         "too_long": data.too_long,
         "sha256": data.fingerprint(),
     }
-    if kl_text_sha256:
-        source["kl_text_sha256"] = kl_text_sha256
+    if inputs.passages:
+        source["kl_text_sha256"] = inputs.passages.sha256
     settings = asdict(config)
     record = {
         **run_info(),
         "objective": config.objective,
-        "base": base.name,
+        "base": inputs.base.name,
         "data": source,
         "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
         "settings_digest": settings_digest(settings),
-        "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
+        "dev": {"source": config.dev, "pairs": len(inputs.scorer.pairs), "scores": scores},
         "best_step": state.best_global_step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
@@ -95,7 +85,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
         for item in fields(TrainConfig)
         if item.name not in _NOT_IDENTITY and settings.get(item.name, item.default) != item.default
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest(identity)[:12]
 
 
 def _step(line: dict[str, float]) -> dict[str, float | None]:
@@ -141,6 +131,6 @@ def run_table(record: dict[str, Any]) -> str:
     return text
 
 
-def _mean(lines: list[dict[str, float | None]], key: str) -> float | str:
+def _mean(lines: list[dict[str, float | None]], key: str) -> float | None:
     values = [value for line in lines if (value := line.get(key)) is not None]
-    return sum(values) / len(values) if values else ""
+    return fmean(values) if values else None

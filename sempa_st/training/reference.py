@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from sempa_st.model.token_rows import pad_rows
 from sempa_st.training.batches import AnswerInputs
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.forward import answer_log_probabilities
-from sempa_st.utils.files import atomic_file, cache_folder
+from sempa_st.utils.files import atomic_file, cache_folder, json_digest
 from sempa_st.utils.leftovers import clear_leftovers, unwritable_reason
 
 REFERENCE = "reference_log_probabilities"
@@ -48,8 +47,7 @@ def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Ten
         compute: Runs the reference model; called only if nothing is cached.
         write: Whether this process writes the result to the cache.
     """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "reference" / f"{digest[:32]}.safetensors"
+    path = cache_folder() / "reference" / f"{json_digest(identity)[:32]}.safetensors"
     try:
         return load_file(path)[name]
     except (SafetensorError, OSError, KeyError):  # missing, truncated, not readable, or not our file
@@ -124,8 +122,7 @@ def reference_states(
         def states(batch: list[int]) -> Tensor:
             padded = pad_rows(module.tokenizer, [token_ids[index] for index in batch])
             features = module({name: tensor.to(module.model.device) for name, tensor in padded.items()})
-            embedding: Tensor = features["sentence_embedding"]
-            return embedding
+            return features["sentence_embedding"]
 
         lengths = [len(sequence) for sequence in token_ids]
         result = collect(batches_within_tokens(lengths, _MAX_TOKENS, "reference"), states)

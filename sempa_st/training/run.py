@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from sempa_st.data.nli import NliData, load_nli
 from sempa_st.data.passages import read_passages
-from sempa_st.data.sts import data_dir_or_default, dev_pairs
+from sempa_st.data.sts import dev_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import RUN_RECORD
@@ -25,7 +25,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
 from sempa_st.model.patching import attention_implementation, avoid_broken_sdpa
-from sempa_st.model.prompt_eol import PromptEOL, within_positions
+from sempa_st.model.prompt_eol import within_positions
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, prefix_tokens
 from sempa_st.training.answers import drop_too_long
@@ -81,16 +81,8 @@ def train(config: TrainConfig) -> TrainResult:
             # A new adapter changes nothing, so this is the score of the base.
             base_score = _base_score(inputs, trainer.generator())
             trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
-            record = run_record(
-                config,
-                inputs.base,
-                inputs.data,
-                trainer.state,
-                base_score=base_score,
-                dev_pairs=inputs.scorer.pairs,
-                seconds=time.monotonic() - started,
-                kl_text_sha256=inputs.passages.sha256 if inputs.passages else None,
-            )
+            seconds = time.monotonic() - started
+            record = run_record(config, inputs, trainer.state, base_score=base_score, seconds=seconds)
             _on_main_process(lambda: _finish(inputs, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
         run_folder.close()
@@ -102,7 +94,7 @@ def _base_score(inputs: RunInputs, model: Any) -> float:
     config = inputs.config
     identity = {
         "base": ModelFolder(inputs.base.folder).digest,
-        "dev": inputs.scorer.fingerprint(),
+        "dev": inputs.scorer.pairs.fingerprint(),
         "template": config.template,
         "max_seq_length": config.max_seq_length,
         "dtype": str(inputs.model.dtype),
@@ -143,7 +135,7 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     """
     check_output_folder(config.output, overwrite=config.overwrite)
     data = _sample(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
-    pairs = dev_pairs(config.dev, data_dir_or_default(config.data_dir))
+    pairs = dev_pairs(config.dev, config.data_dir)
     base = resolve_base(config.base)
     files = [name for name in (config.data, config.dev, config.kl_text) if name]
     check_not_inside(config.output, [base.folder, *(Path(name) for name in files)])
@@ -164,17 +156,11 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
     model = load_causal_lm(base.folder, dtype)
     avoid_broken_sdpa(model, device)
+    scorer = DevScorer(pairs, embedder, config.template, config.max_seq_length, config.dev_batch_size)
     try:
-        PromptEOL(model, embedder, template=config.template, max_seq_length=config.max_seq_length)
+        scorer.module(model)
     except ValueError as error:
         raise SempaError(str(error)) from error
-    scorer = DevScorer(
-        pairs,
-        embedder,
-        template=config.template,
-        max_seq_length=config.max_seq_length,
-        batch_size=config.dev_batch_size,
-    )
     passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
     return RunInputs(config, device, base, data, tokenizer, model, scorer, passages)
 

@@ -20,8 +20,7 @@ from sempa_st.training.checkpoints import (
     rename_damaged,
     run_identity,
 )
-from sempa_st.utils.files import check_output_folder, read_json, write_json, write_text
-from sempa_st.utils.leftovers import InUseError, held
+from sempa_st.utils.files import check_output_folder, locked, read_json, write_json, write_text
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
@@ -91,23 +90,13 @@ class RunFolder:
         self._stack.close()
 
     def _take_lock(self) -> None:
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._stack.enter_context(held(self._lock))
-        except InUseError as error:
-            raise SempaError(
-                f"{self.output} is being trained by process {self._process()} at this moment. Wait for it, stop it, or "
-                "choose another --output."
-            ) from error
-        except OSError as error:
-            raise SempaError(
-                f"{self._lock}, the lock that keeps two runs apart, cannot be written: {error.strerror}. Check the "
-                "path, its owner and the free space."
-            ) from error
-
-    def _process(self) -> str:
         path = self.path / _PROCESS
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
+        process = path.read_text(encoding="utf-8").strip() if path.is_file() else "of unknown number"
+        in_use = (
+            f"{self.output} is being trained by process {process} at this moment. Wait for it, stop it, or choose "
+            "another --output."
+        )
+        self._stack.enter_context(locked(self._lock, in_use, "runs"))
 
     def _check_no_other_files(self) -> None:
         """Raise :class:`SempaError` if the folder holds files that no run has written."""
@@ -141,35 +130,29 @@ class RunFolder:
     def _clear(self, *, overwrite: bool) -> None:
         """Delete an earlier run, or raise :class:`SempaError` if it has checkpoints and ``overwrite`` is not set."""
         if checkpoints_in(self.checkpoints) and not overwrite:
-            resumable = self.last_checkpoint() and self.started_with() is not None
-            advice = (
-                "Pass --resume to continue it, or --overwrite to start a new one."
-                if resumable
-                else f"It cannot be resumed: {self._fault()}. Pass --overwrite to start a new one."
-            )
-            raise SempaError(f"There is an unfinished run in {self.path}. {advice}")
+            fault = self._fault()
+            advice = f"It cannot be resumed: {fault}. Pass" if fault else "Pass --resume to continue it, or"
+            raise SempaError(f"There is an unfinished run in {self.path}. {advice} --overwrite to start a new one.")
         self.remove()
 
-    def _fault(self) -> str:
-        """Return why the run in the folder cannot be resumed.
+    def _fault(self) -> str | None:
+        """Return why the run in the folder, which has a checkpoint, cannot be resumed; None if it can.
 
         Raises:
             UnreadableError: If the newest checkpoint cannot be read because of a system error.
         """
-        checkpoints = checkpoints_in(self.checkpoints)
-        if not checkpoints:
-            return "it has no checkpoint yet"
         if self.last_checkpoint() is None:
-            return f"none of its checkpoints is complete ({checkpoints[-1].name}: {damage_in(checkpoints[-1])})"
-        return f"{_IDENTITY}, which records its settings, is missing"
+            newest = checkpoints_in(self.checkpoints)[-1]
+            return f"none of its checkpoints is complete ({newest.name}: {damage_in(newest)})"
+        return None if self.started_with() is not None else f"{_IDENTITY}, which records its settings, is missing"
 
     def _check_resumable(self, identity: dict[str, Any]) -> None:
-        started = self.started_with()
-        if started is None or self.last_checkpoint() is None:
+        if fault := self._fault():
             raise SempaError(
-                f"The run in {self.path} cannot be resumed: {self._fault()}. Pass --overwrite instead of --resume to "
-                "start it again."
+                f"The run in {self.path} cannot be resumed: {fault}. Pass --overwrite instead of --resume to start it "
+                "again."
             )
+        started = self.started_with() or {}
         for name in identity.keys() | started.keys():
             if identity.get(name) != started.get(name):
                 raise SempaError(

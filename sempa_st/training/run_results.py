@@ -136,15 +136,14 @@ def results_table(results: dict[str, Any]) -> str:
 def results_markdown(results: dict[str, Any]) -> str:
     """Format the results as a Markdown table."""
     header, rows = _cells(results)
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = [header, ["---"] * len(header), *cells]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    escaped = [[cell.replace("|", "\\|") if isinstance(cell, str) else cell for cell in row] for row in rows]
+    return f"{table(header, escaped, style='pipe')}\n"
 
 
 def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     rows: list[list[object]] = []
     for run in results["runs"]:
-        measured: list[object] = ["", "", "", "", ""]
+        measured: list[object] = [None] * 5
         note = "not run yet"
         if run["state"] == "finished":
             measured = [run["triplets"], run["base_score"], run["dev_score"], run["step"], round(run["seconds"])]

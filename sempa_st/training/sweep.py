@@ -12,7 +12,6 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from sempa_st.data.nli import load_nli
-from sempa_st.data.sts import data_dir_or_default, dev_pairs
+from sempa_st.data.sts import dev_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import RUN_RECORD
@@ -34,9 +33,7 @@ from sempa_st.training.journal import JOURNAL, open_journal, open_study
 from sempa_st.training.run import explain_interruption, train
 from sempa_st.training.run_results import RunResult, assign_folders, results_markdown, results_table, sweep_results
 from sempa_st.utils.devices import pick_device
-from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json, write_text
-from sempa_st.utils.leftovers import InUseError, held
-from sempa_st.utils.run_info import fingerprint
+from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, locked, write_json, write_text
 
 Train = Callable[[TrainConfig], object]
 BEST = "best"
@@ -74,7 +71,9 @@ def run_sweep(
     """
     folder = Path(output)
     sources = _check(configs, folder)
-    with _locked(folder):
+    # A second sweep would mistake the running one for an interrupted one.
+    running = f"Another sweep is running in {folder}. Wait for it, or choose another --output."
+    with locked(folder / ".lock", running, "sweeps"):
         storage, names = open_journal(folder, sources)
         points = assign_folders(configs, varied, folder / "runs", names)
         study = open_study(storage, "search" if search else "grid", [point.digest for point in points], sources)
@@ -229,31 +228,10 @@ def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
     for data, skip_bad_rows in dict.fromkeys((config.data, config.skip_bad_rows) for config in configs):
         sources[f"data {data}"] = load_nli(data, skip_bad_rows=skip_bad_rows).fingerprint()
     dev = configs[0].dev
-    pairs = dev_pairs(dev, data_dir_or_default(configs[0].data_dir))
-    sources[f"dev {dev}"] = fingerprint(zip(pairs.first, pairs.second, pairs.scores, strict=True))
+    sources[f"dev {dev}"] = dev_pairs(dev, configs[0].data_dir).fingerprint()
     for base in dict.fromkeys(config.base for config in configs):
         check_not_inside(folder / BEST, [resolve_base(base).folder])
     return sources
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder: a second sweep would mistake the running one for an interrupted one."""
-    lock = folder / ".lock"
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(lock))
-        except InUseError as error:
-            raise SempaError(
-                f"Another sweep is running in {folder}. Wait for it, or choose another --output."
-            ) from error
-        except OSError as error:
-            raise SempaError(
-                f"{lock}, the lock that keeps two sweeps apart, cannot be written: {error.strerror}. Check the path, "
-                "its owner and the free space."
-            ) from error
-        yield
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 """Function words, dropped from a sentence unless it has no others."""
 
 
+@dataclass(frozen=True)
 class WordBags:
     """Turn a sentence into a bag of words: token ids with weights.
 
@@ -37,30 +39,20 @@ class WordBags:
         num_sentences: N, the number of sentences counted; needed with ``frequencies``.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        tokens: str = "first",
-        forms: str = "both",
-        stop_words: bool = True,
-        frequencies: Mapping[str, int] | None = None,
-        num_sentences: int = 0,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._all = tokens == "all"
-        self._forms = forms
-        self._stop_words = stop_words
-        self._frequencies = frequencies
-        self._num_sentences = num_sentences
-        self._ids: dict[str, list[int]] = {}
+    tokenizer: PreTrainedTokenizerBase
+    tokens: str = "first"
+    forms: str = "both"
+    stop_words: bool = True
+    frequencies: Mapping[str, int] | None = None
+    num_sentences: int = 0
+    _ids: dict[str, list[int]] = field(default_factory=dict, init=False)
 
     def __call__(self, sentence: str) -> dict[int, float]:
         """Return the weight of each token id; the weights sum to 1.
 
         A sentence without words (only punctuation) counts as one word.
         """
-        words = content_words(sentence, stop_words=self._stop_words) or [sentence]
+        words = content_words(sentence, stop_words=self.stop_words) or [sentence]
         weights: dict[int, float] = defaultdict(float)
         for word in words:
             for form in self._spellings(word):
@@ -71,27 +63,26 @@ class WordBags:
         return {token: weight / total for token, weight in weights.items()}
 
     def _spellings(self, word: str) -> list[str]:
-        if self._forms == "written":
+        if self.forms == "written":
             return [word]
         lower = word.lower()
-        return [lower] if self._forms == "lower" else [lower, lower.capitalize()]
+        return [lower] if self.forms == "lower" else [lower, lower.capitalize()]
 
     def _token_ids(self, form: str) -> list[int]:
         if form not in self._ids:
             # Tokenise the word as it follows the template's opening quote: some tokenizers add a space before text.
             quote, ids = (self._plain_ids(text) for text in ('"', '"' + form))
             ids = ids[len(quote) :] if ids[: len(quote)] == quote else self._plain_ids(form)
-            self._ids[form] = ids if self._all else ids[:1]
+            self._ids[form] = ids if self.tokens == "all" else ids[:1]
         return self._ids[form]
 
     def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _weight(self, word: str) -> float:
-        if self._frequencies is None:
+        if self.frequencies is None:
             return 1.0
-        return math.log(1 + self._num_sentences / (1 + self._frequencies.get(word.lower(), 0)))
+        return math.log(1 + self.num_sentences / (1 + self.frequencies.get(word.lower(), 0)))
 
 
 def content_words(sentence: str, *, stop_words: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +55,9 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
     if dtype == "auto" and device.startswith("cpu"):
         dtype = os.environ.get(AUTO_DTYPE_VARIABLE) or dtype
-    if dtype not in DTYPES:
-        raise SempaError(f"Unknown dtype {dtype!r}. Expected one of: {', '.join(DTYPES)}.")
+    check_known(dtype, DTYPES, "dtype")
     if dtype != "auto":
-        chosen = getattr(torch, dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
+        return getattr(torch, dtype)
     if device.startswith("cpu"):
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     if device.startswith("cuda") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

@@ -7,39 +7,29 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from platformdirs import user_cache_path
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.leftovers import clear_leftovers, held, publish, scratch_folder, unwritable_reason
+from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, publish, scratch_folder, unwritable_reason
 
 UTF8 = "utf-8-sig"
 """Encoding for reading text files: UTF-8, without a leading byte order mark."""
 
 
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> AbstractContextManager[Path]:
     """Yield a temporary path with the same name, and move it to ``path`` if the block ends without an error.
 
     Raises:
         SempaError: If the folder cannot be created or written to.
     """
-    target = Path(path)
-    with ExitStack() as stack:
-        with os_errors_as_sempa_errors(f"{target} cannot be written"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = stack.enter_context(scratch_folder(target)) / target.name
-            partial.touch()
-        yield partial
-        with os_errors_as_sempa_errors(f"{target} cannot be written"):
-            publish(partial, target)
+    return _atomic(Path(path), Path.touch)
 
 
-@contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
     """Yield an empty temporary folder, and move it to ``path`` if the block ends without an error.
 
     An existing folder is removed only after the new one is in place.
@@ -49,14 +39,45 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """
     target = Path(path).resolve()  # if path is a link, replace the folder it points to and keep the link
     check_output_folder(target, overwrite=overwrite)
+    return _atomic(target, Path.mkdir)
+
+
+@contextmanager
+def _atomic(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
     with ExitStack() as stack:
         with os_errors_as_sempa_errors(f"{target} cannot be written"):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(scratch_folder(target)) / target.name
-            partial.mkdir()
+            create(partial)
         yield partial
         with os_errors_as_sempa_errors(f"{target} cannot be written"):
             publish(partial, target)
+
+
+@contextmanager
+def locked(path: Path, in_use: str, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` during the block; its folder is created.
+
+    Args:
+        path: Lock file.
+        in_use: Error message if the lock is held already.
+        what: What the lock keeps apart, for the other error message.
+
+    Raises:
+        SempaError: If the lock is held already, or cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(path))
+        except InUseError as error:
+            raise SempaError(in_use) from error
+        except OSError as error:
+            raise SempaError(
+                f"{path}, the lock that keeps two {what} apart, cannot be written: {error.strerror}. Check the path, "
+                "its owner and the free space."
+            ) from error
+        yield
 
 
 def build_once(target: Path, mark: str, build: Callable[[Path], None]) -> Path:
@@ -128,10 +149,9 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
     with os_errors_as_sempa_errors(f"{target} cannot be read"):
         clear_leftovers(target.resolve().parent, target.resolve().name)
         is_file = target.is_file()
+        is_filled = target.is_dir() and any(target.iterdir())
     if is_file:
         raise SempaError(f"The output {target} is a file. Expected a new or empty folder; choose another path.")
-    with os_errors_as_sempa_errors(f"{target} cannot be read"):
-        is_filled = target.is_dir() and any(target.iterdir())
     if is_filled and not overwrite:
         raise SempaError(f"The output folder {target} is not empty. Choose another, or pass --overwrite to replace it.")
     _check_parent(target)
@@ -199,6 +219,11 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def lone_surrogates(text: str) -> bool:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.files import lone_surrogates
-
-_MAX_SHOWN = 3
 
 
 def check_texts(texts: Sequence[Any]) -> None:
@@ -16,8 +14,8 @@ def check_texts(texts: Sequence[Any]) -> None:
     bad = [(index, text) for index, text in enumerate(texts) if isinstance(text, str) and lone_surrogates(text)]
     if bad:
         raise SempaError(
-            f"{len(bad)} of {len(texts)} text(s) contain a lone surrogate (half a character), which no tokenizer can "
-            f"encode: {_list_first(bad, 'text')}. Fix or remove them."
+            f"{len(bad)} of {len(texts)} text(s) contain a lone surrogate, which no tokenizer can "
+            f"encode: {_shown(bad, 'text')}. Fix or remove them."
         )
 
 
@@ -32,7 +30,7 @@ class NotFiniteError(SempaError):
 
     def __init__(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> None:
         super().__init__(
-            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_list_first(bad, word)}. Many models "
+            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_shown(bad, word)}. Many models "
             "overflow in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its "
             "files are damaged."
         )
@@ -58,6 +56,5 @@ def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
         raise NotFiniteError([(index, texts[index]) for index in bad], len(tensor))
 
 
-def _list_first(bad: Sequence[tuple[int, Any]], word: str) -> str:
-    shown = [f"{word} {index} ({text!a:.60})" for index, text in bad[:_MAX_SHOWN]]
-    return ", ".join(shown) + (", ..." if len(bad) > _MAX_SHOWN else "")
+def _shown(bad: Sequence[tuple[int, Any]], word: str) -> str:
+    return list_first([f"{word} {index} ({text!a:.60})" for index, text in bad], 3)

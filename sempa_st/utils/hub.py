@@ -19,10 +19,8 @@ def model_folder(name: str) -> Path:
     Raises:
         SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached.
     """
-    return Path(name) if Path(name).is_dir() else _snapshot(name)
-
-
-def _snapshot(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -55,11 +53,9 @@ def hub_rows(dataset: str, /, *, split: str, **arguments: Any) -> list[dict[str,
     if Path(arguments.get("data_files", "")).suffix == ".csv":
         arguments["keep_default_na"] = False  # a sentence such as "None" is text, not a missing value
     try:
-        rows = load_dataset(dataset, split=split, **arguments).to_list()
+        return load_dataset(dataset, split=split, **arguments).to_list()
     except Exception as error:  # datasets raises many unrelated types
         raise SempaError(
             f"The dataset {dataset!r} cannot be loaded from the Hub: {type(error).__name__}: {first_line(error)}. "
             "Check the name and the network, or pass a local csv, jsonl or parquet file."
         ) from error
-    assert isinstance(rows, list)
-    return rows

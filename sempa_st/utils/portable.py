@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -31,17 +32,10 @@ def _is_local(name: str) -> bool:
     """Return whether a name is a local path, on this machine or on the one that wrote the record."""
     if name.startswith(("/", "~", "./", "../")) or name in (".", ".."):
         return True
-    if _exists(Path(name)):
+    if os.path.exists(name):  # noqa: PTH110 (unlike Path.exists, False for a name that is too long)
         return True
     _, slash, rest = name.partition(":")[0].partition("/")  # a colon separates a Hub dataset from a file in it
     return bool(slash) and ("/" in rest or rest.endswith(_FILE_SUFFIXES))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or not a valid path
-        return False
 
 
 def portable_command(words: list[str]) -> str:
@@ -54,7 +48,7 @@ def portable_command(words: list[str]) -> str:
 
 
 def _portable_word(word: str) -> str:
-    if _exists(Path(word)):
+    if os.path.exists(word):  # noqa: PTH110
         return portable_name(word)
     return "".join(map(portable_name, _SEPARATORS.split(word)))
 

@@ -100,7 +100,7 @@ def test_encode_goes_through_windows(
     monkeypatch.setattr(model, "encode", encode)
     found = encoding.read_sentences(source)
     for output in (tmp_path / "v.npy", tmp_path / "v.parquet"):
-        assert encoding.encode_to_file(model, found, output) == (11, 32)
+        assert encoding.encode_file(model, found, output) == (11, 32)
     assert asked == [3, 2, 3] * 2
     expected = original(sentences)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
@@ -111,7 +111,7 @@ def test_encode_goes_through_windows(
     source.write_text("\n".join(sentences[:-1]))
     (tmp_path / "v.npy").unlink()
     with pytest.raises(SempaError, match="changed while it was read: 10 sentences instead of 11"):
-        encoding.encode_to_file(model, found, tmp_path / "v.npy")
+        encoding.encode_file(model, found, tmp_path / "v.npy")
     assert not list(tmp_path.glob("*v*.npy"))
 
 

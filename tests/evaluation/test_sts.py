@@ -92,6 +92,16 @@ def test_the_command_writes_scores_for_people_and_programs(
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["results"] == result["results"]
 
 
+def test_from_python_as_from_the_command_line(
+    model: Any, adapter_folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMPA_DATA_DIR", str(data_dir))
+    expected = reference(model, [data_dir / "sts" / "stsb.dev.parquet"])
+    options = {"dtype": "float32", "device": "cpu"}
+    scores = sempa_st.evaluate(str(adapter_folder), "STSBenchmark", split="dev", **options)
+    assert scores == {"STSBenchmark": pytest.approx(expected, abs=1e-3)}
+
+
 def test_mteb_never_serves_one_model_the_score_of_another(tiny_base: Path, model: Any, tmp_path: Path) -> None:
     """As a user would: MTEB's own call, one result cache for all."""
     cache = mteb.ResultCache(tmp_path)

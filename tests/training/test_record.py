@@ -96,7 +96,7 @@ def test_a_dev_score_that_is_no_number_is_an_error(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     parts = load_inputs(make_config(tiny_base, tmp_path / "model"), "cpu")
-    monkeypatch.setattr(type(parts.scorer._pairs), "spearman", lambda *args: value)
+    monkeypatch.setattr(type(parts.scorer.pairs), "spearman", lambda *args: value)
     with pytest.raises(SempaError, match=rf"dev score is not a number \({value}\)"):
         parts.scorer(parts.model)
     assert isinstance(parts.scorer, DevScorer)

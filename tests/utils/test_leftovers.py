@@ -20,8 +20,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.averaging import average_models
 from sempa_st.folder.copying import copy_model
 from sempa_st.training.run_folder import RunFolder
-from sempa_st.training.sweep import _locked
-from sempa_st.utils.files import atomic_file, atomic_folder, build_once, check_output_folder, write_json
+from sempa_st.utils.files import atomic_file, atomic_folder, build_once, check_output_folder, locked, write_json
 from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, unwritable_reason
 
 pytestmark = pytest.mark.names_dtype
@@ -187,7 +186,7 @@ def test_a_file_system_without_locks_is_one_clear_paragraph(tmp_path: Path, monk
     with pytest.raises(SempaError, match=f"keeps two runs apart, cannot be written: {reason}"):
         RunFolder(tmp_path / "model").open({}, resume=False, overwrite=False)
     expected = f"keeps two sweeps apart, cannot be written: {reason}"
-    with pytest.raises(SempaError, match=expected), _locked(tmp_path / "sweep"):
+    with pytest.raises(SempaError, match=expected), locked(tmp_path / "sweep" / ".lock", "", "sweeps"):
         pass
     with pytest.raises(SempaError, match=f"cache folder .* cannot be written.*{reason}"):
         build_once(tmp_path / "a", "mark", Path.mkdir)
