@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sempa_st import __version__
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
+from sempa_st.cli.compare import add_compare
 from sempa_st.cli.copy import add_average, add_copy
 from sempa_st.cli.demo import add_demo
 from sempa_st.cli.encode import add_encode
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_sweep,
         add_encode,
         add_evaluate,
+        add_compare,
         add_table,
         add_generation,
         add_copy,
