@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sempa_st.data.sts import SPLITS, STS_TASKS, GradedPairs, dev_pairs, local_files, read_pairs
 from sempa_st.errors import SempaError
-from sempa_st.utils.options import split_list
+from sempa_st.evaluation.sts import expand_tasks
+from sempa_st.loading import load
+from sempa_st.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -81,13 +84,9 @@ def compare(
     Raises:
         SempaError: On an unknown model, task or split, or if pairs are missing or too few.
     """
-    from sempa_st.loading import load
-
     sets = sets_at_hand(tasks, split, data_dir)
-    cosines = []
-    for model in (first, second):  # one after the other: two models may not fit into memory
-        loaded = load(model, **loading) if isinstance(model, str) else model
-        cosines.append([_cosines(loaded, pairs, batch_size) for pairs in sets.values()])
+    # One after the other: two models may not fit into memory.
+    cosines = [_cosines(model, list(sets.values()), batch_size, loading) for model in (first, second)]
     grades = {name: np.asarray(pairs.scores, dtype=np.float64) for name, pairs in sets.items()}
     return compare_cosines(grades, *cosines, resamples=resamples, seed=seed)
 
@@ -103,11 +102,10 @@ def sets_at_hand(tasks: str | None, split: str, data_dir: str | None) -> dict[st
             )
         return {"sample": dev_pairs("sample", None)}
     if tasks:
-        names = [name for name in split_list(tasks) if name]
+        names = expand_tasks(tasks)
     else:
-        names = [
-            name for name in STS_TASKS if (Path(data_dir) / "sts" / f"{STS_TASKS[name]}.{split}.parquet").is_file()
-        ]
+        sts = Path(data_dir) / "sts"
+        names = [name for name, stem in STS_TASKS.items() if (sts / f"{stem}.{split}.parquet").is_file()]
     if not names:
         raise SempaError(
             f"There is no {split} split of any STS set in {data_dir}. Expected files such as sts/stsb.{split}.parquet."
@@ -115,9 +113,16 @@ def sets_at_hand(tasks: str | None, split: str, data_dir: str | None) -> dict[st
     return {name: read_pairs(local_files(data_dir, name, split, "senteval")) for name in names}
 
 
-def _cosines(model: SentenceTransformer, pairs: GradedPairs, batch_size: int) -> Floats:
-    vectors = model.encode(pairs.sentences, batch_size=batch_size, convert_to_tensor=True)
-    return pairs.cosines(vectors).cpu().double().numpy()
+def _cosines(
+    model: str | SentenceTransformer, sets: Sequence[GradedPairs], batch_size: int, loading: Mapping[str, Any]
+) -> list[Floats]:
+    loaded = load(model, **loading) if isinstance(model, str) else model
+    cosines = []
+    for pairs in sets:
+        vectors = loaded.encode(pairs.sentences, batch_size=batch_size, show_progress_bar=True)  # float32 of any model
+        check_finite(vectors, pairs.sentences)
+        cosines.append(pairs.cosines(torch.from_numpy(vectors)).double().numpy())
+    return cosines
 
 
 def compare_cosines(

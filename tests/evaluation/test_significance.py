@@ -12,7 +12,7 @@ from scipy.stats import bootstrap, spearmanr
 from sentence_transformers.util import pairwise_cos_sim
 
 import sempa_st
-from sempa_st.data.sts import dev_pairs
+from sempa_st.data.sts import dev_pairs, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.evaluation import significance
 from sempa_st.evaluation.significance import compare_cosines, sets_at_hand
@@ -105,7 +105,10 @@ def test_the_sets_at_hand(tmp_path: Path) -> None:
     data_dir = str(save_sts(tmp_path))
     assert list(sets_at_hand(None, "dev", data_dir)) == ["STSBenchmark", "SICK-R"]
     assert len(sets_at_hand(None, "test", data_dir)) == 7
-    assert list(sets_at_hand("SICK-R", "test", data_dir)) == ["SICK-R"]
+    assert list(sets_at_hand("SICK-R, STS12", "test", data_dir)) == ["SICK-R", "STS12"]
+    assert len(sets_at_hand("SICK-R", "test", data_dir)["SICK-R"]) == len(
+        read_pairs([tmp_path / "sts" / "sickr.test.parquet"])  # SentEval's rows, not MTEB's
+    )
     assert list(sets_at_hand(None, "test", None)) == ["sample"]
     with pytest.raises(SempaError, match="no test split of any STS set in /nowhere"):
         sets_at_hand(None, "test", "/nowhere")
