@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from helpers.generation_data import write_drop_data, write_generation_data
 from helpers.tiny import make_llama, make_tokenizer, save_base
 
 import sempa_st
-from sempa_st.evaluation.generation import GenerationEvaluator, load_tasks
+from sempa_st.evaluation.generation import MEASURES, GenerationEvaluator, load_tasks
 from sempa_st.evaluation.shared_prefix import SharedPrefixLM
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "prompts"
@@ -75,3 +76,11 @@ def test_the_chat_template_is_used_on_request_only(rendered: Rendered) -> None:
     assert "[user]" not in plain
     assert chat.count("[user] Passage: ") == chat.count("[assistant] ") == 4
     assert "[assistant] 23.5\n" in chat
+
+
+def test_the_harness_still_asks_drop_wrong(rendered: Rendered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once this fails, the changes to its task may no longer be needed."""
+    monkeypatch.setitem(MEASURES, "drop", replace(MEASURES["drop"], changes={}))
+    prompt, _, ends = rendered("drop").rpartition("\n=== ")
+    assert prompt.count("?number,date,spans,worker_id,hit_id\n") == 3
+    assert json.loads(ends) == [".", "<eos>"]
