@@ -9,19 +9,31 @@ from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
     from sempa_st.encoding import encode_file
+    from sempa_st.evaluation.significance import compare
     from sempa_st.evaluation.sts import evaluate
     from sempa_st.loading import load
     from sempa_st.training import TrainResult, train
     from sempa_st.training.config import TrainConfig
 
 __version__ = "0.1.0"
-__all__ = ["SempaError", "TrainConfig", "TrainResult", "__version__", "encode_file", "evaluate", "load", "train"]
+__all__ = [
+    "SempaError",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "compare",
+    "encode_file",
+    "evaluate",
+    "load",
+    "train",
+]
 _HOMES = {
     "load": "loading",
     "train": "training",
     "TrainConfig": "training.config",
     "TrainResult": "training",
     "evaluate": "evaluation.sts",
+    "compare": "evaluation.significance",
     "encode_file": "encoding",
 }
 

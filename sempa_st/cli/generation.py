@@ -47,8 +47,9 @@ def add(commands: Any) -> None:
     )
     tasks.add_argument(
         "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts into the tokenizer's chat template (default: if it has one)",
+        action="store_true",
+        help="put prompts into the tokenizer's chat template (default: plain text, as in the paper, for Instruct bases "
+        "too)",
     )
     results = parser.add_argument_group("results")
     results.add_argument("--output", metavar="FILE", help="JSON file to write the scores to")
@@ -126,7 +127,8 @@ def _report(report: dict[str, Any]) -> str:
         header += ["score" if single else name, "stderr"]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in _SHOWN_VERSIONS)
     kinds = dict.fromkeys(f"{model['dtype']} on {model['device']}" for model in models)
-    return f"{table(header, list(_rows(models)))}\nRan with {versions}; {', '.join(kinds)}."
+    prompts = "in the chat template" if models[0]["chat"] else "without a chat template"
+    return f"{table(header, list(_rows(models)))}\nRan with {versions}; {', '.join(kinds)}; prompts {prompts}."
 
 
 def _rows(models: list[dict[str, Any]]) -> Iterator[list[object]]:

@@ -56,18 +56,23 @@ class GradedPairs:
         """The distinct sentences, in order of first occurrence."""
         return list(dict.fromkeys([*self.first, *self.second]))
 
-    def spearman(self, vectors: Tensor) -> float:
-        """Return the Spearman correlation, times 100, of cosine similarities with the grades.
+    def cosines(self, vectors: Tensor) -> Tensor:
+        """Return the cosine similarity of each pair, of shape (pairs,).
 
         Args:
             vectors: Embeddings of :attr:`sentences`, of shape (sentences, hidden).
         """
-        from scipy.stats import spearmanr
         from sentence_transformers.util import pairwise_cos_sim
 
         index_of = {sentence: index for index, sentence in enumerate(self.sentences)}
         first, second = (vectors[[index_of[sentence] for sentence in side]] for side in (self.first, self.second))
-        return 100 * float(spearmanr(pairwise_cos_sim(first, second).cpu(), self.scores).statistic)
+        return pairwise_cos_sim(first, second)
+
+    def spearman(self, vectors: Tensor) -> float:
+        """Return the Spearman correlation, times 100, of :meth:`cosines` with the grades."""
+        from scipy.stats import spearmanr
+
+        return 100 * float(spearmanr(self.cosines(vectors).cpu(), self.scores).statistic)
 
 
 def local_files(data_dir: str | Path, task: str, split: str, protocol: str) -> list[Path]:

@@ -1,16 +1,17 @@
-"""Measure how well a model still generates, with lm-evaluation-harness's own task definitions."""
+"""Measure how well a model still generates, with lm-evaluation-harness's task definitions, but for DROP's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
+from sempa_st.evaluation.drop import DROP_CHANGES
 from sempa_st.evaluation.generation_data import (
     FILES,
     MMLU_SHOTS,
@@ -43,6 +44,7 @@ class Measure:
         key: Metric and filter in the harness's results.
         metric: Name to display.
         percent: Whether the metric is a share, which is reported times 100 and averaged over tasks.
+        changes: Fields of the harness's definition that are replaced.
     """
 
     folder: str
@@ -51,6 +53,7 @@ class Measure:
     key: str
     metric: str
     percent: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 MEASURES: dict[str, Measure] = {
@@ -58,7 +61,7 @@ MEASURES: dict[str, Measure] = {
     "truthfulqa_mc1": Measure("truthfulqa", "truthfulqa_mc1", 0, "acc,none", "accuracy"),
     "gsm8k": Measure("gsm8k", "gsm8k_cot", 8, "exact_match,strict-match", "exact match"),
     "hellaswag": Measure("hellaswag", "hellaswag", 0, "acc_norm,none", "accuracy (norm.)"),
-    "drop": Measure("drop", "drop", 3, "f1,none", "F1"),
+    "drop": Measure("drop", "drop", 3, "f1,none", "F1", changes=DROP_CHANGES),
     "wikitext": Measure("wikitext", "wikitext", 0, "word_perplexity,none", "word perplexity", percent=False),
 }
 """The paper's five tasks with its numbers of shots, and WikiText-2."""
@@ -174,17 +177,18 @@ def _load(name: str, data_dir: str | None, limit: int | None) -> LoadedTask:
 def _hub_configs(name: str, known: Sequence[str]) -> list[dict[str, Any]]:
     measure = MEASURES[name]
     names = [task for task in known if task.startswith("mmlu_")] if name == "mmlu" else [measure.harness_task]
-    return [{"task": task, "num_fewshot": measure.shots} for task in names]
+    return [{"task": task, "num_fewshot": measure.shots, **measure.changes} for task in names]
 
 
 def _local_configs(name: str, data_dir: str) -> list[dict[str, Any]]:
     """Return the harness's configuration of each subtask, with local data in place of its own."""
+    measure = MEASURES[name]
     splits = read_splits(data_dir, name)
-    splits_of = {MEASURES[name].harness_task: splits}
+    splits_of = {measure.harness_task: splits}
     if name == "mmlu":
         splits_of = {f"mmlu_{subject}": rows for subject, rows in by_subject(splits, data_dir).items()}
     absent = {key: None for key, split in _SPLIT_KEYS.items() if split not in splits}
-    common = {"num_fewshot": MEASURES[name].shots, **absent}
+    common = {"num_fewshot": measure.shots, **measure.changes, **absent}
     return [{"task": task, "custom_dataset": _dataset(rows), **common} for task, rows in splits_of.items()]
 
 
@@ -203,18 +207,18 @@ class GenerationEvaluator:
     Args:
         module: First module of what :func:`sempa_st.load` returns.
         batch_size: Prompts per batch.
-        chat: Whether to format prompts with the tokenizer's chat template; None means if it has one.
+        chat: Whether to put prompts into the tokenizer's chat template. The paper's authors do not, with Instruct bases
+            either.
 
     Raises:
         SempaError: If ``chat`` is True and there is no chat template.
     """
 
-    def __init__(self, module: PromptEOL, *, batch_size: int = 32, chat: bool | None = None) -> None:
+    def __init__(self, module: PromptEOL, *, batch_size: int = 32, chat: bool = False) -> None:
         from sempa_st.evaluation.shared_prefix import SharedPrefixLM
 
-        has_template = own_chat_template(module.tokenizer) is not None
-        self.chat = has_template if chat is None else chat
-        if self.chat and not has_template:
+        self.chat = chat
+        if chat and own_chat_template(module.tokenizer) is None:
             raise SempaError("The tokenizer has no chat template of its own. Leave out --chat.")
         with _quiet_harness():
             self.lm = SharedPrefixLM(

@@ -77,6 +77,14 @@ class SharedPrefixLM(HFLM):
         self.cut = 0
         """Number of requests that were longer than the model allows and lost their beginning."""
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate like the harness, and count the prompts that it cuts to leave room for the answer."""
+        for prompt, settings in (request.args for request in requests):
+            room = self.max_length - settings.get("max_gen_toks", self.max_gen_toks)
+            self.cut += len(self.tok_encode(prompt)) > room
+        answers: list[str] = super().generate_until(requests, disable_tqdm)
+        return answers
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

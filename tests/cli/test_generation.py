@@ -35,11 +35,12 @@ def test_the_command_sets_models_side_by_side(
     assert report["models"][1]["average"] == pytest.approx(sum(tuned[:2]) / 2)
     assert report["run"]["limits"] == {"mmlu": 6, "truthfulqa_mc1": None, "wikitext": 1}
     assert "lm-eval" in report["run"]["versions"]
+    assert [model["chat"] for model in report["models"]] == [False, False]  # though the tokenizer has a template
     lines = out.splitlines()
     assert lines[0].split() == ["task", "metric", "n", "shots", "tiny-llama", "stderr", "tiny-sempa", "stderr"]
     assert [line.split()[0] for line in lines[2:7]] == ["mmlu", "truthfulqa_mc1", "wikitext", "wikitext", "average"]
     assert f"{base[2]:.2f}" in out
-    assert "float32 on cpu" in lines[-1]
+    assert lines[-1].endswith("float32 on cpu; prompts without a chat template.")
     assert "INFO" not in err
     code, _, err = run_cli(*command)
     assert code == 2
@@ -47,6 +48,9 @@ def test_the_command_sets_models_side_by_side(
     code, out, err = run_cli(*command, "--overwrite", "--json")
     assert code == 0, err
     assert json.loads(out)["models"] == report["models"]
+    code, out, err = run_cli(*command[:-2], "--chat", "--json")
+    assert code == 0, err
+    assert [model["chat"] for model in json.loads(out)["models"]] == [True, True]
 
 
 @pytest.mark.parametrize(

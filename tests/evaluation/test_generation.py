@@ -124,7 +124,7 @@ def test_gsm8k_reads_the_answer_off_the_text(model: Any, data_dir: Path, monkeyp
     assert prompts[0].endswith("Q: What is 10 + 1?\nA:")
 
 
-def test_a_chat_template_is_used_where_there_is_one(
+def test_a_chat_template_is_used_on_request(
     model: Any, tiny_gemma: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = sempa_st.load(tiny_gemma, dtype="float32", device="cpu")
@@ -139,8 +139,10 @@ def test_a_chat_template_is_used_where_there_is_one(
         return ["" for _ in requests]
 
     monkeypatch.setattr(SharedPrefixLM, "generate_until", answer)
-    for one in (model, plain):
-        GenerationEvaluator(one[0]).score(load_tasks(["gsm8k"], data_dir=str(data_dir), limits={"gsm8k": 1})[0])
+    for chat in (True, False):
+        evaluator = GenerationEvaluator(model[0], chat=chat)
+        assert evaluator.chat == chat
+        evaluator.score(load_tasks(["gsm8k"], data_dir=str(data_dir), limits={"gsm8k": 1})[0])
     assert prompts[0].count("[assistant]") == 9
     assert "[assistant]" not in prompts[1]
     with pytest.raises(SempaError, match=r"no chat template of its own\. Leave out --chat"):
