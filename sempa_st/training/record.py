@@ -18,7 +18,7 @@ from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
-_NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
+_NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps", "keep_checkpoints")
 """Settings that say where and how a run is made, but do not affect its result."""
 
 
@@ -28,10 +28,11 @@ def run_record(
     data: NliData,
     state: Any,
     *,
+    step: int | None,
     base_score: float,
     dev_pairs: int,
     seconds: float,
-    kl_text_sha256: str | None = None,
+    digests: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -43,10 +44,11 @@ def run_record(
         base: Base model of the run.
         data: Training triplets.
         state: The trainer's state after training.
+        step: Optimiser step of the model that the record is for.
         base_score: Dev score before training, times 100.
         dev_pairs: Number of dev pairs.
         seconds: Wall-clock time in seconds.
-        kl_text_sha256: SHA-256 digest (hex) of the text of the KL term; None without such a text.
+        digests: SHA-256 digests (hex) of the texts besides the data that the run read.
     """
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
@@ -62,9 +64,8 @@ def run_record(
         "skipped": data.skipped,
         "too_long": data.too_long,
         "sha256": data.fingerprint(),
+        **digests,
     }
-    if kl_text_sha256:
-        source["kl_text_sha256"] = kl_text_sha256
     settings = asdict(config)
     record = {
         **run_info(),
@@ -74,7 +75,7 @@ def run_record(
         "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
         "settings_digest": settings_digest(settings),
         "dev": {"source": config.dev, "pairs": dev_pairs, "scores": scores},
-        "best_step": state.best_global_step,
+        "best_step": step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
