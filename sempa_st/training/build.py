@@ -123,6 +123,7 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
             max_length=config.max_length,
             precompute_ref_log_probs=True,
             disable_dropout=False,  # the base has none left, and the adapter's is wanted
+            router_aux_loss_coef=0.0,  # the loss is that of the preferences alone, as with the other trainers
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=inputs.tokenizer,
