@@ -74,7 +74,11 @@ class RunInputs:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the result. A run is resumed only with the same identity."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
-        return settings | self.digests | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
+        return (
+            settings
+            | self.digests
+            | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
+        )
 
 
 def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:

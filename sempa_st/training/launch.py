@@ -31,7 +31,7 @@ def check_processes(num_processes: int) -> None:
     if num_processes == 1 and is_launched_in_parallel():
         raise SempaError(
             "The launcher was told to start several processes, but this one would train alone, with a smaller batch. "
-            "Without a GPU, accelerate launch starts one process whatever --num_processes is. For N processes on CPUs: "
-            "torchrun --nproc_per_node N -m sempa_st train --device cpu ...; for a single process: sempa train ... (and "
-            "unset MASTER_ADDR)."
+            "Without a GPU, accelerate launch starts one process whatever --num_processes is. For N processes on CPUs "
+            "run torchrun --nproc_per_node N -m sempa_st train --device cpu ...; for one process run sempa train ..., "
+            "with MASTER_ADDR unset."
         )

@@ -1,4 +1,4 @@
-"""Write checkpoints as model folders: the best one at the end of a run, and each of them with ``--keep-checkpoints``."""
+"""Write checkpoints as model folders: the best one of a run, and with ``--keep-checkpoints`` each of them."""
 
 from __future__ import annotations
 

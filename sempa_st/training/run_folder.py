@@ -133,7 +133,12 @@ class RunFolder:
 
     def _entries(self) -> list[Path]:
         """Return the entries of the folder, of its checkpoint folder and of its folder of kept models."""
-        return [path for folder in (self.checkpoints, self.models, self.path) if folder.is_dir() for path in folder.iterdir()]
+        return [
+            path
+            for folder in (self.checkpoints, self.models, self.path)
+            if folder.is_dir()
+            for path in folder.iterdir()
+        ]
 
     def _is_own(self, path: Path) -> bool:
         """Whether an entry was certainly written by a run or by a file manager, so that it can be deleted."""
@@ -147,7 +152,7 @@ class RunFolder:
         return expected and path.is_file()
 
     def _clear(self, *, overwrite: bool) -> None:
-        """Delete an earlier run; raise :class:`SempaError` if it has checkpoints or models and ``overwrite`` is unset."""
+        """Delete an earlier run; without ``overwrite``, raise :class:`SempaError` if it has checkpoints or models."""
         if checkpoints_in(self.checkpoints) and not overwrite:
             resumable = self.last_checkpoint() and self.started_with() is not None
             advice = (
@@ -158,8 +163,8 @@ class RunFolder:
             raise SempaError(f"There is an unfinished run in {self.path}. {advice}")
         if self.models.is_dir() and any(self.models.iterdir()) and not overwrite:
             raise SempaError(
-                f"{self.models} holds the models that --keep-checkpoints kept of an earlier run. Move them away, choose "
-                "another --output, or pass --overwrite to delete them."
+                f"{self.models} holds the models that --keep-checkpoints kept of an earlier run. Move them away, "
+                "choose another --output, or pass --overwrite to delete them."
             )
         self.remove()
 

@@ -143,7 +143,9 @@ def test_preferences_use_the_bases_chat_template() -> None:
 
 
 def test_a_template_that_refuses_system_messages_gets_none() -> None:
-    picky = make_tokenizer(chat="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}")
+    picky = make_tokenizer(
+        chat="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    )
     row = preference_rows([Triplet("a", "b", "c")], picky, paraphrase="keep")[0]
     assert [message["role"] for message in row["prompt"]] == ["user"]
 

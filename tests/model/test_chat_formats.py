@@ -70,7 +70,8 @@ def test_bos_is_there_only_if_the_tokenizer_adds_it(name: str) -> None:
 def test_without_a_system_prompt_and_over_several_turns() -> None:
     turns = [{"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"), ("user", "R"))]
     texts = [
-        with_format(name, make_tokenizer(chat=None)).apply_chat_template(turns, tokenize=False) for name in CHAT_TEMPLATES
+        with_format(name, make_tokenizer(chat=None)).apply_chat_template(turns, tokenize=False)
+        for name in CHAT_TEMPLATES
     ]
     start, end, stop = "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"
     assert texts == [
@@ -139,5 +140,7 @@ def test_a_file_is_read_and_checked(tmp_path: Path) -> None:
     with pytest.raises(SempaError, match="Expected a file in UTF-8"):
         chat_template(str(path), tokenizer)
     for name in (str(tmp_path), "llama4", str(tmp_path / "nowhere.jinja")):
-        with pytest.raises(SempaError, match=r"Unknown chat format .*Expected auto, none, llama2, llama3, chatml, or a"):
+        with pytest.raises(
+            SempaError, match=r"Unknown chat format .*Expected auto, none, llama2, llama3, chatml, or a"
+        ):
             chat_template(name, tokenizer)

@@ -51,7 +51,7 @@ def test_several_processes_are_not_taken_for_one(variables: dict[str, str], monk
     set_environment(monkeypatch, variables)
     assert is_launched_in_parallel()
     check_processes(2)
-    with pytest.raises(SempaError, match="told to start several processes.*torchrun --nproc_per_node N"):
+    with pytest.raises(SempaError, match=r"told to start several processes.*torchrun --nproc_per_node N"):
         check_processes(1)
 
 
