@@ -10,7 +10,9 @@ from sempa_st.training.config import TrainConfig
 from sempa_st.utils.options import add_options, read_options
 
 TRAIN_GROUPS = {
-    "model and data": ("base", "data", "output", "paraphrase", "template", "max_triplets", "skip_bad_rows"),
+    "model and data": (
+        *("base", "data", "output", "paraphrase", "chat_format", "template", "max_triplets", "skip_bad_rows"),
+    ),
     "objective": (
         *("objective", "beta", "word_beta", "word_tokens", "word_forms", "word_weights", "stop_words"),
         *("temperature", "neutral", "kl", "kl_text", "kl_positions"),
@@ -18,9 +20,11 @@ TRAIN_GROUPS = {
     "adapter": ("activation", "tuning", "lora_r", "lora_alpha", "lora_dropout", "lora_layers"),
     "optimisation": (
         *("learning_rate", "warmup_ratio", "epochs", "batch_size", "gradient_accumulation", "max_length"),
-        *("max_grad_norm", "weight_decay", "seed"),
+        *("max_grad_norm", "adam_beta1", "adam_beta2", "weight_decay", "seed"),
     ),
-    "checkpoints and dev score": ("checkpoint_samples", "patience", "dev", "data_dir", "dev_batch_size", "log_steps"),
+    "checkpoints and dev score": (
+        *("checkpoint_samples", "keep_checkpoints", "patience", "dev", "data_dir", "dev_batch_size", "log_steps"),
+    ),
     "output folder": ("max_seq_length", "format", "resume", "overwrite"),
     "compute": ("dtype", "device", "gradient_checkpointing"),
 }

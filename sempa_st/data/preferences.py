@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.data.nli import Triplet
 from sempa_st.errors import SempaError
-from sempa_st.model.templates import look_up_name
 from sempa_st.model.tokenizer import own_chat_template
 
 if TYPE_CHECKING:
@@ -22,17 +21,17 @@ def preference_rows(
 ) -> list[Preference]:
     """Turn each triplet into a paraphrase prompt with the entailed sentence chosen and the contradicted one rejected.
 
-    If the base has a chat template, prompt and answers are chat messages, with the system prompt unless the template
-    rejects system messages. Otherwise they are plain text, and the prompt ends in a newline, a token boundary in every
-    tokenizer.
+    If the tokenizer has a chat template, prompt and answers are chat messages, with the system prompt unless the
+    template rejects system messages. Otherwise they are plain text, and the prompt ends in a newline, a token boundary
+    in every tokenizer.
 
     Args:
         triplets: NLI triplets.
-        tokenizer: The base model's tokenizer.
-        paraphrase: Key of :data:`PARAPHRASE_TEMPLATES`.
+        tokenizer: The base model's tokenizer, with the chat template of the run's chat format.
+        paraphrase: Key of :data:`PARAPHRASE_TEMPLATES`, or a template; see :func:`paraphrase_template`.
 
     Raises:
-        SempaError: If there is no paraphrase template of that name, or the chat template cannot be rendered.
+        SempaError: If there is no such paraphrase template, or the chat template cannot be rendered.
     """
     rows = ranked_answers(triplets, tokenizer, paraphrase=paraphrase)
     return [{"prompt": prompt, "chosen": answers[0], "rejected": answers[-1]} for prompt, answers in rows]
@@ -47,9 +46,10 @@ def ranked_answers(
     """
     chat = own_chat_template(tokenizer) is not None
     system = _system_messages(tokenizer) if chat else []
+    template = paraphrase_template(paraphrase)
     rows: list[tuple[Any, list[Any]]] = []
     for triplet in triplets:
-        prompt: Any = paraphrase_prompt(paraphrase, triplet.premise) + ("" if chat else "\n")
+        prompt: Any = template.replace(PLACEHOLDER, triplet.premise) + ("" if chat else "\n")
         answers: list[Any] = [triplet.entailed, *filter(None, [triplet.neutral]), triplet.contradicted]
         if chat:
             prompt = [*system, {"role": "user", "content": prompt}]
@@ -60,19 +60,24 @@ def ranked_answers(
 
 def _system_messages(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """Return the system message, or an empty list if the chat template rejects one."""
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}
     cause: Exception | None = None
     for system in ([{"role": "system", "content": SYSTEM_PROMPT}], []):
         try:
-            tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
-            return system
+            text = tokenizer.apply_chat_template([*system, question, answer], tokenize=False)
         except Exception as error:  # a template is a program and may raise anything
             cause = error
+            continue
+        if _ANSWER not in str(text):
+            raise SempaError("The chat template leaves out the answers. Fix it, or choose another --chat-format.")
+        return system
     raise SempaError(
-        f"The base's own chat template cannot be rendered ({type(cause).__name__}: {cause}). Fix it, or remove it from "
-        "the base's tokenizer."
+        f"The chat template cannot be rendered ({type(cause).__name__}: {cause}). Fix it, or choose another "
+        "--chat-format."
     ) from cause
 
 
+_ANSWER = "An animal is asleep."
 SYSTEM_PROMPT = "You are a helpful assistant"
 """System prompt of the preference data (arXiv 2601.05075, section "Training")."""
 PARAPHRASE_TEMPLATES: dict[str, str] = {
@@ -87,6 +92,24 @@ to families that the paper names (generate, keep, rewrite, with a constraint on 
 DEFAULT_PARAPHRASE = "keep"
 
 
-def paraphrase_prompt(name: str, sentence: str) -> str:
-    """Fill in the paraphrase template ``name``; raises :class:`SempaError` if there is none of that name."""
-    return look_up_name(PARAPHRASE_TEMPLATES, name, "paraphrase template").replace("{sentence}", sentence)
+PLACEHOLDER = "{sentence}"
+"""Where the premise stands in a paraphrase template."""
+
+
+def paraphrase_template(paraphrase: str) -> str:
+    """Return the paraphrase template of that name, or ``paraphrase`` itself if it is a template.
+
+    Args:
+        paraphrase: Key of :data:`PARAPHRASE_TEMPLATES`, or an instruction with :data:`PLACEHOLDER` in it once.
+
+    Raises:
+        SempaError: If it is neither.
+    """
+    if template := PARAPHRASE_TEMPLATES.get(paraphrase):
+        return template
+    if (count := paraphrase.count(PLACEHOLDER)) != 1:
+        raise SempaError(
+            f"paraphrase is {paraphrase!r:.200}. Expected one of: {', '.join(PARAPHRASE_TEMPLATES)}; or a text of your "
+            f"own with {PLACEHOLDER} in it once (found {count} times)."
+        )
+    return paraphrase

@@ -21,7 +21,7 @@ from sempa_st.errors import SempaError
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 
 _CHILD = Path(__file__).with_name("template_trial.py")
-_MAX_TEMPLATE_LENGTH = 1 << 20
+MAX_TEMPLATE_LENGTH = 1 << 20
 _SECONDS, _BYTES = 5, 1 << 30
 """Limits on CPU time and memory for all renderings of a template; the process itself needs 0.2 s and 50 MB."""
 _WAIT = 30
@@ -60,8 +60,8 @@ def check_embedding_template(name: str, text: str, tokens: dict[str, str], *, em
     bos = tokens.get("bos_token", "")
     if any(text == own.jinja(start=start) for own in EMBEDDING_TEMPLATES.values() for start in ("", bos, bos + " ")):
         return
-    if len(text) > _MAX_TEMPLATE_LENGTH:
-        raise SempaError(f"{name} has {len(text):,} characters. Expected at most {_MAX_TEMPLATE_LENGTH:,}.")
+    if len(text) > MAX_TEMPLATE_LENGTH:
+        raise SempaError(f"{name} has {len(text):,} characters. Expected at most {MAX_TEMPLATE_LENGTH:,}.")
     try:
         result = _tried(text, tuple(sorted(tokens.items())))
     except (OSError, subprocess.TimeoutExpired) as error:  # raised and not returned, so that it is not cached

@@ -50,7 +50,7 @@ def drop_too_long(data: NliData, tokenizer: PreTrainedTokenizerBase, *, paraphra
     Args:
         data: Triplets.
         tokenizer: The base model's tokenizer.
-        paraphrase: Name of a paraphrase template.
+        paraphrase: Name of a paraphrase template, or the template.
         max_length: Maximum training sequence length in tokens.
 
     Raises:

@@ -24,6 +24,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base
+from sempa_st.model.chat_formats import chat_template_sha256
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
 from sempa_st.training.alignment import AlignmentTrainer
@@ -34,7 +35,9 @@ from sempa_st.training.config import TrainConfig
 from sempa_st.training.contrastive import ContrastiveTrainer, contrastive_dataset
 from sempa_st.training.dev_score import DevScorer, DevScoreTrainer
 from sempa_st.training.dpo import PreferenceTrainer
+from sempa_st.training.dropout import check_repeatable, disable_dropout
 from sempa_st.training.forward import TrainingForward
+from sempa_st.training.objectives import SEQUENCE_OBJECTIVES
 from sempa_st.training.reference import answers_identity, reference_identity
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_dtype
@@ -57,11 +60,25 @@ class RunInputs:
     passages: Passages | None
 
     @property
+    def digests(self) -> dict[str, str | None]:
+        """SHA-256 digests (hex) of the texts besides the data that the run reads.
+
+        ``chat_template_sha256`` is None for prompts in plain text.
+        """
+        texts: dict[str, str | None] = {"kl_text_sha256": self.passages.sha256} if self.passages else {}
+        if self.config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
+            texts["chat_template_sha256"] = chat_template_sha256(self.tokenizer)
+        return texts
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Everything that determines the result. A run is resumed only with the same identity."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
-        texts = {"kl_text_sha256": self.passages.sha256} if self.passages else {}
-        return settings | texts | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
+        return (
+            settings
+            | self.digests
+            | {"data_sha256": self.data.fingerprint(), "processes": PartialState().num_processes}
+        )
 
 
 def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
@@ -75,6 +92,9 @@ def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
     set_seed(config.seed)
     triplets_per_step = config.batch_size * config.gradient_accumulation * PartialState().num_processes
     arguments = _arguments(inputs, run_folder, triplets_per_step)
+    disable_dropout(inputs.model)
+    if config.has_reference:
+        check_repeatable(inputs.model)
     with _bars_if_long(len(inputs.data.triplets)):
         if list(config.objective_weights) == ["dpo"] and not config.kl:
             trainer: DevScoreTrainer = _dpo_trainer(inputs, arguments)
@@ -99,9 +119,16 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
     identity = reference_identity(inputs.data, inputs.model, dtype, ModelFolder(inputs.base.folder).digest)
     return PreferenceTrainer(
         dev_scorer=inputs.scorer,
-        reference_identity=answers_identity(config, identity, 2),
+        reference_identity=answers_identity(config, identity, inputs.tokenizer, 2),
         model=inputs.model,
-        args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length, precompute_ref_log_probs=True),
+        args=DPOConfig(
+            **arguments,
+            beta=config.beta,
+            max_length=config.max_length,
+            precompute_ref_log_probs=True,
+            disable_dropout=False,  # the base has none left, and the adapter's is wanted
+            router_aux_loss_coef=0.0,  # the loss is that of the preferences alone, as with the other trainers
+        ),
         train_dataset=Dataset.from_list(examples),
         processing_class=inputs.tokenizer,
         **adapter,
@@ -215,6 +242,8 @@ def _arguments(inputs: RunInputs, run_folder: RunFolder, triplets_per_step: int)
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
         "max_grad_norm": config.max_grad_norm,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
         "weight_decay": config.weight_decay,
         "optim": "adamw_torch",
         "gradient_checkpointing": config.gradient_checkpointing,

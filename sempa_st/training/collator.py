@@ -16,7 +16,8 @@ from sempa_st.data.preferences import ranked_answers
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.training.batches import AnswerInputs, Batch, EmbeddingInputs
-from sempa_st.training.config import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES, TrainConfig
+from sempa_st.training.config import TrainConfig
+from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES
 from sempa_st.training.reference import reference_answers, reference_identity, reference_states
 from sempa_st.training.word_bags import WordBags, document_frequencies
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
-from sempa_st.data.preferences import DEFAULT_PARAPHRASE, PARAPHRASE_TEMPLATES
+from sempa_st.data.preferences import DEFAULT_PARAPHRASE, PARAPHRASE_TEMPLATES, paraphrase_template
 from sempa_st.errors import SempaError
+from sempa_st.model.chat_formats import CHAT_FORMATS
 from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
+from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
 from sempa_st.utils.files import lone_surrogates
@@ -48,7 +49,15 @@ class TrainConfig:
         "suffix (the tokens after the sentence)",
         choices=ACTIVATIONS,
     )
-    paraphrase: str = option(DEFAULT_PARAPHRASE, "paraphrase instruction", choices=tuple(PARAPHRASE_TEMPLATES))
+    paraphrase: str = option(
+        DEFAULT_PARAPHRASE,
+        f"paraphrase instruction: {', '.join(PARAPHRASE_TEMPLATES)}, or a text of your own with {{sentence}} in it",
+    )
+    chat_format: str = option(
+        "auto",
+        "chat format of the paraphrase prompts: auto (the base's own template, or plain text if it has none), "
+        f"{', '.join(CHAT_FORMATS)}, or a file with a Jinja template",
+    )
     template: str = option(DEFAULT_TEMPLATE, "embedding template", choices=tuple(EMBEDDING_TEMPLATES))
     max_triplets: int | None = option(None, "number of triplets to train on, drawn with the seed (default: all)")
     beta: float = option(0.1, "beta of the objectives dpo and listwise")
@@ -77,6 +86,8 @@ class TrainConfig:
     gradient_accumulation: int = option(8, "forward passes per optimiser step")
     max_length: int = option(1024, "maximum length of prompt and answer in tokens")
     max_grad_norm: float = option(1.0, "maximum gradient norm, for clipping")
+    adam_beta1: float = option(0.9, "decay rate of AdamW's mean of the gradients")
+    adam_beta2: float = option(0.999, "decay rate of AdamW's mean of the squared gradients")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     tuning: str = option("lora", "what to train: a LoRA adapter, or the full model", choices=TUNINGS)
     lora_r: int = option(8, "LoRA rank")
@@ -87,6 +98,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
     checkpoint_samples: int = option(19_968, "triplets between two checkpoints, which are scored on the dev pairs")
     patience: int = option(0, "stop after this many checkpoints without a better dev score; 0 to never stop early")
+    keep_checkpoints: bool = option(
+        False, "keep the model of every checkpoint, in OUTPUT.training/models, to evaluate them one by one"
+    )
     dev: str = option("stsb", "graded pairs to select the best checkpoint on: stsb (STS-B dev), sample, or a file")
     data_dir: str | None = option(None, "folder with sts/stsb.dev.parquet, instead of the Hub")
     dev_batch_size: int = option(32, "batch size in sentences when embedding the dev pairs")
@@ -114,6 +128,7 @@ class TrainConfig:
             if choices and getattr(self, name) not in choices:
                 raise SempaError(f"{name} is {getattr(self, name)!r}. Expected one of: {', '.join(choices)}.")
         _ = self.adapted_layers
+        paraphrase_template(self.paraphrase)
         if self.kl_text and not self.kl:
             raise SempaError(f"kl_text is {self.kl_text!r}, but without --kl nothing reads it. Set --kl above 0.")
         self._check_objective()
@@ -147,7 +162,7 @@ class TrainConfig:
                 raise SempaError(f"{name} is {getattr(self, name)}. Expected a number above 0.")
         if self.max_triplets is not None and self.max_triplets < 1:
             raise SempaError(f"max_triplets is {self.max_triplets}. Expected at least 1.")
-        for name in ("warmup_ratio", "lora_dropout"):
+        for name in ("warmup_ratio", "lora_dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SempaError(f"{name} is {getattr(self, name)}. Expected a number from 0 to below 1.")
         for name in ("weight_decay", "kl", "patience"):
@@ -200,6 +215,11 @@ class TrainConfig:
         return parse_objective(self.objective)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the model with its base."""
+        return self.kl > 0 or self.objective_weights.keys() != {"contrastive"}
+
+    @property
     def folder_format(self) -> str:
         """Format of the model folder, with ``auto`` resolved."""
         if self.format != "auto":
@@ -222,46 +242,3 @@ class TrainConfig:
                 )
             layers.update(span)
         return sorted(layers)
-
-
-SEQUENCE_OBJECTIVES = ("dpo", "listwise")
-"""Objectives that compare whole answers to a paraphrase prompt."""
-WORD_OBJECTIVES = ("one-word", "one-word-listwise")
-"""Objectives that compare words at the template's last position."""
-EMBEDDING_OBJECTIVES = (*WORD_OBJECTIVES, "contrastive")
-"""Objectives of the hidden state at the template's last position, which is the embedding."""
-OBJECTIVES = (*SEQUENCE_OBJECTIVES, *EMBEDDING_OBJECTIVES)
-
-
-def parse_objective(text: str) -> dict[str, float]:
-    """Parse an objective or a weighted sum of objectives.
-
-    Args:
-        text: Comma-separated names of :data:`OBJECTIVES`, each with an optional colon and weight above 0 (default 1).
-
-    Returns:
-        Weight of each name, in the order given.
-
-    Raises:
-        SempaError: On an unknown or repeated name, or a weight that is not a number above 0.
-
-    >>> parse_objective("dpo:0.3,one-word")
-    {'dpo': 0.3, 'one-word': 1.0}
-    """
-    weights: dict[str, float] = {}
-    for entry in split_list(text):
-        name, _, weight_text = entry.partition(":")
-        if name not in OBJECTIVES:
-            raise SempaError(f"Unknown objective {name!r} in {text!r}. Expected one of: {', '.join(OBJECTIVES)}.")
-        if name in weights:
-            raise SempaError(
-                f"The objective {name!r} is given twice in {text!r}. Expected it once, with the sum of the weights."
-            )
-        try:
-            weight = float(weight_text) if weight_text else 1.0
-        except ValueError:
-            weight = math.nan
-        if not 0 < weight < math.inf:
-            raise SempaError(f"The weight of {name!r} is {weight_text!r}. Expected a number above 0.")
-        weights[name] = weight
-    return weights

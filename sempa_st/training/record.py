@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sempa_st.training.build import RunInputs
 
 _NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
-_NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps")
+_NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps", "keep_checkpoints")
 """Settings that say where and how a run is made, but do not affect its result."""
 
 
 def run_record(
-    config: TrainConfig, inputs: RunInputs, state: Any, *, base_score: float, seconds: float
+    config: TrainConfig, inputs: RunInputs, state: Any, *, step: int | None, base_score: float, seconds: float
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -34,6 +34,7 @@ def run_record(
         config: Settings as they were asked for; those of ``inputs`` are fitted to the base.
         inputs: Data and model of the run.
         state: The trainer's state after training.
+        step: Optimiser step of the model that the record is for.
         base_score: Dev score before training, times 100.
         seconds: Wall-clock time in seconds.
     """
@@ -52,9 +53,8 @@ def run_record(
         "skipped": data.skipped,
         "too_long": data.too_long,
         "sha256": data.fingerprint(),
+        **inputs.digests,
     }
-    if inputs.passages:
-        source["kl_text_sha256"] = inputs.passages.sha256
     settings = asdict(config)
     record = {
         **run_info(),
@@ -64,7 +64,7 @@ def run_record(
         "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
         "settings_digest": settings_digest(settings),
         "dev": {"source": config.dev, "pairs": len(inputs.scorer.pairs), "scores": scores},
-        "best_step": state.best_global_step,
+        "best_step": step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }

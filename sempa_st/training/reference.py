@@ -15,11 +15,12 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sempa_st.data.nli import NliData
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import batches_within_tokens
+from sempa_st.model.chat_formats import chat_template_sha256
 from sempa_st.model.patching import attention_implementation
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
@@ -104,9 +105,24 @@ def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype
     }
 
 
-def answers_identity(config: TrainConfig, identity: dict[str, Any], num_answers: int) -> dict[str, Any]:
-    """Return what determines the log-probabilities of ``num_answers`` whole answers to each prompt."""
-    return {**identity, "answers": num_answers, "paraphrase": config.paraphrase, "max_length": config.max_length}
+def answers_identity(
+    config: TrainConfig, identity: dict[str, Any], tokenizer: PreTrainedTokenizerBase, num_answers: int
+) -> dict[str, Any]:
+    """Return what determines the log-probabilities of ``num_answers`` whole answers to each prompt.
+
+    Args:
+        config: Training settings.
+        identity: What determines every result; see :func:`reference_identity`.
+        tokenizer: The base model's tokenizer, with the chat template of the run's chat format.
+        num_answers: Number of answers to each prompt.
+    """
+    return {
+        **identity,
+        "answers": num_answers,
+        "paraphrase": config.paraphrase,
+        "chat_template": chat_template_sha256(tokenizer),
+        "max_length": config.max_length,
+    }
 
 
 def reference_states(
@@ -148,5 +164,5 @@ def reference_answers(
         batches = batches_within_tokens(lengths, _MAX_CHARACTERS, "reference")
         return collect(batches, log_probabilities)
 
-    full = answers_identity(config, identity, answers.num_answers)
+    full = answers_identity(config, identity, answers.tokenizer, answers.num_answers)
     return {REFERENCE: cached_tensor(REFERENCE, full, compute, write=PartialState().is_main_process)}

@@ -19,24 +19,26 @@ from sempa_st.data.nli import NliData, load_nli
 from sempa_st.data.passages import read_passages
 from sempa_st.data.sts import dev_pairs
 from sempa_st.errors import SempaError
-from sempa_st.folder.card import write_card
-from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
+from sempa_st.model.chat_formats import chat_template
 from sempa_st.model.patching import attention_implementation, avoid_broken_sdpa
 from sempa_st.model.prompt_eol import within_positions
 from sempa_st.model.templates import embedding_template
-from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, prefix_tokens
+from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer
 from sempa_st.training.answers import drop_too_long
 from sempa_st.training.build import RunInputs, build_trainer
-from sempa_st.training.config import SEQUENCE_OBJECTIVES, TrainConfig
+from sempa_st.training.checkpoints import Checkpoints
+from sempa_st.training.config import TrainConfig
 from sempa_st.training.dev_score import DevScorer
-from sempa_st.training.record import dev_scores, run_record
+from sempa_st.training.launch import check_processes
+from sempa_st.training.objectives import SEQUENCE_OBJECTIVES
+from sempa_st.training.output import KeptModels, ModelWriter
+from sempa_st.training.record import dev_scores
 from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_device, pick_dtype
-from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
+from sempa_st.utils.files import check_not_inside, check_output_folder
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
     started = time.monotonic()
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
+    check_processes(state.num_processes)
     warn_uncached.cache_clear()
     run_folder = RunFolder(config.output)
     _on_main_process(run_folder.check_free)
@@ -79,11 +82,14 @@ def train(config: TrainConfig) -> TrainResult:
         with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
             trainer = build_trainer(inputs, run_folder)
             # A new adapter changes nothing, so this is the score of the base.
-            base_score = _base_score(inputs, trainer.generator())
+            writer = ModelWriter(config, inputs, started, _base_score(inputs, trainer.generator()))
+            if config.keep_checkpoints:
+                sealing: Any = trainer.pop_callback(Checkpoints)
+                trainer.add_callback(KeptModels(writer, run_folder.models))
+                trainer.add_callback(sealing)
             trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
-            seconds = time.monotonic() - started
-            record = run_record(config, inputs, trainer.state, base_score=base_score, seconds=seconds)
-            _on_main_process(lambda: _finish(inputs, run_folder, trainer.state.best_model_checkpoint, record))
+            record = writer.record(trainer.state)
+            _on_main_process(lambda: _finish(writer, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
         run_folder.close()
     return TrainResult(Path(config.output), record, state.is_main_process)
@@ -138,6 +144,8 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     pairs = dev_pairs(config.dev, config.data_dir)
     base = resolve_base(config.base)
     files = [name for name in (config.data, config.dev, config.kl_text) if name]
+    if Path(config.chat_format).is_file():
+        files.append(config.chat_format)
     check_not_inside(config.output, [base.folder, *(Path(name) for name in files)])
     architecture = load_config(base.folder)
     config = replace(
@@ -150,6 +158,7 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     check_saved_tokenizer(embedder, config.template)
     # Text without the embedding template has a tokenizer of its own, without that template installed.
     tokenizer = load_tokenizer(base.folder)
+    tokenizer.chat_template = chat_template(config.chat_format, tokenizer)
     if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
         data = drop_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
     # Fully tuned weights are stored in float32, whatever dtype the computation uses.
@@ -205,28 +214,12 @@ def explain_interruption(explain: Callable[[], str | None]) -> Iterator[None]:
         raise
 
 
-def _finish(inputs: RunInputs, run_folder: RunFolder, best: str | None, record: dict[str, Any]) -> None:
-    """Write the model folder from the best checkpoint, then remove the folder of the run."""
+def _finish(writer: ModelWriter, run_folder: RunFolder, best: str | None, record: dict[str, Any]) -> None:
+    """Write the model folder from the best checkpoint, then remove the folder of the run, kept models excepted."""
     if best is None:
         raise SempaError(
             f"The run has no complete checkpoint with a dev score in {run_folder.path}. Start again with --overwrite."
         )
-    config = inputs.config
-    with atomic_folder(config.output, overwrite=config.overwrite) as folder:
-        checkpoint = ModelFolder(Path(best))
-        copy_files(checkpoint.path, folder, checkpoint.model_files)
-        if checkpoint.is_adapter:
-            set_base_reference(folder, inputs.base.reference)
-        if config.activation == "sentence":
-            set_invocation(folder, prefix_tokens(inputs.scorer.tokenizer, config.template))
-        write_embedding_files(
-            folder,
-            inputs.scorer.tokenizer,
-            template=config.template,
-            max_seq_length=config.max_seq_length,
-            config=inputs.model.config,
-            format=config.folder_format,
-        )
-        write_json(folder / RUN_RECORD, record)
-        write_card(folder, Path(config.output).resolve().name, inputs.base, record)
-    run_folder.remove()
+    config = writer.inputs.config
+    writer.write(Path(best), Path(config.output), record, overwrite=config.overwrite)
+    run_folder.remove(models=False)

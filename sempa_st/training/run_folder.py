@@ -24,7 +24,10 @@ from sempa_st.utils.files import check_output_folder, locked, read_json, write_j
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
+_MODELS = "models"
 _PROCESS = "process.txt"
+_MODEL = re.compile(r"samples-[0-9]+|\.samples-[0-9]+\.partial-[0-9a-f]{8}")
+"""A kept model, or one that was being written."""
 _SCRATCH = re.compile(r"\.(identity\.json|process\.txt)\.partial-[0-9a-f]{8}")
 _DESKTOP_FILES = (".DS_Store", ".directory")
 """Files that file managers create in folders they display."""
@@ -32,6 +35,8 @@ _DESKTOP_FILES = (".DS_Store", ".directory")
 
 class RunFolder:
     """The folder ``<output>.training`` next to the output folder, which exists until the run is finished.
+
+    With ``--keep-checkpoints`` its subfolder ``models`` stays.
 
     Args:
         output: Output folder of the run.
@@ -41,6 +46,7 @@ class RunFolder:
         self.output = Path(output).resolve()
         self.path = self.output.with_name(self.output.name + ".training")
         self.checkpoints = self.path / _CHECKPOINTS
+        self.models = self.path / _MODELS
         self._lock = self.path.with_name(f".{self.path.name}.lock")
         self._stack = ExitStack()
 
@@ -115,24 +121,36 @@ class RunFolder:
             )
 
     def _entries(self) -> list[Path]:
-        """Return the entries of the folder and of its checkpoint folder."""
-        return [path for folder in (self.checkpoints, self.path) if folder.is_dir() for path in folder.iterdir()]
+        """Return the entries of the folder, of its checkpoint folder and of its folder of kept models."""
+        return [
+            path
+            for folder in (self.checkpoints, self.models, self.path)
+            if folder.is_dir()
+            for path in folder.iterdir()
+        ]
 
     def _is_own(self, path: Path) -> bool:
         """Whether an entry was certainly written by a run or by a file manager, so that it can be deleted."""
         if path.parent == self.checkpoints and (is_checkpoint(path) or _is_card_of_trainer(path)):
             return True
-        if path == self.checkpoints or (path.parent == self.path and _SCRATCH.fullmatch(path.name)):
+        if path.parent == self.models and _MODEL.fullmatch(path.name):
+            return path.is_dir()
+        if path in (self.checkpoints, self.models) or (path.parent == self.path and _SCRATCH.fullmatch(path.name)):
             return path.is_dir()
         expected = path.name in _DESKTOP_FILES or (path.parent == self.path and path.name in (_IDENTITY, _PROCESS))
         return expected and path.is_file()
 
     def _clear(self, *, overwrite: bool) -> None:
-        """Delete an earlier run, or raise :class:`SempaError` if it has checkpoints and ``overwrite`` is not set."""
+        """Delete an earlier run; without ``overwrite``, raise :class:`SempaError` if it has checkpoints or models."""
         if checkpoints_in(self.checkpoints) and not overwrite:
             fault = self._fault()
             advice = f"It cannot be resumed: {fault}. Pass" if fault else "Pass --resume to continue it, or"
             raise SempaError(f"There is an unfinished run in {self.path}. {advice} --overwrite to start a new one.")
+        if self.models.is_dir() and any(self.models.iterdir()) and not overwrite:
+            raise SempaError(
+                f"{self.models} holds the models that --keep-checkpoints kept of an earlier run. Move them away, "
+                "choose another --output, or pass --overwrite to delete them."
+            )
         self.remove()
 
     def _fault(self) -> str | None:
@@ -191,19 +209,24 @@ class RunFolder:
             return f"{self.path} is kept, but none of its checkpoints is complete: {newest.name}: {fault_in(newest)}"
         return f"The checkpoints are kept in {self.path}. Run the same command with --resume to continue."
 
-    def remove(self) -> None:
+    def remove(self, *, models: bool = True) -> None:
         """Delete the run's files, after it has finished or if there is nothing to resume from.
 
         Other files are kept, and so is a link to another disk in place of the folder.
+
+        Args:
+            models: Delete the kept models as well.
         """
         for path in self._entries():
-            if path == self.checkpoints or not self._is_own(path):
+            if path in (self.checkpoints, self.models) or not self._is_own(path):
+                continue
+            if path.parent == self.models and not models:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        for folder in (self.checkpoints, self.path):
+        for folder in (self.checkpoints, self.models, self.path):
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
 

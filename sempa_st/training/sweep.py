@@ -7,7 +7,6 @@ Optuna picks the points of a search and records the state of each run in a journ
 from __future__ import annotations
 
 import gc
-import os
 import random
 import shutil
 import sys
@@ -30,6 +29,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.base_model import resolve_base
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.journal import JOURNAL, open_journal, open_study
+from sempa_st.training.launch import is_launched_in_parallel
 from sempa_st.training.run import explain_interruption, train
 from sempa_st.training.run_results import RunResult, assign_folders, results_markdown, results_table, sweep_results
 from sempa_st.utils.devices import pick_device
@@ -219,8 +219,8 @@ class _Sweep:
 
 def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
     """Check what would make every run fail; return the fingerprints of the data and of the dev pairs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SempaError("A sweep runs in one process, not under accelerate launch. Start it with sempa sweep.")
+    if is_launched_in_parallel():
+        raise SempaError("A sweep runs in one process, not under a launcher of several. Start it with sempa sweep.")
     if not (folder / JOURNAL).is_file():
         check_output_folder(folder)
     pick_device(configs[0].device)

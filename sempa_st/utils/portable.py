@@ -11,6 +11,8 @@ from typing import Any
 
 _FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".npy", ".parquet", ".safetensors", ".txt", ".yaml", ".yml")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_PLACEHOLDER = "{sentence}"
+"""What marks an instruction to paraphrase, which may contain slashes and is no path."""
 _SEPARATORS = re.compile(r"([=,]|:(?=[/~]))")
 
 
@@ -22,7 +24,7 @@ def portable_name(name: str) -> str:
     """
     if _WINDOWS.match(name):
         return PureWindowsPath(name).name
-    if not name or not _is_local(name):
+    if not name or _PLACEHOLDER in name or not _is_local(name):
         return name
     last = Path(name).name
     return last if last.strip(".") else Path(name).expanduser().resolve().name
@@ -48,7 +50,7 @@ def portable_command(words: list[str]) -> str:
 
 
 def _portable_word(word: str) -> str:
-    if os.path.exists(word):  # noqa: PTH110
+    if _PLACEHOLDER in word or os.path.exists(word):  # noqa: PTH110
         return portable_name(word)
     return "".join(map(portable_name, _SEPARATORS.split(word)))
 

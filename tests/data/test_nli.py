@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from helpers.rows import LONE_SURROGATE, write_rows
-from helpers.tiny import make_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from sempa_st.data.nli import Triplet, load_nli
 from sempa_st.data.preferences import preference_rows
@@ -143,9 +143,25 @@ def test_preferences_use_the_bases_chat_template() -> None:
 
 
 def test_a_template_that_refuses_system_messages_gets_none() -> None:
-    picky = make_tokenizer(chat="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}x")
+    picky = make_tokenizer(
+        chat="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    )
     row = preference_rows([Triplet("a", "b", "c")], picky, paraphrase="keep")[0]
     assert [message["role"] for message in row["prompt"]] == ["user"]
+
+
+def test_a_template_that_leaves_out_the_answers_is_refused() -> None:
+    deaf = make_tokenizer(chat="{{ messages[0]['content'] }}")
+    with pytest.raises(SempaError, match="leaves out the answers"):
+        preference_rows([Triplet("a", "b", "c")], deaf, paraphrase="keep")
+
+
+def test_an_instruction_of_the_users_own() -> None:
+    text = "Schreibe {sentence} um; {andere} Klammern bleiben."
+    for chat, end in ((CHAT_TEMPLATE, ""), (None, "\n")):
+        row = preference_rows([Triplet("{sentence}", "b", "c")], make_tokenizer(chat=chat), paraphrase=text)[0]
+        prompt = row["prompt"][-1]["content"] if chat else row["prompt"]
+        assert prompt == "Schreibe {sentence} um; {andere} Klammern bleiben." + end
 
 
 def test_plain_text_prompts_end_in_a_newline() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from sempa_st.data.preferences import PARAPHRASE_TEMPLATES, paraphrase_prompt
+from sempa_st.data.preferences import PARAPHRASE_TEMPLATES, paraphrase_template
 from sempa_st.errors import SempaError
 from sempa_st.model.templates import EMBEDDING_TEMPLATES, EmbeddingTemplate, embedding_template, normalize_sentence
 
@@ -77,17 +77,28 @@ def test_other_conversations_are_refused(messages: list[dict]) -> None:
         render(TOKENIZER, EMBEDDING_TEMPLATES["prompteol"], messages, "")
 
 
-def test_paraphrase_templates_fill_in_any_sentence() -> None:
+def test_paraphrase_templates_are_named_or_the_users_own() -> None:
     assert len(PARAPHRASE_TEMPLATES) == 5
-    for name in PARAPHRASE_TEMPLATES:
-        assert 'a {sentence} "x"' in paraphrase_prompt(name, 'a {sentence} "x"')
-    assert paraphrase_prompt("keep", "A cat.") == (
-        'Keep the same meaning of this sentence: "A cat.", while making some changes.'
+    for name, template in PARAPHRASE_TEMPLATES.items():
+        assert paraphrase_template(name) == template
+        assert template.count("{sentence}") == 1
+    assert paraphrase_template("keep") == (
+        'Keep the same meaning of this sentence: "{sentence}", while making some changes.'
     )
+    own = "Say {sentence} in {other} words / dans d'autres mots."
+    assert paraphrase_template(own) == own
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("Say it again.", 0), ("{sentence} and {sentence}", 2), ("{ sentence }", 0), ("", 0)]
+)
+def test_a_paraphrase_text_has_its_placeholder_once(text: str, count: int) -> None:
+    with pytest.raises(SempaError, match=rf"one of: keep, .*own with {{sentence}} in it once \(found {count} times\)"):
+        paraphrase_template(text)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(SempaError, match=r"'nope'.*prompteol, pretended-cot"):
         embedding_template("nope")
     with pytest.raises(SempaError, match=r"'nope'.*keep, keep-syntax"):
-        paraphrase_prompt("nope", "x")
+        paraphrase_template("nope")

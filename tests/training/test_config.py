@@ -6,7 +6,7 @@ import pytest
 from helpers.tiny import make_config
 
 from sempa_st.errors import SempaError
-from sempa_st.training.config import parse_objective
+from sempa_st.training.objectives import parse_objective
 
 pytestmark = pytest.mark.names_dtype
 

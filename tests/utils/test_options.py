@@ -55,6 +55,9 @@ def test_bad_files_name_the_key(tmp_path: Path, content: str, message: str) -> N
         (["--warmup-ratio", "1"], "warmup_ratio is 1.0"),
         (["--max-triplets", "0"], "max_triplets is 0"),
         (["--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["--adam-beta1", "-0.1"], "adam_beta1 is -0.1"),
+        (["--adam-beta2", "1"], "adam_beta2 is 1.0"),
+        (["--paraphrase", "again"], "paraphrase is 'again'"),
         (["--batch-size", "0"], "batch_size is 0"),
     ],
 )
@@ -66,21 +69,29 @@ def test_values_out_of_range_are_named(flags: list[str], message: str) -> None:
 def test_data_and_output_are_needed() -> None:
     with pytest.raises(SempaError, match="--data is missing"):
         parse("--output", "o")
-    with pytest.raises(SempaError, match=r"nowhere.*cannot be read.*gemma3-270m-cpu, .*llama2-7b, llama3-8b"):
+    with pytest.raises(SempaError, match=r"nowhere.*cannot be read.*gemma3-270m-cpu, .*llama2-7b, .*llama3-8b"):
         parse("--config", "nowhere", *REQUIRED)
 
 
 def test_shipped_files_are_valid_and_the_papers() -> None:
     papers = {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
+    baselines = {"llama2-7b-contrastive", "llama3-8b-contrastive"}
     ours = {"gemma3-270m", "gemma3-270m-activated", "gemma3-270m-closing"}
-    assert set(shipped_configs()) == papers | ours
-    for name in ours:
+    assert set(shipped_configs()) == papers | baselines | ours
+    for name in ours | baselines:
         assert "contrastive" in parse("--config", name, *REQUIRED).objective_weights
     for name in papers:
         config = parse("--config", name, *REQUIRED)
         assert (config.beta, config.learning_rate, config.warmup_ratio) == (0.1, 1e-4, 0.05)
-    config = parse("--config", "llama3-8b", "--output", "o")
     gpus = 4
-    assert config.batch_size * config.gradient_accumulation * gpus == 256
-    assert config.checkpoint_samples == 78 * 256
-    assert (config.lora_r, config.lora_alpha, config.max_length, config.dtype) == (8, 32, 1024, "bfloat16")
+    for name, chat_format in (("llama2-7b", "llama2"), ("llama3-8b", "llama3")):
+        config = parse("--config", name, "--output", "o")
+        assert config.batch_size * config.gradient_accumulation * gpus == 256
+        assert config.checkpoint_samples == 78 * 256
+        assert (config.lora_r, config.lora_alpha, config.max_length, config.dtype) == (8, 32, 1024, "bfloat16")
+        assert (config.adam_beta1, config.adam_beta2, config.weight_decay) == (0.9, 0.95, 0.1)
+        assert (config.chat_format, config.objective, config.lora_dropout) == (chat_format, "dpo", 0)
+        baseline = parse("--config", f"{name}-contrastive", "--output", "o")
+        assert (baseline.base, baseline.objective, baseline.chat_format) == (config.base, "contrastive", "auto")
+        assert (baseline.lora_r, baseline.lora_alpha, baseline.lora_dropout) == (64, 16, 0.05)
+        assert (baseline.learning_rate, baseline.batch_size * baseline.gradient_accumulation) == (5e-4, 256)

@@ -39,6 +39,7 @@ from sempa_st.utils.portable import portable_command, portable_name, portable_re
         ("/home/me/a..b", "a..b"),
         ("x" * 5000, "x" * 5000),
         ("dpo:0.3,one-word:1", "dpo:0.3,one-word:1"),
+        ('Say "{sentence}" in his/her/its words', 'Say "{sentence}" in his/her/its words'),
         ("", ""),
     ],
 )
@@ -57,6 +58,8 @@ def test_a_command_keeps_its_flags(tmp_path: Path) -> None:
     words = ["sempa", "train", "--data=/me/a.csv", "--set", "data=/me/a.csv,~/b.csv", "--beta", "0.1", str(spaced)]
     command = portable_command(words)
     assert command == "sempa train --data=a.csv --set data=a.csv,b.csv --beta 0.1 lora_r=4,seed=1"
+    text = "--paraphrase=Say it: his/her/its {sentence}, or /another/ one"
+    assert portable_command([text]) == f"'{text}'"
     record = {"command": "sempa train '/home/al ice/x.csv' \"--dev=/home/al ice/y.csv\"", "training": [{"loss": 1.0}]}
     assert portable_record(record) == {"command": "sempa train x.csv --dev=y.csv", "training": [{"loss": 1.0}]}
     assert portable_record({"command": "sempa 'cut"}) == {}  # what cannot be read may hold anything
