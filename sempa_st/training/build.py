@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from sempa_st.data.passages import Passages
 from sempa_st.data.preferences import preference_rows
 from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.adapter import lora_config
+from sempa_st.model.adapter import left_out, lora_config
 from sempa_st.model.base_model import Base
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
@@ -101,7 +102,13 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
         dev_scorer=inputs.scorer,
         reference_identity=answers_identity(config, identity, 2),
         model=inputs.model,
-        args=DPOConfig(**arguments, beta=config.beta, max_length=config.max_length, precompute_ref_log_probs=True),
+        args=DPOConfig(
+            **arguments,
+            beta=config.beta,
+            max_length=config.max_length,
+            precompute_ref_log_probs=True,
+            router_aux_loss_coef=0.0,  # the paper's loss has no term of the routers, which are not trained
+        ),
         train_dataset=Dataset.from_list(examples),
         processing_class=inputs.tokenizer,
         **adapter,
@@ -157,7 +164,25 @@ def _tuned(inputs: RunInputs) -> Any:
 def _activated(inputs: RunInputs, invocation_tokens: Callable[[Any, str], list[int]]) -> Any:
     """Return the model with an adapter that is activated by some tokens of the template."""
     invocation = invocation_tokens(inputs.scorer.tokenizer, inputs.config.template)
-    return get_peft_model(inputs.model, _adapter_settings(inputs, invocation))
+    try:
+        return get_peft_model(inputs.model, _adapter_settings(inputs, invocation))
+    except ValueError as error:
+        raise SempaError(
+            f"--activation does not work with {type(inputs.model).__name__}: PEFT has no activated form for all of its "
+            f"layers ({error}). Omit it for this base."
+        ) from error
+
+
+def report_left_out(inputs: RunInputs) -> list[str]:
+    """Return :func:`left_out` for the adapter of a run, and print a warning if there is any."""
+    names = [] if inputs.config.tuning == "full" else left_out(inputs.base, _adapter_settings(inputs))
+    if names and PartialState().is_main_process:
+        print(
+            f"The adapter leaves out weights that are not linear layers of their own, or that PEFT cannot update: "
+            f"{', '.join(names)}.",
+            file=sys.stderr,
+        )
+    return names
 
 
 def _check_activation(module: PromptEOL) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ def run_record(
     dev_pairs: int,
     seconds: float,
     kl_text_sha256: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the record of a run, as it is written to ``sempa_run.json``.
 
@@ -47,6 +48,7 @@ def run_record(
         dev_pairs: Number of dev pairs.
         seconds: Wall-clock time in seconds.
         kl_text_sha256: SHA-256 digest (hex) of the text of the KL term; None without such a text.
+        left_out: Weights that the adapter leaves out, by their names within a layer.
     """
     triplets = len(data.triplets)
     triplets_per_step = config.epochs * triplets / state.max_steps
@@ -78,6 +80,8 @@ def run_record(
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
+    if left_out:
+        record["left_out"] = list(left_out)
     return portable_record(record)
 
 

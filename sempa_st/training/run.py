@@ -29,7 +29,7 @@ from sempa_st.model.prompt_eol import PromptEOL, within_positions
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer, prefix_tokens
 from sempa_st.training.answers import drop_too_long
-from sempa_st.training.build import RunInputs, build_trainer
+from sempa_st.training.build import RunInputs, build_trainer, report_left_out
 from sempa_st.training.config import SEQUENCE_OBJECTIVES, TrainConfig
 from sempa_st.training.dev_score import DevScorer
 from sempa_st.training.record import dev_scores, run_record
@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> TrainResult:
     _on_main_process(lambda: run_folder.open(inputs.identity, resume=config.resume, overwrite=config.overwrite))
     try:
         with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
+            unadapted = report_left_out(inputs)
             trainer = build_trainer(inputs, run_folder)
             # A new adapter changes nothing, so this is the score of the base.
             base_score = _base_score(inputs, trainer.generator())
@@ -90,6 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
                 dev_pairs=inputs.scorer.pairs,
                 seconds=time.monotonic() - started,
                 kl_text_sha256=inputs.passages.sha256 if inputs.passages else None,
+                left_out=unadapted,
             )
             _on_main_process(lambda: _finish(inputs, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
