@@ -52,6 +52,7 @@ class RunRecord(Settings):
     config: dict[str, Any]
     data: _Data
     dev: _Dev
+    left_out: list[str] | None = None
     scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
     averaged: list[_Averaged] | None = None
     results: list[_Table] | None = None

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import cache_argument
+from sempa_st.forward.decoder import cache_argument, can_cache
 from sempa_st.model.patching import edited
-from sempa_st.model.peft_models import invocation_tokens
+from sempa_st.model.peft_models import invocation_tokens, is_peft_model
 from sempa_st.model.token_rows import common_prefix
 
 _BATCH_TOKENS = 1 << 14
@@ -91,6 +91,7 @@ class SharedPrefixLM(HFLM):
         by_tokens: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         whole: list[int] = []  # requests that the harness itself scores
         invocation = tuple(invocation_tokens(self.model))
+        shares = can_cache(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise SempaError(
@@ -100,7 +101,7 @@ class SharedPrefixLM(HFLM):
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             self.cut += len(context) + len(continuation) > self.max_length + 1
             # PEFT finds the invocation tokens of an activated adapter only in one piece.
-            if invocation and _contains(tokens, invocation):
+            if not shares or (invocation and _contains(tokens, invocation)):
                 whole.append(number)
             else:
                 by_tokens.setdefault(tokens, []).append((number, continuation))

@@ -64,8 +64,25 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def can_cache(decoder: Any) -> bool:
+    """Whether keys and values are all that a decoder keeps of the tokens so far."""
+    return attention_only(decoder) and cache_argument(decoder) in inspect.signature(decoder.forward).parameters
+
+
+def reads_mask_and_positions(decoder: Any) -> bool:
+    """Whether a token sees what the mask allows, at the position given, whatever its index in the row.
+
+    This holds where the attention is one of transformers' attention functions. An attention of another kind may count
+    in indices, as the local attention of GPT-Neo counts its window, and the chunked attention of Llama 4 its scale.
+    """
+    return accepts_position_ids(decoder) and attention_only(decoder) and decoder.is_backend_compatible()
+
+
 def within_sliding_window(decoder: Any, width: int) -> bool:
-    """Whether rows of ``width`` tokens may hold padding in the middle: a sliding window counts it as distance."""
+    """Whether no sliding window of the masks that transformers builds is shorter than ``width`` tokens.
+
+    Such a window counts indices of the row: padding in the middle too.
+    """
     window = getattr(decoder.config.get_text_config(), "sliding_window", None)
     return window is None or width <= window
 

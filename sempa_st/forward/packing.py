@@ -16,11 +16,10 @@ from transformers import DynamicCache
 
 from sempa_st.forward.bin_packing import fill_packs
 from sempa_st.forward.decoder import (
-    accepts_position_ids,
-    attention_only,
     forward_with_cache,
     gradient_checkpointing_enabled,
     last_layer_of,
+    reads_mask_and_positions,
     within_sliding_window,
 )
 from sempa_st.forward.last_layer import last_layer_only_at
@@ -130,17 +129,15 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
 def can_pack(decoder: Any, longest: int) -> bool:
     """Whether a mask and positions keep the sequences of a pack apart in this decoder.
 
-    Its attention must be one of transformers' attention functions, which let a token see what the mask allows and no
-    more. GPT-Neo's own attention, for example, counts its window in indices of the pack.
+    See :func:`reads_mask_and_positions`. The mask of a pack is given whole and has no window, so that a sequence must
+    not be longer than the decoder's.
 
     Args:
         decoder: Layers without the LM head.
         longest: Length of the longest sequence in tokens.
     """
     return (
-        accepts_position_ids(decoder)
-        and attention_only(decoder)
-        and decoder.is_backend_compatible()
+        reads_mask_and_positions(decoder)
         and attention_implementation(decoder.config.get_text_config()) in DENSE_MASK_ATTENTION
         and within_sliding_window(decoder, longest)
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sempa_st.forward.decoder import forward_with_cache, within_sliding_window
+from sempa_st.forward.decoder import forward_with_cache, reads_mask_and_positions, within_sliding_window
 from sempa_st.model.peft_models import alora_on_last
 from sempa_st.model.prompt_eol import PromptEOL
 
@@ -22,7 +22,8 @@ class PrefixCache:
         P P P b b b b S S           P P P b b b b          S S
 
     Args:
-        module: Embedding module around a model whose adapters act on the template's suffix.
+        module: Embedding module around a model whose adapters act on the template's suffix, with a decoder for which
+            :func:`can_cache` holds.
         input_ids: Rendered templates, padded on the left, of shape (batch, seq_len).
         attention_mask: 0 on padding, of the same shape.
         num_suffix_tokens: Length of the suffix; that of the active adapter when None.
@@ -80,8 +81,9 @@ class PrefixCache:
     def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor) -> int:
         """Return the length of the prefix that all sequences share, at least one token before the suffix left out."""
         width = input_ids.shape[1]
-        if not within_sliding_window(self._module.decoder, width):
-            return 0
+        decoder = self._module.decoder
+        if not (reads_mask_and_positions(decoder) and within_sliding_window(decoder, width)):
+            return 0  # padding moves into the middle of the rows
         starts = attention_mask.argmax(dim=1, keepdim=True)
         indices = (starts + torch.arange(width, device=starts.device)).clamp(max=width - 1)
         aligned = input_ids.gather(1, indices)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sempa_st.forward.decoder import accepts_position_ids, attention_only, last_hidden_states
+from sempa_st.forward.decoder import last_hidden_states, reads_mask_and_positions
 from sempa_st.model.patching import attention_implementation
 
 ATTENTIONS = {"sdpa": "sempa_st_sdpa", "eager": "sempa_st_eager"}
@@ -50,10 +50,8 @@ def attention_is_exchangeable(decoder: Any) -> bool:
     config = decoder.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
-        decoder.is_backend_compatible()
+        reads_mask_and_positions(decoder)
         and attention_implementation(config) in {*ATTENTIONS, *ATTENTIONS.values()}
-        and accepts_position_ids(decoder)
-        and attention_only(decoder)
         and width <= _LARGEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
     )

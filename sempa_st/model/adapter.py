@@ -40,7 +40,7 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         # GPT-2's linear layers are Conv1D: a linear layer with a transposed weight.
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_router(module)
     }
     if any(family in model.config.model_type for family in ("mamba", "falcon_h1", "nemotron_h")):
         names -= _FUSED_IN_MAMBA
@@ -49,6 +49,15 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
             f"{type(model).__name__} has no linear layer besides its LM head, so LoRA has nothing to adapt."
         )
     return sorted(names)
+
+
+def _is_router(module: Any) -> bool:
+    """Whether a linear layer returns more than one tensor, as the routers of PhiMoE and Llama 4: LoRA cannot update it."""
+    from torch import Tensor, nn
+    from transformers.pytorch_utils import Conv1D
+
+    is_plain = type(module) in (nn.Linear, Conv1D)
+    return not is_plain and not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
 
 
 def lora_config(
@@ -91,6 +100,41 @@ def lora_config(
         layers_pattern=None if layers is None else layers_pattern(model),
         alora_invocation_tokens=None if invocation is None else list(invocation),
     )
+
+
+def left_out(base: Base, config: Any) -> list[str]:
+    """Return the weight matrices besides embeddings and LM head that an adapter updates in no layer, sorted.
+
+    Such are the weights of experts where transformers holds them as one parameter, and their routers. PEFT has an update
+    for the former, but holds the updated weights of all experts of a layer in memory.
+
+    Args:
+        base: Base of the adapter.
+        config: What :func:`lora_config` returned.
+
+    Returns:
+        Names within a layer, such as ``mlp.experts.down_proj``.
+    """
+    import copy
+
+    import torch
+    from peft import get_peft_model
+    from torch import nn
+
+    with torch.device("meta"):
+        tuned: Any = get_peft_model(skeleton(base), copy.deepcopy(config))  # PEFT changes the settings that it gets
+    head = tuned.get_output_embeddings()
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for path, module in tuned.get_base_model().named_modules():
+        if isinstance(module, nn.Embedding | nn.Conv1d) or module is head or "lora_" in path:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            is_fused = parameter.dim() > 2
+            if is_fused or (parameter.dim() == 2 and name == "weight"):
+                parts = [part for part in path.split(".") if part != "base_layer"] + [name] * is_fused
+                layer = max((index for index, part in enumerate(parts) if part.isdigit()), default=-1)
+                found["base_layer" in path].add(".".join(parts[layer + 1 :]))
+    return sorted(found[False] - found[True])
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.checks.inspection import tensor_shapes
 from sempa_st.checks.library_errors import readable
 from sempa_st.errors import SempaError
-from sempa_st.model.base_model import Base, load_config
+from sempa_st.model.base_model import Base, load_config, named_decoder
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, full_names
 from sempa_st.utils.files import read_json, write_json
 
@@ -148,7 +148,7 @@ def skeleton(base: Base) -> PreTrainedModel:
 
     with readable(base.folder), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(base.folder), trust_remote_code=False)
-    return model
+    return named_decoder(model)
 
 
 def layers_pattern(model: PreTrainedModel) -> list[str]:

@@ -121,8 +121,24 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True
             f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need "
             "unquantised ones. Use the original model, or a dequantised copy."
         )
-    check_whole(model, info, folder, head=whole)
+    check_whole(named_decoder(model), info, folder, head=whole)
     check_finite_weights(model, folder)
+    return model
+
+
+def named_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a causal language model after giving it the name of its decoder, where its class has another (Llama 4).
+
+    Raises:
+        SempaError: If it holds no decoder.
+    """
+    from transformers import PreTrainedModel
+
+    if model.base_model is model:
+        names = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
+        if not names:
+            raise SempaError(f"{type(model).__name__} holds no decoder of its own, which an embedding is read from.")
+        model.base_model_prefix = names[0]
     return model
 
 

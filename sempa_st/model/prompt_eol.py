@@ -85,9 +85,9 @@ class PromptEOL(InputModule):
     @property
     def decoder(self) -> PreTrainedModel:
         """The layers without the LM head, adapter included."""
-        decoder = self.causal_lm.base_model
-        assert isinstance(decoder, PreTrainedModel)
-        return decoder
+        whole = self.causal_lm
+        found = (whole.base_model, *whole.children())  # Llama 4's class has another name for it
+        return next(part for part in found if isinstance(part, PreTrainedModel) and part is not whole)
 
     @property
     def num_suffix_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from sempa_st.data.passages import Passages
 from sempa_st.data.preferences import preference_rows
 from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.adapter import lora_config
+from sempa_st.model.adapter import left_out, lora_config
 from sempa_st.model.base_model import Base
 from sempa_st.model.chat_formats import chat_template_sha256
 from sempa_st.model.prompt_eol import PromptEOL
@@ -69,6 +70,11 @@ class RunInputs:
         if self.config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
             texts["chat_template_sha256"] = chat_template_sha256(self.tokenizer)
         return texts
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Weights that the adapter leaves out, by their names within a layer."""
+        return [] if self.config.tuning == "full" else left_out(self.base, _adapter_settings(self))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -126,8 +132,7 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
             beta=config.beta,
             max_length=config.max_length,
             precompute_ref_log_probs=True,
-            disable_dropout=False,  # the base has none left, and the adapter's is wanted
-            router_aux_loss_coef=0.0,  # the loss is that of the preferences alone, as with the other trainers
+            router_aux_loss_coef=0.0,  # the paper's loss has no term of the routers, which are not trained
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=inputs.tokenizer,
@@ -184,7 +189,23 @@ def _tuned(inputs: RunInputs) -> Any:
 def _activated(inputs: RunInputs, invocation_tokens: Callable[[Any, str], list[int]]) -> Any:
     """Return the model with an adapter that is activated by some tokens of the template."""
     invocation = invocation_tokens(inputs.scorer.tokenizer, inputs.config.template)
-    return get_peft_model(inputs.model, _adapter_settings(inputs, invocation))
+    try:
+        return get_peft_model(inputs.model, _adapter_settings(inputs, invocation))
+    except ValueError as error:
+        raise SempaError(
+            f"--activation does not work with {type(inputs.model).__name__}: PEFT has no activated form for all of its "
+            f"layers ({error}). Omit it for this base."
+        ) from error
+
+
+def report_left_out(inputs: RunInputs) -> None:
+    """Print a warning if the adapter of a run leaves out weights."""
+    if inputs.left_out and PartialState().is_main_process:
+        print(
+            "The adapter leaves out weights that are not linear layers of their own, or that PEFT cannot update: "
+            f"{', '.join(inputs.left_out)}.",
+            file=sys.stderr,
+        )
 
 
 def _check_activation(module: PromptEOL) -> None:

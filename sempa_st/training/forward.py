@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.forward.batching import group_by_length
+from sempa_st.forward.decoder import can_cache
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.forward.prefix_cache import PrefixCache
-from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 
 _MAX_SEQUENCES = 64
 _MAX_PADDING = 128
@@ -57,14 +58,23 @@ def _suffix_states(module: PromptEOL, sequences: list[Tensor], num_reference: in
             pad_sequence([make(sequences[index]) for index in group], batch_first=True, padding_side="left").to(device)
             for make in (torch.clone, torch.ones_like)
         )
-        prefix_cache = PrefixCache(module, ids, mask)
-        states |= dict(zip(group, prefix_cache.suffix_states(), strict=True))
         selected = [position for position, index in enumerate(group) if index < num_reference]
-        if selected:
-            base = prefix_cache.base_suffix_states(torch.tensor(selected, device=device))
-            reference |= dict(zip([group[position] for position in selected], base, strict=True))
+        found, base = _run_group(module, ids, mask, torch.tensor(selected, dtype=torch.long, device=device))
+        states |= dict(zip(group, found, strict=True))
+        reference |= dict(zip([group[position] for position in selected], base, strict=True))
     ordered = [torch.stack([by_index[i] for i in sorted(by_index)]) for by_index in (states, reference or states)]
     return LastStates(ordered[0], ordered[1][:num_reference])
+
+
+def _run_group(module: PromptEOL, ids: Tensor, mask: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states of all sequences, and the base's of the selected ones, without gradients."""
+    if can_cache(module.decoder):
+        prefix_cache = PrefixCache(module, ids, mask)
+        states = prefix_cache.suffix_states()
+        return states, prefix_cache.base_suffix_states(selected) if len(selected) else states[:0]
+    states = embed_rows(module, ids, mask)
+    with torch.no_grad(), module.model.disable_adapter():
+        return states, embed_rows(module, ids[selected], mask[selected]) if len(selected) else states[:0]
 
 
 class TrainingForward:

@@ -68,6 +68,8 @@ def run_record(
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
+    if inputs.left_out:
+        record["left_out"] = inputs.left_out
     return portable_record(record)
 
 

@@ -27,7 +27,7 @@ from sempa_st.model.prompt_eol import within_positions
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer
 from sempa_st.training.answers import drop_too_long
-from sempa_st.training.build import RunInputs, build_trainer
+from sempa_st.training.build import RunInputs, build_trainer, report_left_out
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dev_score import DevScorer
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
     _on_main_process(lambda: run_folder.open(inputs.identity, resume=config.resume, overwrite=config.overwrite))
     try:
         with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
+            report_left_out(inputs)
             trainer = build_trainer(inputs, run_folder)
             # A new adapter changes nothing, so this is the score of the base.
             writer = ModelWriter(config, inputs, started, _base_score(inputs, trainer.generator()))

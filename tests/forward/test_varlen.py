@@ -8,15 +8,14 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from helpers.families import FAMILIES, make_causal_lm
+from helpers.naive import attend
 from helpers.tiny import make_llama, make_tokenizer, sample_sentences
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from sempa_st.forward import embed, packing, varlen
 from sempa_st.forward.embed import embed_rows_fast
@@ -29,18 +28,6 @@ from sempa_st.model.tokenizer import install_template
 pytestmark = pytest.mark.names_dtype
 
 LENGTHS = [5, 1, 90, 17, 70]
-
-
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
-    rows = []
-    for start, end in pairwise(starts.tolist()):
-        assert end - start <= longest
-        own = [tensor[start:end].transpose(0, 1) for tensor in (queries, keys, values)]
-        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or end))
-        rows.append(scaled_dot_product_attention(*own, attn_mask=seen, scale=scale).transpose(0, 1))
-    return torch.cat(rows)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 Edit = Callable[[int, Tensor], Tensor]
 
@@ -73,3 +75,16 @@ def rotated(states: Tensor, theta: float) -> Tensor:
     return torch.cat(
         [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1
     )
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """Stand in for the varlen kernel: attention within each sequence, one after another."""
+    rows = []
+    for start, end in pairwise(starts.tolist()):
+        assert end - start <= longest
+        own = [tensor[start:end].transpose(0, 1) for tensor in (queries, keys, values)]
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - (window or end))
+        rows.append(scaled_dot_product_attention(*own, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(rows)
