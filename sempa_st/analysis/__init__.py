@@ -1,0 +1,1 @@
+"""Analyses of embedding models: what their vectors look like, and where they are wrong."""
