@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
+    from sempa_st.analysis.run import analyze
     from sempa_st.encoding import encode_file
     from sempa_st.evaluation.sts import evaluate
     from sempa_st.loading import load
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from sempa_st.training.config import TrainConfig
 
 __version__ = "0.1.0"
-__all__ = ["SempaError", "TrainConfig", "TrainResult", "__version__", "encode_file", "evaluate", "load", "train"]
+__all__ = [
+    "SempaError",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "analyze",
+    "encode_file",
+    "evaluate",
+    "load",
+    "train",
+]
 _HOMES = {
     "load": "loading",
     "train": "training",
@@ -23,6 +34,7 @@ _HOMES = {
     "TrainResult": "training",
     "evaluate": "evaluation.sts",
     "encode_file": "encoding",
+    "analyze": "analysis.run",
 }
 
 

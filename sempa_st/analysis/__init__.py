@@ -1,1 +1,1 @@
-"""Analyses of embedding models: what their vectors look like, and where they are wrong."""
+"""What embeddings look like: ``sempa analyze`` and ``sempa tokens``. For a new part, see :mod:`sempa_st.analysis.part`."""

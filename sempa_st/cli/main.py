@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from sempa_st import __version__
+from sempa_st.cli.analyze import add_analyze
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
 from sempa_st.cli.copy import add_average, add_copy
 from sempa_st.cli.demo import add_demo
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_evaluate,
         add_table,
         add_generation,
+        add_analyze,
         add_copy,
         add_average,
         add_demo,

@@ -1,0 +1,24 @@
+"""The parts of an analysis, in the order of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sempa_st.analysis import geometry_part
+from sempa_st.analysis.part import Part
+from sempa_st.errors import SempaError
+
+PARTS: tuple[Part, ...] = (geometry_part.PART,)
+
+
+def find_parts(names: Sequence[str] | None) -> list[Part]:
+    """Return parts by name, in the order of the report; all of them when ``names`` is None.
+
+    Raises:
+        SempaError: If a name is unknown, or there is none.
+    """
+    known = {part.name: part for part in PARTS}
+    for name in [""] if names is not None and not names else names or ():
+        if name not in known:
+            raise SempaError(f"Unknown part {name!r}. Expected some of: {', '.join(known)}.")
+    return [part for part in PARTS if names is None or part.name in names]
