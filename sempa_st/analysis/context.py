@@ -87,17 +87,24 @@ class Context:
         data: The data.
         settings: The settings.
         scratch: Folder for the vectors, removed by the caller.
+        kept: Folder for what a part keeps until the next call, so that an interrupted one goes on.
 
     Attributes:
         bar: Progress bar of the part that runs; None outside of one.
     """
 
     def __init__(
-        self, models: dict[str, AnalyzedModel], data: AnalysisData, settings: AnalysisSettings, scratch: Path
+        self,
+        models: dict[str, AnalyzedModel],
+        data: AnalysisData,
+        settings: AnalysisSettings,
+        scratch: Path,
+        kept: Path | None = None,
     ) -> None:
         self.models = models
         self.data = data
         self.settings = settings
+        self.kept = kept or scratch
         self.bar: Any = None
         self._scratch = scratch
         self._stores: dict[str, VectorStore] = {}

@@ -105,14 +105,21 @@ def layer_cosines(
     return cosines
 
 
+def reads_prompt_eol(model: SentenceTransformer) -> bool:
+    """Whether a model is one :class:`PromptEOL` module alone, whose layers can be read."""
+    return len(model) == 1 and isinstance(model[0], PromptEOL)
+
+
 def prompt_eol_of(model: SentenceTransformer) -> PromptEOL:
     """Return the only module of a model; raises :class:`SempaError` if it is not :class:`PromptEOL`."""
-    if len(model) != 1 or not isinstance(model[0], PromptEOL):
+    if not reads_prompt_eol(model):
         raise SempaError(
             "The layers of a model are read under its embedding template, which this one does not have. Expected a "
             "SemPA folder, or a base without --method."
         )
-    return model[0]
+    module = model[0]
+    assert isinstance(module, PromptEOL)
+    return module
 
 
 def without_adapter(model: SentenceTransformer) -> AbstractContextManager[Any] | None:

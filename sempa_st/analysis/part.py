@@ -95,11 +95,12 @@ class Part:
         name: What ``--only`` calls it, and its folder in the output.
         title: Heading in the report, and name of the progress bar.
         run: Function that computes it.
-        needs: Data that it reads: any of ``triplets`` (NLI), ``sts`` and ``corpus``. Missing data are refused before
-            the first part is run.
+        needs: Data that it reads: any of ``triplets`` (NLI), ``sts`` (test), ``dev`` (STS-B), ``corpus``,
+            ``records``. Missing data are refused before the first part is run.
         settings: Names of the fields of :class:`~sempa_st.analysis.settings.AnalysisSettings` that it reads.
         steps: Steps of the progress bar for one model, such as the number of sentences. ``context.vectors`` advances it
             by one step a sentence; ``context.advance`` by the other steps. Unknown when None.
+        by_name: Whether it runs only when asked for by its name, since it takes long.
     """
 
     name: str
@@ -108,3 +109,4 @@ class Part:
     needs: Sequence[str] = ()
     settings: Sequence[str] = ()
     steps: Callable[[Context], int] | None = None
+    by_name: bool = False

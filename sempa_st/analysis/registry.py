@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sempa_st.analysis import geometry_part
+from sempa_st.analysis import curve_part, frontier_part, geometry_part, layers_part, strata_part, templates_part
 from sempa_st.analysis.part import Part
 from sempa_st.errors import SempaError
 
-PARTS: tuple[Part, ...] = (geometry_part.PART,)
+PARTS: tuple[Part, ...] = (
+    geometry_part.PART,
+    strata_part.PART,
+    layers_part.PART,
+    curve_part.PART,
+    frontier_part.PART,
+    templates_part.PART,
+)
 
 
 def find_parts(names: Sequence[str] | None) -> list[Part]:
-    """Return parts by name, in the order of the report; all of them when ``names`` is None.
+    """Return parts by name, in the order of the report; when ``names`` is None, all that are not ``by_name``.
 
     Raises:
         SempaError: If a name is unknown, or there is none.
@@ -21,4 +28,4 @@ def find_parts(names: Sequence[str] | None) -> list[Part]:
     for name in [""] if names is not None and not names else names or ():
         if name not in known:
             raise SempaError(f"Unknown part {name!r}. Expected some of: {', '.join(known)}.")
-    return [part for part in PARTS if names is None or part.name in names]
+    return [part for part in PARTS if (not part.by_name if names is None else part.name in names)]

@@ -25,7 +25,7 @@ from sempa_st.utils.options import convert_option
 from sempa_st.utils.run_info import run_info
 
 RESULT = "result.json"
-REPORT, RESULTS = "report.html", "results.json"
+REPORT, RESULTS, KEPT = "report.html", "results.json", "kept"
 
 
 def analyze(
@@ -35,6 +35,7 @@ def analyze(
     data_dir: str | Path | None = None,
     only: Sequence[str] | None = None,
     corpus: str | Path | None = None,
+    records: Sequence[str | Path] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Compare how models embed, and write a report: ``sempa analyze`` from Python.
@@ -44,8 +45,11 @@ def analyze(
         output: Folder for ``report.html``, ``results.json`` and the parts. The same call continues it: finished parts
             whose models, data and settings are the same are not computed again.
         data_dir: Folder with ``nli/triplets.parquet`` and ``sts/*.parquet``; the samples of this package when None.
-        only: Names of the parts to run; all of :data:`sempa_st.analysis.registry.PARTS` when None.
+        only: Names of the parts to run; when None, all of :data:`sempa_st.analysis.registry.PARTS` but those that run
+            by name only (``templates``, which trains).
         corpus: File with the sentences for the geometry and the GAR; those of the triplets and STS sets when None.
+        records: Run folders, and JSON files of ``sempa train``, ``evaluate``, ``table`` or ``generation``, for the
+            curve and the frontier.
         **settings: Fields of :class:`~sempa_st.analysis.settings.AnalysisSettings`, such as ``sentences=1000``.
 
     Returns:
@@ -58,7 +62,9 @@ def analyze(
     chosen = AnalysisSettings(**dict(convert_option(AnalysisSettings, *item, "analyze") for item in settings.items()))
     parts = find_parts(only)
     found = find_models([models] if isinstance(models, str) else models)
-    data = AnalysisData(Path(data_dir) if data_dir else None, Path(corpus) if corpus else None)
+    data = AnalysisData(
+        Path(data_dir) if data_dir else None, Path(corpus) if corpus else None, [Path(path) for path in records]
+    )
     needed = {need: data.digest(need) for need in dict.fromkeys(need for part in parts for need in part.needs)}
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -66,7 +72,7 @@ def analyze(
     identities = [model.identity(chosen) for model in found.values()]
     results = []
     with tempfile.TemporaryDirectory(prefix="sempa-analyze-") as scratch:
-        context = Context(found, data, chosen, Path(scratch))
+        context = Context(found, data, chosen, Path(scratch), folder / KEPT)
         for part in parts:
             identity = {
                 "version": __version__,

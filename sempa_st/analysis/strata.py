@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sempa_st.analysis.ranks import Values, checked_cosines, checked_gold, percentile_ranks, spearman
+from sempa_st.analysis.vectors import Vectors
 from sempa_st.data.sts import GradedPairs
 
 _WORD = re.compile(r"\w+")
@@ -113,6 +114,13 @@ def worst_pairs(pairs: GradedPairs, cosines: Sequence[float] | Values, count: in
         for columns in [(gold, cosine, gold_ranks, cosine_ranks)]
         for index in worst
     ]
+
+
+def pair_cosines(first: Vectors, second: Vectors) -> Values:
+    """Return the cosine of each row of ``first`` with that of ``second``, both of shape (pairs, hidden)."""
+    one, other = (np.asarray(side, dtype=np.float64) for side in (first, second))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1))
 
 
 def words(text: str) -> list[str]:

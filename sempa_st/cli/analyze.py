@@ -13,6 +13,7 @@ from sempa_st.utils.options import add_options, option_values, split_list
 
 _GROUPS = {
     "settings": ("sentences", "share", "k", "seed"),
+    "training (part templates)": ("cell_triplets", "cell_seeds", "cell_pairs"),
     "compute": ("batch_size", "dtype", "device"),
 }
 
@@ -31,13 +32,20 @@ def add_analyze(commands: Any) -> None:
     )
     add_models(parser)
     parser.add_argument("--output", required=True, help="folder of the report; the same command continues it")
-    parser.add_argument("--only", metavar="PART,...", help="comma-separated parts to run (default: all)")
+    parser.add_argument("--only", metavar="PART,...", help="comma-separated parts to run (default: all but templates)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
         "--data-dir",
         help="folder with nli/triplets.parquet and sts/*.parquet (default: $SEMPA_DATA_DIR, else the shipped samples)",
     )
     parser.add_argument("--corpus", metavar="FILE", help="file with the sentences to measure on, instead of the data's")
+    parser.add_argument(
+        "--records",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="run folders, and JSON files of sempa evaluate, table or generation, for the curve and the frontier",
+    )
     add_options(parser, AnalysisSettings, groups=_GROUPS)
 
 
@@ -61,6 +69,7 @@ def _analyze(args: argparse.Namespace) -> None:
         data_dir=data_dir_or_default(args.data_dir),
         only=split_list(args.only) if args.only is not None else None,
         corpus=args.corpus,
+        records=args.records,
         **option_values(AnalysisSettings, vars(args)),
     )
     if args.json:
