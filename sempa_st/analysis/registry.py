@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sempa_st.analysis import geometry_part
+from sempa_st.analysis import gar, geometry_part, pca, tokens_part
 from sempa_st.analysis.part import Part
 from sempa_st.errors import SempaError
 
-PARTS: tuple[Part, ...] = (geometry_part.PART,)
+PARTS: tuple[Part, ...] = (geometry_part.PART, pca.PART, tokens_part.PART, gar.PART)
 
 
 def find_parts(names: Sequence[str] | None) -> list[Part]:
