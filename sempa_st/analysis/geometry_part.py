@@ -75,8 +75,8 @@ def _notes(sentences: int, pairs: int) -> Sequence[str]:
         f"{sentences * (sentences - 1) // 2:,} unordered pairs of two different sentences, and the mean cosine is over "
         f"the same pairs; alignment is the mean squared distance of {pairs:,} premises and what they entail.",
         "Isotropy is min Z(u) / max Z(u) over the eigenvectors u of VᵀV, with both signs, where Z(u) sums exp(u·v) "
-        "over the sentences (Mu and Viswanath). Effective rank is the exponential of the entropy of the singular values; it "
-        "is at most the width, and at most the number of sentences.",
+        "over the sentences (Mu and Viswanath). Effective rank is the exponential of the entropy of the singular "
+        "values; it is at most the width, and at most the number of sentences.",
     )
 
 

@@ -77,12 +77,14 @@ class PartResult:
     Args:
         values: JSON value with string keys: every number of the tables, for programs.
         tables: Tables, in the order of the report.
+        files: Tables that are only written as files, for being long.
         pictures: Pictures, in the order of the report.
         notes: Sentences under them: what was measured on what, and what was left out.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
+    files: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     notes: Sequence[str] = ()
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sempa_st.analysis import curve_part, frontier_part, geometry_part, layers_part, strata_part, templates_part
+from sempa_st.analysis import (
+    curve_part,
+    frontier_part,
+    gar,
+    geometry_part,
+    layers_part,
+    pca,
+    strata_part,
+    templates_part,
+    tokens_part,
+)
 from sempa_st.analysis.part import Part
 from sempa_st.errors import SempaError
 
 PARTS: tuple[Part, ...] = (
     geometry_part.PART,
+    pca.PART,
+    tokens_part.PART,
+    gar.PART,
     strata_part.PART,
     layers_part.PART,
     curve_part.PART,

@@ -120,7 +120,7 @@ def _finished(part: Part, context: Context, folder: Path, digest: str) -> dict[s
 
 
 def _write_files(result: PartResult, folder: Path) -> None:
-    for table in result.tables:
+    for table in (*result.tables, *result.files):
         _write_csv(table, folder / f"{table.name}.csv")
     for picture in result.pictures:
         save_figure(picture.figure, folder / f"{picture.name}.png")

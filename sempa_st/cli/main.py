@@ -18,6 +18,7 @@ from sempa_st.cli.evaluate import add_evaluate
 from sempa_st.cli.generation import add_generation
 from sempa_st.cli.sweep import add_sweep
 from sempa_st.cli.table import add_table
+from sempa_st.cli.tokens import add_tokens
 from sempa_st.cli.train import add_train
 from sempa_st.errors import SempaError
 
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_table,
         add_generation,
         add_analyze,
+        add_tokens,
         add_copy,
         add_average,
         add_demo,

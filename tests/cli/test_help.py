@@ -20,7 +20,19 @@ from sempa_st.training.config import TrainConfig
 pytestmark = pytest.mark.names_dtype
 
 Cli = Callable[..., tuple[int, str, str]]
-COMMANDS = {"train", "sweep", "encode", "evaluate", "table", "generation", "analyze", "copy", "average", "demo"}
+COMMANDS = {
+    "train",
+    "sweep",
+    "encode",
+    "evaluate",
+    "table",
+    "generation",
+    "analyze",
+    "tokens",
+    "copy",
+    "average",
+    "demo",
+}
 SEMPA = [sys.executable, "-m", "sempa_st"]
 ESCAPE = "\x1b["
 
