@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.analysis.context import Context
 from sempa_st.analysis.curve import RunCurve, run_curves, size_curves
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
-from sempa_st.analysis.plotting import new_figure, style
+from sempa_st.analysis.plotting import COLOURS, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,40 +55,57 @@ def run(context: Context) -> PartResult:
 def _picture(curves: Sequence[RunCurve]) -> Picture:
     known = [curve for curve in curves if curve.average is not None]
     figure = new_figure(11 if known else 7, 4.8)
-    panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
+    panels = figure.subplots(1, 2 if known else 1, squeeze=False, sharex=True)[0]
     draw_curves(panels[0], curves)
     if known:
         for curve in known:
             panels[1].plot(curve.samples[curve.kept], curve.average, linestyle="", **style(curves.index(curve)))
-        _label(panels[1], "mean of the seven STS sets, Spearman x 100")
+        panels[1].margins(y=0.3)
+        _label(panels[1], "mean of the seven STS sets, Spearman x 100", curves)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", fontsize=9, ncols=2)
-    return Picture("curve", "Scores over the number of training triplets; rings are the kept checkpoints.", figure)
+    caption = "Scores over the number of training triplets, on a logarithmic axis; rings are the kept checkpoints."
+    return Picture("curve", caption, figure)
 
 
 def draw_curves(axes: Axes, curves: Sequence[RunCurve]) -> None:
-    """Draw the dev score of runs over the triplets seen, the kept checkpoints in rings, and their bases.
+    """Draw the dev score of runs over the triplets seen, the kept one of several checkpoints in a ring, and the bases.
 
     Runs that differ in the number of triplets alone are joined by a grey line through their kept checkpoints.
     """
     for index, curve in enumerate(curves):
         axes.plot(curve.samples, curve.scores, label=curve.name, **style(index))
-        axes.plot(
-            curve.samples[curve.kept], curve.scores[curve.kept], "o", markersize=12, fillstyle="none", color="grey"
-        )
-    for base in sorted({round(curve.base, 1) for curve in curves}):
+        if len(curve.samples) == 1:
+            continue
+        ring: dict[str, Any] = {"markersize": 12, "fillstyle": "none", "color": COLOURS[index % len(COLOURS)]}
+        axes.plot(curve.samples[curve.kept], curve.scores[curve.kept], "o", **ring)
+    for base in {round(curve.base): curve.base for curve in curves}.values():
         axes.axhline(base, linestyle=":", color="grey", linewidth=1)
     for group in size_curves(curves):
-        kept = [(curve.samples[curve.kept], curve.scores[curve.kept]) for curve in group]
-        axes.plot(*zip(*kept, strict=True), linestyle="--", color="grey", zorder=0)
-    _label(axes, f"dev ({curves[0].dev[0]}), Spearman x 100 (dotted: base)")
+        points = [(curve.samples[curve.kept], curve.scores[curve.kept]) for curve in group]
+        axes.plot(*zip(*points, strict=True), linestyle="--", color="grey", zorder=0)
+    _label(axes, f"dev ({curves[0].dev[0]}), Spearman x 100 (dotted: base)", curves)
 
 
-def _label(axes: Axes, title: str) -> None:
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+def spaced(values: Iterable[int]) -> list[int]:
+    """Return some of the values, the largest among them, that are a tenth of the logarithmic axis apart.
 
+    >>> spaced([250, 500, 510, 1000])
+    [250, 500, 1000]
+    """
+    ordered = sorted(values, reverse=True)
+    distance = (ordered[0] / ordered[-1]) ** 0.1
+    kept = ordered[:1]
+    for value in ordered[1:]:
+        if kept[-1] / value >= distance > 1:
+            kept.append(value)
+    return kept[::-1]
+
+
+def _label(axes: Axes, title: str, curves: Sequence[RunCurve]) -> None:
+    ticks = spaced({samples for curve in curves for samples in curve.samples})
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("training triplets")
     axes.set_ylabel(title)
     axes.grid(alpha=0.3)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PERPLEXITY = "word perplexity"
 TRAINED = "sempa"
 """What ``sempa generation`` labels a trained model with; a base has the name of its template."""
+_WIDE_NAME = 40
+"""Characters of a name beyond which the legend has one column."""
 BAR = 2.0
 """Rise of the perplexity, in per cent, that is marked in the picture."""
 
@@ -134,11 +136,12 @@ def draw_frontier(axes: Axes, points: Sequence[FrontierPoint], label: str) -> No
         label: What the STS score is.
     """
     for number, point in enumerate(points):
-        axes.scatter(point.rise, point.sts, s=50, label=point.name, **style(number))  # type: ignore[arg-type]
+        axes.scatter(point.rise, point.sts, s=90, label=point.name, edgecolors="white", linewidths=0.5, **style(number))  # type: ignore[arg-type]
     axes.axvline(BAR, linestyle="--", color="grey", linewidth=1)
     for base in (point for point in points if point.is_base):
         axes.axhline(base.sts, linestyle=":", color="grey", linewidth=1)
     axes.set_xlabel(f"rise of the WikiText-2 perplexity in % (dashed: {BAR:g} %)")
     axes.set_ylabel(f"Spearman x 100, {label}")
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc="outside lower center", fontsize=8, ncols=min(2, len(points)))
+    columns = 1 if max(len(point.name) for point in points) > _WIDE_NAME else 2
+    axes.figure.legend(loc="outside lower center", fontsize=8, ncols=columns)

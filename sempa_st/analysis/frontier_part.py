@@ -35,7 +35,7 @@ def run(context: Context) -> PartResult:
 
 
 def _picture(points: list, label: str) -> Picture:  # type: ignore[type-arg]
-    figure = new_figure(7, 5.5)
+    figure = new_figure(7, 4.5 + 0.2 * len(points))
     draw_frontier(figure.subplots(), points, label)
     return Picture("frontier", "STS over the rise of the perplexity; towards the upper left is better.", figure)
 

@@ -17,7 +17,8 @@ _DPI = 160
 
 def style(index: int) -> dict[str, Any]:
     """Return colour and marker of a series, as keyword arguments of ``Axes.plot`` and ``Axes.scatter``."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    turn = index // len(COLOURS)  # so that the ninth differs from the first
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + turn) % len(MARKERS)]}
 
 
 def new_figure(width: float = 7.0, height: float = 4.5) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sempa_st.data.sts import STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.folder.formats import RUN_RECORD
+from sempa_st.model.templates import DEFAULT_TEMPLATE
 from sempa_st.utils.files import read_json
 
 StsCell = tuple[str, str, str]
@@ -19,7 +20,7 @@ StsCell = tuple[str, str, str]
 
 @dataclass
 class Records:
-    """Results of other commands, by model: the last part of its path.
+    """Results of other commands, by model: the last part of its path, or ``METHOD:MODEL``.
 
     Args:
         runs: Run records of ``sempa train``.
@@ -84,7 +85,14 @@ def _add(records: Records, value: Any, name: str, file: Path) -> None:
             cells = {(row["task"], row["split"], row["protocol"]): _score(row["spearman"]) for row in value["results"]}
             records.sts.setdefault(Path(value["model"]).name, {}).update(cells)
         elif keys >= {"system", "scores"}:
-            _add_system(records, value["system"], value["scores"])
+            method, model = value["identity"]["method"], Path(value["model"]).name
+            name = model if method in (None, DEFAULT_TEMPLATE) else f"{method}:{model}"
+            cells = {
+                (task, "test", protocol): _score(score)
+                for protocol, row in value["scores"].items()
+                for task, score in row.items()
+            }
+            records.sts.setdefault(name, {}).update(cells)
         elif keys >= {"models", "run"}:
             for model in value["models"]:
                 own = Path(model["model"]).name
@@ -99,11 +107,6 @@ def _add(records: Records, value: Any, name: str, file: Path) -> None:
             f"{file} is no result of this package, or an incomplete one ({type(error).__name__}: {error}). Expected a "
             "run folder, or a JSON file of sempa train, evaluate, table or generation."
         ) from error
-
-
-def _add_system(records: Records, name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
-    cells = {(task, "test", protocol): _score(score) for protocol, row in scores.items() for task, score in row.items()}
-    records.sts.setdefault(name, {}).update(cells)
 
 
 def _score(value: Any) -> float:

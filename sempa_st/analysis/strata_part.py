@@ -76,7 +76,7 @@ def _picture(strata: Mapping[str, Sequence[Stratum]]) -> Picture:
         labels = [f"{stratum.low:.3g}\nto {stratum.high:.3g}\nn={stratum.pairs}" for stratum in of_one]
         axes.set_xticks(range(len(of_one)), labels, fontsize=8)
         axes.set_xlabel(label)
-        axes.margins(x=0.1)
+        axes.set_xlim(-0.5, len(of_one) - 0.5)
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", fontsize=9, ncols=2)
     caption = "Spearman within each stratum (top) and mean rank error (bottom), by length, word overlap and gold score."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,15 +99,13 @@ def template_configs(
     ]
 
 
-def run_matrix(
-    configs: Sequence[TrainConfig], folder: Path, *, sweep: Callable[..., dict[str, Any]] | None = None
-) -> dict[str, Any]:
+def run_matrix(configs: Sequence[TrainConfig], folder: Path, **options: Any) -> dict[str, Any]:
     """Train every run that is not finished, as one sweep in ``folder / "runs"``.
 
     Args:
         configs: Of :func:`template_configs`.
         folder: Folder of the matrix.
-        sweep: Stands in for :func:`sempa_st.training.sweep.run_sweep`.
+        **options: Other arguments of :func:`sempa_st.training.sweep.run_sweep`.
 
     Returns:
         The results of the sweep.
@@ -115,9 +113,13 @@ def run_matrix(
     Raises:
         SempaError: If a package is missing, the data or base cannot be used, or no run succeeds.
     """
-    if sweep is None:
-        from sempa_st.training.sweep import run_sweep as sweep
-    return sweep(configs, ("paraphrase", "template", "seed"), folder / "runs", retry_failed=True)
+    import optuna
+
+    from sempa_st.training.sweep import run_sweep
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    varied = ("paraphrase", "template", "seed")
+    return run_sweep(configs, varied, folder / "runs", retry_failed=True, **options)
 
 
 def template_cells(results: Mapping[str, Any]) -> list[TemplateCell]:

@@ -63,10 +63,14 @@ def test_the_seven_sets_are_averaged_where_all_are_known(tmp_path: Path) -> None
     scores = {task: 70.0 + number for number, task in enumerate(STS_TASKS)}
     rows = [{"task": task, "split": "test", "protocol": "mteb", "spearman": score} for task, score in scores.items()]
     evaluated = {"model": "runs/one", "results": rows}
-    system = {"system": "two", "scores": {"mteb": scores, "senteval": dict.fromkeys(scores, 80.0)}}
+    both = {"mteb": scores, "senteval": dict.fromkeys(scores, 80.0)}
+    systems = [
+        {"system": "two", "model": "runs/two", "identity": {"method": None}, "scores": both},
+        {"system": "mean", "model": "runs/three", "identity": {"method": "mean"}, "scores": both},
+    ]
     partial = {"model": "three", "results": rows[:6]}
     (tmp_path / "scores.json").write_text(json.dumps({"parts": [evaluated, partial]}))
-    (tmp_path / "table.json").write_text(json.dumps({"systems": [system]}))
+    (tmp_path / "table.json").write_text(json.dumps({"systems": systems}))
     paths = [tmp_path / name for name in ("one", "two", "three/sempa_run.json", "scores.json", "table.json")]
     assert [(curve.name, curve.average) for curve in run_curves(read_records(paths))] == [
         ("one", pytest.approx(73.0)),
