@@ -188,7 +188,7 @@ def test_geometry_of_two_models(run_cli: Cli, tiny_base: Path, analysis_data: Pa
     assert code == 0, err
     assert "Wrote geometry of 2 model(s)" in printed
     values = json.loads((out / "results.json").read_text())["parts"]["geometry"]
-    assert (values["sentences"], values["pairs"]) == (12, 3)
+    assert (values["sentences"], values["pairs"]) == (12, 1)
     sentences = AnalysisData(analysis_data).sentences(12, 0)
     for name, method in (("tiny-llama", None), ("mean:tiny-llama", "mean")):
         vectors = sempa_st.load(tiny_base, method=method, dtype="float32", device="cpu").encode(
