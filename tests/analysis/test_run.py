@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+import weakref
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -203,3 +204,12 @@ def test_geometry_of_two_models(run_cli: Cli, tiny_base: Path, analysis_data: Pa
     png = base64.b64decode(re.sub("^data:image/png;base64,", "", picture))
     assert png == (out / "parts" / "geometry" / "geometry.png").read_bytes()
     assert png.startswith(b"\x89PNG")
+
+
+def test_one_model_is_in_memory_at_a_time(tiny_base: Path, tmp_path: Path) -> None:
+    settings = AnalysisSettings(dtype="float32", device="cpu")
+    context = Context(find_models([str(tiny_base), f"mean:{tiny_base}"]), AnalysisData(), settings, tmp_path)
+    first = weakref.ref(context.load("tiny-llama")[0])
+    assert context.load("tiny-llama")[0] is first()
+    context.load("mean:tiny-llama")
+    assert first() is None
