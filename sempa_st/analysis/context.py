@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.resolve import Source, find_model, source_digest
 from sempa_st.loading import check_method, load
 from sempa_st.methods.registry import split_method
-from sempa_st.utils.devices import pick_device, pick_dtype
+from sempa_st.utils.devices import pick_device, pick_dtype, trim_malloc
 from sempa_st.utils.finite import check_finite
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ class Context:
     def load(self, name: str) -> SentenceTransformer:
         """Return a model. It stays loaded until another one is asked for, so that memory holds one at a time."""
         if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # the old one is freed before the new one is read
+            # The old one is freed before the new one is read; modules refer to each other, so only gc frees them.
+            self._loaded = None
+            gc.collect()
+            trim_malloc()
             chosen = self.models[name]
             settings = self.settings
             model = load(chosen.model, method=chosen.method, dtype=settings.dtype, device=settings.device)

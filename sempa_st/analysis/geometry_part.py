@@ -10,7 +10,7 @@ from sempa_st.analysis.part import Cell, Part, PartResult, Picture, Table
 from sempa_st.analysis.plotting import new_figure, style
 
 _COLUMNS = ("uniformity", "alignment", "isotropy", "effective rank", "mean cosine", "width")
-_PAIRS = 4
+_PAIRS = 10
 """Sentences of the corpus for each positive pair."""
 
 

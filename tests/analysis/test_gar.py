@@ -16,10 +16,7 @@ from sempa_st.errors import SempaError
 pytestmark = pytest.mark.names_dtype
 
 Cli = Callable[..., tuple[int, str, str]]
-VOCABULARY = {
-    word: index
-    for index, word in enumerate(["the", "a", "cat", "dog", "sleeps", "runs", "rain", "animal", "quiet", "wet"])
-}
+WORDS = ["the", "a", "cat", "dog", "sleeps", "runs", "rain", "animal", "quiet", "wet"]
 
 
 def rate_of(corpus: dict[str, str]) -> AlignmentRate:

@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+import weakref
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_geometry_of_two_models(run_cli: Cli, tiny_base: Path, analysis_data: Pa
     assert code == 0, err
     assert "Wrote geometry of 2 model(s)" in printed
     values = json.loads((out / "results.json").read_text())["parts"]["geometry"]
-    assert (values["sentences"], values["pairs"]) == (12, 3)
+    assert (values["sentences"], values["pairs"]) == (12, 1)
     sentences = AnalysisData(analysis_data).sentences(12, 0)
     for name, method in (("tiny-llama", None), ("mean:tiny-llama", "mean")):
         vectors = sempa_st.load(tiny_base, method=method, dtype="float32", device="cpu").encode(
@@ -203,3 +204,12 @@ def test_geometry_of_two_models(run_cli: Cli, tiny_base: Path, analysis_data: Pa
     png = base64.b64decode(re.sub("^data:image/png;base64,", "", picture))
     assert png == (out / "parts" / "geometry" / "geometry.png").read_bytes()
     assert png.startswith(b"\x89PNG")
+
+
+def test_one_model_is_in_memory_at_a_time(tiny_base: Path, tmp_path: Path) -> None:
+    settings = AnalysisSettings(dtype="float32", device="cpu")
+    context = Context(find_models([str(tiny_base), f"mean:{tiny_base}"]), AnalysisData(), settings, tmp_path)
+    first = weakref.ref(context.load("tiny-llama")[0])
+    assert context.load("tiny-llama")[0] is first()
+    context.load("mean:tiny-llama")
+    assert first() is None

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.names_dtype
 Cli = Callable[..., tuple[int, str, str]]
 SENTENCE = "Two dogs run over the wet grass."
 FAMILIES = {
-    **dict.fromkeys(["llama", "opt", "gpt2", "gptj", "phi", "qwen3", "bloom", "lfm2"], {}),
+    **{name: {} for name in ("llama", "opt", "gpt2", "gptj", "phi", "qwen3", "bloom", "lfm2")},
     "gemma2": {"final_logit_softcapping": 3.0},
     "gemma3_text": {"final_logit_softcapping": 2.0},
     "cohere": {"logit_scale": 0.25},
