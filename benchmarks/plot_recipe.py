@@ -3,17 +3,21 @@
     python -m benchmarks.plot_recipe frontier benchmarks/results/frontier.json benchmarks/results/frontier.png
     python -m benchmarks.plot_recipe curve benchmarks/results/data-size.json benchmarks/results/data-size.png
 
-The first file holds rows with ``name``, ``dev`` (STS-B dev) and ``perplexity``, the second rows with ``triplets`` and
-``dev``; both hold ``base``, the row of the untrained model.
+These are the pictures of ``sempa analyze``, from files of figures that were put together by hand: rows with ``name``,
+``dev`` (STS-B dev) and ``perplexity``, or with ``triplets`` and ``dev``; both hold ``base``, the row of the untrained
+model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sempa_st.analysis.curve import RunCurve
+from sempa_st.analysis.curve_part import draw_curves
+from sempa_st.analysis.frontier import FrontierPoint, draw_frontier, perplexity_rise
+from sempa_st.analysis.plotting import new_figure, save_figure
 from sempa_st.utils.extras import require
 from sempa_st.utils.files import atomic_file, read_json
 from sempa_st.utils.tables import table
@@ -21,10 +25,7 @@ from sempa_st.utils.tables import table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DEV = "STS-B dev, Spearman x 100"
-
-_MARKERS = "osD^"
-"""One marker per ten points, since only ten colours differ."""
+_DEV = ("STS-B", 1500)
 
 
 def main() -> None:
@@ -35,41 +36,35 @@ def main() -> None:
     parser.add_argument("picture", help="PNG file to write")
     args = parser.parse_args()
     data = read_json(Path(args.data))
-    draw: Callable[[Axes, dict[str, Any]], None] = {"frontier": draw_frontier, "curve": draw_curve}[args.what]
     require("matplotlib", extra="plots", purpose="Drawing a plot")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    draw(axes, data)
-    axes.set_ylabel(_DEV)
-    axes.grid(alpha=0.3)
+    figure = new_figure(7, 6.5 if args.what == "frontier" else 4.5)
+    {"frontier": _frontier, "curve": _curve}[args.what](figure.subplots(), data)
     with atomic_file(args.picture) as scratch:
-        figure.savefig(scratch, dpi=150)
+        save_figure(figure, scratch)
     columns = list(data["rows"][0])
     print(table(columns, [[row[column] for column in columns] for row in data["rows"]]))
 
 
-def draw_frontier(axes: Axes, data: dict[str, Any]) -> None:
-    """Draw STS-B dev over the rise of the perplexity, with the bar of 2 per cent."""
+def _frontier(axes: Axes, data: dict[str, Any]) -> None:
     base = data["base"]
-    for number, row in enumerate(data["rows"]):
-        rise = 100 * (row["perplexity"] / base["perplexity"] - 1)
-        axes.scatter(rise, row["dev"], s=40, marker=_MARKERS[number // 10], label=row["name"])
-    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.1))
-    axes.axvline(2, linestyle="--", color="grey", linewidth=1)
-    axes.axhline(base["dev"], linestyle=":", color="grey", linewidth=1)
-    axes.set_xlabel(f"rise of the WikiText-2 perplexity in % (base: {base['perplexity']:.2f})")
+    points = [
+        FrontierPoint(
+            name=row["name"],
+            sts=row["dev"],
+            perplexity=row["perplexity"],
+            rise=perplexity_rise(row["perplexity"], base["perplexity"]),
+            accuracy=None,
+            is_base=row["name"] == base["name"],
+        )
+        for row in data["rows"]
+    ]
+    draw_frontier(axes, points, "STS-B dev")
 
 
-def draw_curve(axes: Axes, data: dict[str, Any]) -> None:
-    """Draw STS-B dev over the number of triplets, on a logarithmic axis."""
-    axes.plot([row["triplets"] for row in data["rows"]], [row["dev"] for row in data["rows"]], marker="o")
-    axes.axhline(data["base"]["dev"], linestyle=":", color="grey", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks([row["triplets"] for row in data["rows"]], [str(row["triplets"]) for row in data["rows"]])
-    axes.minorticks_off()
-    axes.set_xlabel("triplets")
+def _curve(axes: Axes, data: dict[str, Any]) -> None:
+    base = data["base"]["dev"]
+    runs = [RunCurve("", _DEV, base, [row["triplets"]], [row["dev"]], 0, settings="") for row in data["rows"]]
+    draw_curves(axes, runs)
 
 
 if __name__ == "__main__":

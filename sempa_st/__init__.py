@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.errors import SempaError
 
 if TYPE_CHECKING:
+    from sempa_st.analysis.run import analyze
     from sempa_st.encoding import encode_file
     from sempa_st.evaluation.significance import compare
     from sempa_st.evaluation.sts import evaluate
@@ -21,6 +22,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "analyze",
     "compare",
     "encode_file",
     "evaluate",
@@ -35,6 +37,7 @@ _HOMES = {
     "evaluate": "evaluation.sts",
     "compare": "evaluation.significance",
     "encode_file": "encoding",
+    "analyze": "analysis.run",
 }
 
 

@@ -185,6 +185,14 @@ def _load_method(
 
     if template or reader != "sempa":
         raise SempaError(f"--method {method!r} brings its own texts and module. Leave out --template and --reader.")
+    check_method(source, method)
+    encoder = source.takes_encoder_methods
+    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
+    return SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
+
+
+def check_method(source: Source, method: str) -> None:
+    """Raise :class:`SempaError` if a method does not exist, or does not apply to the kind of a model."""
     encoder = source.takes_encoder_methods
     if parse_method(method).for_encoders != encoder:
         raise SempaError(
@@ -193,8 +201,6 @@ def _load_method(
         )
     if source.kind == "sempa" and source.folder.is_activated:
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
-    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
-    return SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
 
 
 def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.generation_data import write_generation_data
 from helpers.tiny import finish_adapter, make_gemma, make_llama, make_tokenizer, sample_sentences, save_base, save_sts
@@ -94,6 +96,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.writeheader()
         rows.writerows(triplets)
     sentences = sample_sentences()[:20]
+    (data / "nli").mkdir()
+    pq.write_table(pa.Table.from_pylist(triplets), data / "nli" / "triplets.parquet")
     (root / "sentences.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
     (root / "text.txt").write_text(" ".join(sample_sentences()[:300]), encoding="utf-8")
     with (root / "reviews.csv").open("w", encoding="utf-8", newline="") as file:

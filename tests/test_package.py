@@ -29,6 +29,7 @@ LAYERS = [
     {"folder", "methods"},
     {"training", "loading", "prompt_eol"},
     {"evaluation", "encoding"},
+    {"analysis"},
     {"cli"},
     {"__main__"},
 ]
@@ -189,7 +190,9 @@ def test_the_shipped_pairs() -> None:
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("name", ["train", "sweep", "encode", "evaluate", "compare", "generation", "copy", "demo"])
+@pytest.mark.parametrize(
+    "name", ["train", "sweep", "encode", "evaluate", "compare", "generation", "analyze", "tokens", "copy", "demo"]
+)
 def test_every_command_has_help(name: str) -> None:
     result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
     assert result.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from itertools import takewhile
 from typing import Any
 
 import yaml
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
 }
 _SETTINGS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^:])+""")
 """The text between colons; a colon inside quotes does not separate."""
+_SETTING = re.compile(r"[\w-]+=")
 
 
 def methods_for(*, encoders: bool) -> list[str]:
@@ -66,3 +68,25 @@ def parse_method(text: str) -> Method:
         field, converted = convert_option(METHODS[name], key, parsed, f"The method {text!r}")
         values[field] = converted
     return METHODS[name](**values)
+
+
+def split_method(text: str) -> tuple[str | None, str]:
+    """Split ``METHOD:MODEL`` into a method with its settings, and a model; the method is None if there is none.
+
+    >>> split_method("prompteol:layer=-2:gemma3-270m")
+    ('prompteol:layer=-2', 'gemma3-270m')
+    >>> split_method("runs/best")
+    (None, 'runs/best')
+
+    Raises:
+        SempaError: If there is a method and no model, or the method is wrong.
+    """
+    name, separator, rest = text.partition(":")
+    if name not in METHODS or not separator:
+        return None, text
+    method = ":".join([name, *takewhile(_SETTING.match, _SETTINGS.findall(rest))])
+    model = text[len(method) + 1 :]
+    if not model:
+        raise SempaError(f"{text!r} names a method and no model. Expected METHOD:MODEL, such as mean:gemma3-270m.")
+    parse_method(method)
+    return method, model

@@ -20,7 +20,9 @@ from sempa_st.training.config import TrainConfig
 pytestmark = pytest.mark.names_dtype
 
 Cli = Callable[..., tuple[int, str, str]]
-COMMANDS = {"train", "sweep", "encode", "evaluate", "compare", "table", "generation", "copy", "average", "demo"}
+COMMANDS = {
+    "train", "sweep", "encode", "evaluate", "compare", "table", "generation", "analyze", "tokens", "copy", "average", "demo",
+}  # fmt: skip
 SEMPA = [sys.executable, "-m", "sempa_st"]
 ESCAPE = "\x1b["
 

@@ -1,0 +1,43 @@
+"""The part ``frontier``: STS against generation, from the records of ``sempa generation``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from sempa_st.analysis.context import Context
+from sempa_st.analysis.frontier import draw_frontier, frontier_points
+from sempa_st.analysis.part import Part, PartResult, Picture, Table
+from sempa_st.analysis.plotting import new_figure
+
+
+def run(context: Context) -> PartResult:
+    """Set STS beside generation for each model that has records of both."""
+    records = context.data.records
+    if not records.generation:
+        return PartResult(notes=["No generation scores. Pass JSON files of sempa generation with --records."])
+    own = {name: record for name, model in context.models.items() if (record := model.source.folder.record)}
+    label, points = frontier_points(replace(records, runs=own | records.runs))
+    rows = [(point.name, point.sts, point.perplexity, point.rise, point.accuracy) for point in points]
+    columns = ("model", label, "word perplexity", "rise in %", "mean accuracy")
+    drawn = [point for point in points if point.rise is not None]
+    notes = ["Perplexity: lower is better. Accuracy: the mean of the tasks that are scored by a share."]
+    left_out = [name for name in records.generation if name not in {point.name for point in points}]
+    if left_out:
+        notes.append(f"Left out, without an STS score of this kind: {', '.join(left_out)}.")
+    if not drawn:
+        notes.append("No picture: it needs the perplexity of WikiText-2 of a model and of its base.")
+    return PartResult(
+        values={"sts": label, "points": [asdict(point) for point in points]},
+        tables=[Table("frontier", "Embeddings (higher is better) against generation.", columns, rows, 2)],
+        pictures=[_picture(drawn, label)] if drawn else [],
+        notes=notes,
+    )
+
+
+def _picture(points: list, label: str) -> Picture:  # type: ignore[type-arg]
+    figure = new_figure(7, 4.5 + 0.2 * len(points))
+    draw_frontier(figure.subplots(), points, label)
+    return Picture("frontier", "STS over the rise of the perplexity; towards the upper left is better.", figure)
+
+
+PART = Part("frontier", "Embedding against generating", run, needs=("records",))

@@ -1,0 +1,156 @@
+"""The layer curve: how well the last token's hidden state embeds at each layer of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sempa_st.analysis.ranks import Values, checked_gold, spearman
+from sempa_st.data.sts import GradedPairs
+from sempa_st.errors import SempaError
+from sempa_st.forward.batching import group_by_length
+from sempa_st.forward.decoder import layers_of
+from sempa_st.model.patching import edited
+from sempa_st.model.peft_models import is_peft_model
+from sempa_st.model.prompt_eol import PromptEOL, embedding_width, token_states
+from sempa_st.model.token_rows import pad_rows
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_BATCH_BYTES = 1 << 27
+"""Size of the hidden states of one batch, all layers together."""
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """Spearman correlations, times 100, of the embeddings read at each layer.
+
+    Args:
+        name: Name of the model.
+        scores: One score a layer, from the first layer's output to the last layer's with the final norm.
+    """
+
+    name: str
+    scores: list[float]
+
+    @property
+    def best(self) -> int:
+        """The layer with the highest score, counted from 1; the last one of equals."""
+        return len(self.scores) - int(np.nanargmax(self.scores[::-1]))
+
+
+def layer_curve(
+    name: str, model: SentenceTransformer, pairs: GradedPairs, *, report: Callable[[int], None] | None = None
+) -> LayerCurve:
+    """Score the embedding read at each layer on graded pairs.
+
+    Args:
+        name: Name of the curve.
+        model: What :func:`sempa_st.load` returns for a SemPA folder or a base without a method.
+        pairs: Graded pairs.
+        report: Called after each batch with its number of pairs.
+
+    Raises:
+        SempaError: If the model is no PromptEOL module, the pairs cannot be ranked, or a vector is not finite.
+    """
+    gold = checked_gold(pairs)
+    cosines = layer_cosines(model, pairs, report=report)
+    odd = np.argwhere(~np.isfinite(cosines))
+    if odd.size:
+        layer, pair = odd[0]
+        raise SempaError(f"{name}: the cosine of pair {pair + 1} at layer {layer + 1} is {cosines[layer, pair]}.")
+    return LayerCurve(name, [spearman(row, gold) for row in cosines])
+
+
+@torch.no_grad()
+def layer_cosines(
+    model: SentenceTransformer, pairs: GradedPairs, *, report: Callable[[int], None] | None = None
+) -> Values:
+    """Return the cosine of each pair at each layer, of shape (layers, pairs), from one forward pass a sentence.
+
+    Row l - 1 is the last token's output of layer l. The last row has the final norm, since it is the embedding that
+    the model gives. The others are without it, as in transformers' ``hidden_states`` and in ``--method
+    prompteol:layer=l``: the final norm is trained on the last layer's output alone. Only cosines are kept; the hidden
+    states of a batch take about 128 MiB.
+
+    Args:
+        model: As for :func:`layer_curve`.
+        pairs: Graded pairs; the scores are not used.
+        report: Called after each batch with its number of pairs.
+
+    Raises:
+        SempaError: If the model is no PromptEOL module.
+    """
+    module = prompt_eol_of(model)
+    depth = len(layers_of(module.decoder))
+    prompt = model.prompts.get(model.default_prompt_name or "")
+    sides = [module.token_rows(sentences, prompt) for sentences in (pairs.first, pairs.second)]
+    lengths = [2 * max(map(len, rows)) for rows in zip(*sides, strict=True)]
+    width = embedding_width(module.decoder.config) * module.decoder.dtype.itemsize
+    cosines = np.empty((depth, len(pairs)))
+    for batch in group_by_length(lengths, max_tokens=max(1, _BATCH_BYTES // (width * (depth + 1)))):
+        rows = pad_rows(module.tokenizer, [side[index] for side in sides for index in batch], "right")
+        states = _last_token_states(module, rows["input_ids"], rows["attention_mask"])[..., : model.truncate_dim]
+        first, second = states.double().chunk(2, dim=1)
+        cosines[:, batch] = torch.cosine_similarity(first, second, dim=-1).cpu().numpy()
+        if report:
+            report(len(batch))
+    return cosines
+
+
+def reads_prompt_eol(model: SentenceTransformer) -> bool:
+    """Whether a model is one :class:`PromptEOL` module alone, whose layers can be read."""
+    return len(model) == 1 and isinstance(model[0], PromptEOL)
+
+
+def prompt_eol_of(model: SentenceTransformer) -> PromptEOL:
+    """Return the only module of a model; raises :class:`SempaError` if it is not :class:`PromptEOL`."""
+    if not reads_prompt_eol(model):
+        raise SempaError(
+            "The layers of a model are read under its embedding template, which this one does not have. Expected a "
+            "SemPA folder, or a base without --method."
+        )
+    module = model[0]
+    assert isinstance(module, PromptEOL)
+    return module
+
+
+def without_adapter(model: SentenceTransformer) -> AbstractContextManager[Any] | None:
+    """Return a context in which a model is its base, or None if it has no adapter that can be switched off."""
+    decoder = prompt_eol_of(model).model
+    return decoder.disable_adapter() if is_peft_model(decoder) else None
+
+
+def _last_token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the last token's hidden state at each layer, of shape (layers, batch, hidden), in float32."""
+    device = module.decoder.device
+    last = attention_mask.sum(dim=1) - 1
+    rows = torch.arange(len(last))
+    with _all_hidden_states(module.decoder) as found:
+        states = token_states(module, input_ids.to(device), attention_mask.to(device))
+    # Some decoders list their last layer without the final norm.
+    inner = [layer[rows, last] for layer in found[1:-1]]
+    return torch.stack([*inner, states[rows, last]]).float()
+
+
+@contextmanager
+def _all_hidden_states(decoder: Any) -> Iterator[list[Tensor]]:
+    """Let a decoder return its hidden states; they are in the list that is yielded after its call."""
+    found: list[Tensor] = []
+
+    def ask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def keep(output: Any) -> Any:
+        found.extend(output.hidden_states)
+        return output
+
+    with edited(decoder, before=ask, after=keep):
+        yield found
