@@ -102,7 +102,7 @@ def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
     disable_dropout(inputs.model)
     if config.has_reference:
         check_repeatable(inputs.model)
-    with _bars_if_long(len(inputs.data.triplets)):
+    with _bars_if_long(len(inputs.data.triplets)), _dropout_explained():
         if list(config.objective_weights) == ["dpo"] and not config.kl:
             trainer: DevScoreTrainer = _dpo_trainer(inputs, arguments)
         elif list(config.objective_weights) == ["contrastive"] and config.neutral == "none" and not config.kl:
@@ -245,6 +245,17 @@ def _bars_if_long(num_triplets: int) -> Iterator[None]:
     finally:
         if hide:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _dropout_explained() -> Iterator[None]:
+    """Turn PEFT's refusal of dropout on an adapted parameter that is no layer, such as an expert's, into an error."""
+    try:
+        yield
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise SempaError(f"--lora-dropout does not work with this base ({error}) Expected 0.") from error
 
 
 def _arguments(inputs: RunInputs, run_folder: RunFolder, triplets_per_step: int) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def train(config: TrainConfig) -> TrainResult:
             # A new adapter changes nothing, so this is the score of the base.
             writer = ModelWriter(config, inputs, started, _base_score(inputs, trainer.generator()))
             if config.keep_checkpoints:
-                sealing: Any = trainer.pop_callback(Checkpoints)
+                # A checkpoint is sealed last, so that one to resume from has its model.
+                trainer.remove_callback(Checkpoints)
                 trainer.add_callback(KeptModels(writer, run_folder.models))
-                trainer.add_callback(sealing)
+                trainer.add_callback(Checkpoints(inputs.identity))
             trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
             record = writer.record(trainer.state)
             _on_main_process(lambda: _finish(writer, run_folder, trainer.state.best_model_checkpoint, record))
