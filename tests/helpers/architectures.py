@@ -31,7 +31,8 @@ ARCHITECTURES = {
     "granite": "Granite", "granitemoe": "GraniteMoE", "lfm2": "LFM2", "llama": "Llama",
     "llama4_text": "Llama 4", "mamba": "Mamba", "mistral": "Mistral",
     "mixtral": "Mixtral", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "opt": "OPT", "phi": "Phi", "phi3": "Phi-3",
-    "phimoe": "PhiMoE", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "stablelm": "StableLM", "starcoder2": "StarCoder2",
+    "phimoe": "PhiMoE", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "stablelm": "StableLM",
+    "starcoder2": "StarCoder2",
 }  # fmt: skip
 COLUMNS = ("architecture", "trains", "readers agree", "merges", "activates", "runs in packs")
 INTRODUCTION = """# Architectures

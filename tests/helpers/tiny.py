@@ -69,7 +69,7 @@ def train_bpe(special_tokens: list[str]) -> Tokenizer:
 
 def make_tokenizer_of_one() -> PreTrainedTokenizerFast:
     """Train a tokenizer with one special token for everything, as GPT-2's."""
-    one = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
+    one = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return PreTrainedTokenizerFast(tokenizer_object=train_bpe(["<|endoftext|>"]), **one, model_max_length=512)
 
 

@@ -26,9 +26,7 @@ SENTENCES = ["A cat.", "Two dogs run over the wet grass after a ball.", "Snow"]
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_batches_generate_what_single_texts_do(
-    merge: bool, adapter_folder: Path, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_batches_generate_as_single_texts(merge: bool, adapter_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     """The base pads on the right, which gives a batch other texts than each of its members alone."""
     assert AutoTokenizer.from_pretrained(tiny_base).padding_side == "right"
     folder = copy_model(str(adapter_folder), tmp_path / "merged", merge=True) if merge else adapter_folder
