@@ -35,7 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     output, data = Path(args.output), load_nli(args.data or str(Path(args.data_dir, "nli", "triplets.parquet")))
     seen = sentences_of(data.triplets)
-    sets: dict[str, Any] = read_json(output)["sets"] if output.is_file() else {}
+    triplets = {"count": len(data.triplets), "sha256": data.fingerprint()}
+    earlier = read_json(output) if output.is_file() else {}
+    sets: dict[str, Any] = earlier["sets"] if earlier.get("triplets") == triplets else {}
     for name in args.models:
         model = sempa_st.load(name, dtype="float32", device="cpu")
         for task in split_list(args.tasks):
@@ -45,7 +47,6 @@ def main() -> None:
             if name not in found["spearman"]:
                 vectors = dict(zip(pairs.sentences, model.encode(pairs.sentences, convert_to_tensor=True), strict=True))
                 found["spearman"][name] = {"all": spearman(pairs, vectors), "without": spearman(clean, vectors)}
-                triplets = {"count": len(data.triplets), "sha256": data.fingerprint()}
                 write_json(output, {**run_info(), "protocol": "senteval", "triplets": triplets, "sets": sets})
     print(report(sets, args.models))
 
@@ -85,7 +86,7 @@ def report(sets: dict[str, Any], models: Sequence[str]) -> str:
     rows = []
     for task, found in sets.items():
         scores = (found["spearman"][name][part] for name in models for part in ("all", "without"))
-        rows.append([task, str(found["pairs"]), str(found["shared"]), *(f"{score:.2f}" for score in scores)])
+        rows.append([task, found["pairs"], found["shared"], *scores])
     return table(columns, rows)
 
 

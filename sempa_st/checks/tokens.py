@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _IN_TEXT = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
 """Special tokens that a tokenizer may add to a text."""
+_NEW_PAD = "<|pad|>"
+_UNUSED_BYTE = "ÿ"
+"""Entry of byte 0xFF in byte-level vocabularies, which occurs in no UTF-8 text; this letter is two other bytes."""
 _MAX_GROWTH = 100
 """Maximum number of characters that normalisation and pre-tokenisation may produce from one character."""
 
@@ -61,7 +64,8 @@ def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     outside = {token.content: index for index, token in added if rows is not None and index >= rows}
     pad = tokenizer.pad_token
     if pad is None or pad == tokenizer.eos_token or pad in outside:
-        tokenizer.pad_token = _spare_token(tokenizer, outside)
+        # This adds a new token, and makes an existing one special, as it will be in a saved tokenizer.
+        tokenizer.add_special_tokens({"pad_token": _spare_token(tokenizer, outside, rows)})
     if rows is None:
         return
     special = {getattr(tokenizer, name) for name in _IN_TEXT} & outside.keys()
@@ -75,8 +79,11 @@ def fit_tokens(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
         )
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) -> str:
-    """Choose a pad token from the existing vocabulary, so that the embedding matrix need not grow."""
+def _spare_token(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int], rows: int | None) -> str:
+    """Choose a pad token that has a row in the embedding matrix, so that the matrix need not grow.
+
+    It is an existing token where there is a fit one, else a new one for a row beyond the vocabulary.
+    """
     taken = {tokenizer.eos_token, tokenizer.bos_token, None, *outside}
     if tokenizer.unk_token not in taken:
         return str(tokenizer.unk_token)
@@ -88,6 +95,14 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, outside: dict[str, int]) ->
                 return token
     # BOS is safe for padding: it is masked, and unlike EOS it never ends a generation.
     last_resort = spare[0] if spare else tokenizer.bos_token
-    if last_resort in (None, tokenizer.eos_token):
-        raise SempaError("The tokenizer has no token other than EOS to pad with. Set its pad_token and save it.")
-    return str(last_resort)
+    if last_resort not in (None, tokenizer.eos_token):
+        return str(last_resort)
+    # GPT-2's only special token is its EOS.
+    if rows is not None and len(tokenizer) < rows:
+        return _NEW_PAD
+    if tokenizer.get_vocab().get(_UNUSED_BYTE) not in (None, *tokenizer(_UNUSED_BYTE)["input_ids"]):
+        return _UNUSED_BYTE
+    raise SempaError(
+        "The tokenizer has no token other than EOS to pad with, and the embedding matrix no row beyond the vocabulary. "
+        "Set its pad_token and save it."
+    )

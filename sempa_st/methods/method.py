@@ -15,6 +15,8 @@ from sempa_st.forward.packing import can_pack, states_packed, unpadded
 
 MASK = "[MASK]"
 """Placeholder for the tokenizer's mask token in a text."""
+PLACEHOLDER = "<PST>"
+"""A token of its own in a text, which splits the text around it."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,13 @@ class Rendered:
     Args:
         text: The text, without special tokens.
         read: Span whose tokens are pooled by their mean; the last token is pooled when None.
-        placeholder: Index of the character before whose token a placeholder token is inserted, if any.
+        has_placeholder: Whether the text holds :data:`PLACEHOLDER`; its first occurrence counts.
         hidden: Span that a second forward pass may mask, if any.
     """
 
     text: str
     read: tuple[int, int] | None = None
-    placeholder: int | None = None
+    has_placeholder: bool = False
     hidden: tuple[int, int] | None = None
 
 

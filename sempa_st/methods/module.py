@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBas
 from sempa_st.errors import SempaError
 from sempa_st.forward.packing import can_pack
 from sempa_st.methods.encoders import PromptBERT
-from sempa_st.methods.method import MASK, Batch, Method, Rendered
+from sempa_st.methods.method import MASK, PLACEHOLDER, Batch, Method, Rendered
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.peft_models import ADAPTER_CONFIG, is_peft_model, load_adapter
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width, position_limit, save_model
@@ -140,6 +142,13 @@ class MethodModule(InputModule):
             model = load_adapter(model, folder)
         return cls(model.eval(), load_tokenizer(folder), **settings)
 
+    @cached_property
+    def _placing_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the placeholder as an added token, as the authors of Token Prepending tokenise."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.add_tokens([PLACEHOLDER])
+        return tokenizer
+
     def _fitting(self, sentence: str) -> list[dict[str, list[int]]]:
         """Return the sequences of a sentence's texts; the sentence is cut at its end if one of them is too long."""
         while True:
@@ -168,18 +177,19 @@ class MethodModule(InputModule):
 
     def _sequence(self, text: Rendered) -> dict[str, list[int]]:
         whole = text.text.replace(MASK, self.tokenizer.mask_token or MASK)
-        ((ids, spans),) = tokenize(self.tokenizer, [whole], add_special_tokens=True)
+        tokenizer = self._placing_tokenizer if text.has_placeholder else self.tokenizer
+        ((ids, spans),) = tokenize(tokenizer, [whole], add_special_tokens=True)
+        placeholder = [0] * len(ids)
+        if text.has_placeholder:
+            token = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+            placeholder[ids.index(token)] = 1
+            ids = [self.tokenizer.eos_token_id if one == token else one for one in ids]
         (ids,) = fitting(self.tokenizer, [ids], self.decoder)
         if not ids:  # an empty text where the tokenizer adds no BOS
-            ids, spans = [self.tokenizer.eos_token_id], [(0, 0)]
+            ids, spans, placeholder = [self.tokenizer.eos_token_id], [(0, 0)], [0]
         last = [0] * (len(ids) - 1) + [1]
         read = last if text.read is None else _marked(spans, text.read)
         hidden = _marked(spans, text.hidden or (0, 0))
-        placeholder = [0] * len(ids)
-        if text.placeholder is not None:
-            index = next(index for index, (_, end) in enumerate(spans) if end > text.placeholder)
-            for values, value in ((ids, self.tokenizer.eos_token_id), (read, 0), (hidden, 0), (placeholder, 1)):
-                values.insert(index, value)
         if not any(read):
             read[-1] = 1  # an empty sentence has no tokens
         return dict(zip(Batch._fields, (ids, [1] * len(ids), read, placeholder, hidden), strict=True))

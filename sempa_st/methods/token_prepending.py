@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sempa_st.errors import SempaError
 from sempa_st.forward.decoder import at_tokens, edit_input, layers_of, states_after_layers
-from sempa_st.methods.method import Batch, Method, Rendered, gather_read, mean_pooled, scaled_layer
+from sempa_st.methods.method import PLACEHOLDER, Batch, Method, Rendered, gather_read, mean_pooled, scaled_layer
 from sempa_st.model.templates import embedding_template
 
 
@@ -18,8 +18,8 @@ from sempa_st.model.templates import embedding_template
 class TokenPrepending(Method):
     """Before each layer in [start, exit), copy the last token's hidden state into the placeholder position.
 
-    The placeholder is an EOS token between the template's colon and its quote. Its own state matters only in the layers
-    before ``start``.
+    The placeholder is an EOS token between the template's colon and its quote, in spaces of its own. Its own state
+    matters only in the layers before ``start``; the authors' is a new token with a random embedding.
 
     Args:
         template: One-word template.
@@ -38,9 +38,9 @@ class TokenPrepending(Method):
             raise SempaError(f"token-prepending from layer {self.start} to {self.exit}. Expected 1 <= start < exit.")
 
     def render(self, sentence: str) -> tuple[Rendered, ...]:
-        """Return the template around the sentence, with the position of the placeholder."""
-        template = embedding_template(self.template)
-        return (Rendered(template.text(sentence), placeholder=template.prefix.index(":") + 1),)
+        """Return the template around the sentence, with the placeholder."""
+        before, colon, after = embedding_template(self.template).text(sentence).partition(":")
+        return (Rendered(f"{before}{colon} {PLACEHOLDER}{after}", has_placeholder=True),)
 
     def default_layer(self, depth: int) -> int:
         """Return the layer at five sixths of the depth (27 of 32)."""

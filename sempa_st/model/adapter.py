@@ -52,7 +52,7 @@ def linear_suffixes(model: PreTrainedModel) -> list[str]:
 
 
 def _is_router(module: Any) -> bool:
-    """Whether a linear layer returns more than one tensor, as the routers of PhiMoE and Llama 4: LoRA cannot update it."""
+    """Whether a linear layer returns several tensors, as the routers of PhiMoE and Llama 4: LoRA cannot update it."""
     from torch import Tensor, nn
     from transformers.pytorch_utils import Conv1D
 
@@ -105,8 +105,8 @@ def lora_config(
 def left_out(base: Base, config: Any) -> list[str]:
     """Return the weight matrices besides embeddings and LM head that an adapter updates in no layer, sorted.
 
-    Such are the weights of experts where transformers holds them as one parameter, and their routers. PEFT has an update
-    for the former, but holds the updated weights of all experts of a layer in memory.
+    Such are the weights of experts where transformers holds them as one parameter, and their routers. PEFT has an
+    update for the former, but holds the updated weights of all experts of a layer in memory.
 
     Args:
         base: Base of the adapter.

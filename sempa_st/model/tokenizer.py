@@ -42,6 +42,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
     trim_malloc()
     check_chat_templates(tokenizer.chat_template, folder, tokenizer.special_tokens_map)
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # saved with it, for readers that generate in batches
     tokenizer.truncation_side = "right"
     fit_tokens(tokenizer, rows or embedding_rows(Path(folder)))
     return tokenizer

@@ -54,7 +54,7 @@ CASES = {
     ("trl", "train --base BASE --data sample --output OUT"): "Training needs the trl package",
     ("datasets", "train --base BASE --data sample --output OUT"): "Training needs the datasets package",
     ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT"): "A sweep needs the optuna package",
-    ("optuna", "analyze BASE --only templates --dtype float32 --output OUT"): "The part templates needs the optuna package",
+    ("optuna", "analyze BASE --only templates --dtype float32 --output OUT"): "The part templates needs the optuna",
     ("trl", "demo --output OUT"): "Training needs the trl package",
 }
 

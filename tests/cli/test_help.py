@@ -21,7 +21,8 @@ pytestmark = pytest.mark.names_dtype
 
 Cli = Callable[..., tuple[int, str, str]]
 COMMANDS = {
-    "train", "sweep", "encode", "evaluate", "compare", "table", "generation", "analyze", "tokens", "copy", "average", "demo",
+    "train", "sweep", "encode", "evaluate", "compare", "table", "generation", "analyze", "tokens", "copy",
+    "average", "demo",
 }  # fmt: skip
 SEMPA = [sys.executable, "-m", "sempa_st"]
 ESCAPE = "\x1b["

@@ -1,4 +1,4 @@
-"""Every forward strategy on every architecture, with windows shorter than the rows: right, or said not to be supported."""
+"""Every forward strategy on every architecture, with windows shorter than the rows: right, or not supported."""
 
 from __future__ import annotations
 

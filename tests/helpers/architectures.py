@@ -28,9 +28,11 @@ ARCHITECTURES = {
     "bloom": "BLOOM", "cohere": "Cohere", "deepseek_v3": "DeepSeek-V3", "falcon": "Falcon",
     "falcon:alibi": "Falcon with ALiBi", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3",
     "gpt2": "GPT-2", "gptj": "GPT-J", "gpt_neo": "GPT-Neo", "gpt_neox": "GPT-NeoX", "gpt_oss": "GPT-OSS",
-    "granite": "Granite", "granitemoe": "GraniteMoE", "lfm2": "LFM2", "llama": "Llama", "llama4_text": "Llama 4", "mamba": "Mamba", "mistral": "Mistral",
-    "mixtral": "Mixtral", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "opt": "OPT", "phi": "Phi", "phi3": "Phi-3", "phimoe": "PhiMoE",
-    "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "stablelm": "StableLM", "starcoder2": "StarCoder2",
+    "granite": "Granite", "granitemoe": "GraniteMoE", "lfm2": "LFM2", "llama": "Llama",
+    "llama4_text": "Llama 4", "mamba": "Mamba", "mistral": "Mistral",
+    "mixtral": "Mixtral", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "opt": "OPT", "phi": "Phi", "phi3": "Phi-3",
+    "phimoe": "PhiMoE", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3-MoE", "stablelm": "StableLM",
+    "starcoder2": "StarCoder2",
 }  # fmt: skip
 COLUMNS = ("architecture", "trains", "readers agree", "merges", "activates", "runs in packs")
 INTRODUCTION = """# Architectures
@@ -39,7 +41,7 @@ What works on which decoder, found on tiny random models of transformers (`pytho
 this table anew, and a test compares it).
 
 - trains: an adapter lies on every linear layer but the LM head, and a loss moves all of it. Experts that transformers
-  holds as one parameter, and their routers, are no linear layers: a run warns of them, and its record and card name them.
+  holds as one parameter, and their routers, are no linear layers: a run warns of them, its record and card name them.
 - readers agree: plain sentence-transformers, `sempa_st.load` and PEFT's causal language model give the same vectors.
 - merges: `sempa copy --merge` gives the same vectors to all of them.
 - activates: `sempa copy --activate` gives the same vectors, and any other text the base's logits bit for bit.

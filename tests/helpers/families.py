@@ -54,7 +54,9 @@ def make_causal_lm(family: str, **changes: Any) -> Any:
     """Make a tiny decoder of an architecture, with random weights; after a colon stands a variant of one."""
     torch.manual_seed(0)
     sizes = {**SIZES, **OTHERS.get(family, {}), **changes}
-    config = AutoConfig.for_model(family.partition(":")[0], **{name: size for name, size in sizes.items() if size is not None})
+    config = AutoConfig.for_model(
+        family.partition(":")[0], **{name: size for name, size in sizes.items() if size is not None}
+    )
     model: Any = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -41,16 +41,7 @@ def sample_sentences() -> list[str]:
 
 def make_tokenizer(*, bos: bool = True, chat: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of 600 entries on the shipped sample."""
-    core = Tokenizer(models.BPE(unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(sample_sentences(), trainer)
+    core = train_bpe(["<pad>", "<bos>", "<eos>"])
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
@@ -60,6 +51,26 @@ def make_tokenizer(*, bos: bool = True, chat: str | None = CHAT_TEMPLATE) -> Pre
     )
     tokenizer.chat_template = chat
     return tokenizer
+
+
+def train_bpe(special_tokens: list[str]) -> Tokenizer:
+    core = Tokenizer(models.BPE(unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sample_sentences(), trainer)
+    return core
+
+
+def make_tokenizer_of_one() -> PreTrainedTokenizerFast:
+    """Train a tokenizer with one special token for everything, as GPT-2's."""
+    one = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=train_bpe(["<|endoftext|>"]), **one, model_max_length=512)
 
 
 def make_llama(seed: int = 0, *, hidden: int = 32, layers: int = 3) -> LlamaForCausalLM:

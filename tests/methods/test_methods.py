@@ -123,12 +123,11 @@ def test_token_prepending(make: Any, template: str) -> None:
     module = module_of(make, f"token-prepending:template={template}:start=1:exit=2:layer=-2")
     expected = []
     for text in SENTENCES:
-        whole = EMBEDDING_TEMPLATES[template].text(text)
-        before = ids_of(module, whole[: whole.index(":") + 1])
-        ids = ids_of(module, whole)
-        place = len(before)
-        assert ids[:place] == before
-        ids.insert(place, module.tokenizer.eos_token_id)
+        before, _, after = EMBEDDING_TEMPLATES[template].text(text).partition(":")
+        start = [*ids_of(module, f"{before}:"), *ids_of(module, " ")[1:]]  # the space before the placeholder is a token
+        place = len(start)
+        ids = [*start, module.tokenizer.eos_token_id, *ids_of(module, after)[1:]]
+        assert module.preprocess([text])["input_ids"].tolist() == [ids]
 
         def prepend(layer: int, states: Tensor, place: int = place) -> Tensor:
             return torch.cat([states[:place], states[-1:], states[place + 1 :]]) if layer == 1 else states
