@@ -51,6 +51,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("datasets", "train --base BASE --data sample --output OUT", "Training needs the datasets package"),
         ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT", "A sweep needs the optuna package"),
         ("trl", "demo --output OUT", "Training needs the trl package"),
+        ("matplotlib", "analyze BASE --output OUT", "An analysis needs the matplotlib package"),
     ],
 )
 def test_a_missing_package_is_named(
@@ -60,7 +61,8 @@ def test_a_missing_package_is_named(
     argv = [str(places.get(word, word)) for word in command.split()]
     result = subprocess.run([sys.executable, "-c", HIDDEN, package, *argv], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
-    extra = "eval" if command.split()[0] in ("evaluate", "table", "generation") else "train"
+    extras = {"analyze": "plots", **dict.fromkeys(("evaluate", "table", "generation"), "eval")}
+    extra = extras.get(command.split()[0], "train")
     assert result.stderr.startswith(f"sempa: {message}")
     assert result.stderr.strip().endswith(f"Install it with: pip install 'sempa-st[{extra}]'")
     assert len(result.stderr.splitlines()) == 1
