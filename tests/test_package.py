@@ -151,7 +151,7 @@ import logging, os, sys
 import torch, trl, mteb, sentence_transformers
 before = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
 import sempa_st.training.run, sempa_st.evaluation.sts, sempa_st.evaluation.generation
-import sempa_st.loading, sempa_st.folder.copying
+import sempa_st.loading, sempa_st.folder.copying, sempa_st.analysis.run
 after = (torch.get_num_threads(), logging.getLogger().level, list(logging.getLogger().handlers), dict(os.environ))
 assert before == after, (before, after)
 """

@@ -17,6 +17,8 @@ from sempa_st.analysis.vectors import Vectors, check_vectors, unit_blocks
 _FEWEST = 20
 """Triplets in the picture, if the share gives fewer."""
 _ROLES = ("anchor", "positive", "negative")
+_STYLES = (0, 2, 1)
+"""Blue, green and vermilion."""
 _PANELS = 2
 """Panels side by side."""
 
@@ -94,26 +96,29 @@ def _num_triplets(context: Context) -> int:
 def _picture(points: dict[str, NDArray[Any]], shares: dict[str, NDArray[Any]], count: int) -> Picture:
     columns = min(_PANELS, len(points))
     lines = math.ceil(len(points) / columns)
-    figure = new_figure(4.2 * columns, 4.2 * lines + 0.5)
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    figure = new_figure(4.2 * columns, 4.2 * lines)
+    figure.set_layout_engine("compressed")
+    panels = figure.subplots(lines, columns, squeeze=False)
+    limit = 1.08 * max(float(abs(coordinates).max()) for coordinates in points.values()) or 1.0
     for axes, (name, coordinates) in zip(panels.flat, points.items(), strict=False):
         anchors, *others = (coordinates[role * count : (role + 1) * count] for role in range(len(_ROLES)))
-        for role, side in enumerate(others, 1):
+        for index, dashes, side in zip(_STYLES[1:], ("-", ":"), others, strict=True):
             ends = np.stack([anchors, side])
-            axes.plot(ends[:, :, 0], ends[:, :, 1], color=style(role)["color"], linewidth=0.6, alpha=0.6, zorder=1)
-        for role, side in enumerate([anchors, *others]):
-            axes.scatter(side[:, 0], side[:, 1], s=18, linewidths=0, label=_ROLES[role], **style(role))
+            colour = style(index)["color"]
+            axes.plot(ends[:, :, 0], ends[:, :, 1], dashes, color=colour, linewidth=0.7, alpha=0.6, zorder=1)
+        for role, index, side in zip(_ROLES, _STYLES, [anchors, *others], strict=True):
+            axes.scatter(side[:, 0], side[:, 1], s=18, linewidths=0, label=role, **style(index))
         first, second = shares[name]
-        axes.set_title(f"{name}\n{first:.1%} and {second:.1%} of the variance", fontsize=9)
-        axes.set_aspect("equal", adjustable="box")
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel(f"first component ({first:.1%} of the variance)", fontsize=8)
+        axes.set_ylabel(f"second component ({second:.1%})", fontsize=8)
+        axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(points) :]:
         axes.set_visible(False)
-    figure.supxlabel("first component", fontsize=9)
-    figure.supylabel("second component", fontsize=9)
-    figure.legend(
-        *panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_ROLES), fontsize=9
-    )
+    series = panels.flat[0].get_legend_handles_labels()
+    figure.legend(*series, loc="outside upper center", ncols=len(_ROLES), fontsize=9)
     return Picture("pca", f"Anchors, positives and negatives of {count:,} NLI triplets on two components.", figure)
 
 

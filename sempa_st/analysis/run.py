@@ -97,7 +97,8 @@ def _finished(part: Part, context: Context, folder: Path, digest: str) -> dict[s
     from tqdm.auto import tqdm
 
     record: dict[str, Any] = read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
-    if record.get("digest") == digest:
+    pictures = [folder / f"{picture['name']}.png" for picture in record.get("pictures", ())]
+    if record.get("digest") == digest and all(picture.is_file() for picture in pictures):
         return record
     total = part.steps(context) * len(context.models) if part.steps else None
     with tqdm(total=total, desc=part.title, unit="step", dynamic_ncols=True) as context.bar:

@@ -144,7 +144,8 @@ class LanguageHead:
         text = str(after).removeprefix(str(before))
         if not text or "\ufffd" in text:
             text = str(self.tokenizer.convert_ids_to_tokens(token))
-        return "▁" + text[1:] if text.startswith(" ") else text.replace("\n", "\\n")
+        text = "▁" + text[1:] if text.startswith(" ") else text
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
     def surface(self, sentence: str) -> set[int]:
         """Return the ids of a sentence's own tokens, without special tokens and template."""

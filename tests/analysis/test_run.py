@@ -202,8 +202,12 @@ def test_geometry_of_two_models(run_cli: Cli, tiny_base: Path, analysis_data: Pa
     page = Page((out / "report.html").read_text())
     (picture,) = page.loaded
     png = base64.b64decode(re.sub("^data:image/png;base64,", "", picture))
-    assert png == (out / "parts" / "geometry" / "geometry.png").read_bytes()
+    file = out / "parts" / "geometry" / "geometry.png"
+    assert png == file.read_bytes()
     assert png.startswith(b"\x89PNG")
+    file.unlink()  # a part that lost a file is not finished
+    assert run_cli(*command, "--output", out, *FLAGS)[0] == 0
+    assert file.read_bytes() == png
 
 
 def test_one_model_is_in_memory_at_a_time(tiny_base: Path, tmp_path: Path) -> None:

@@ -46,17 +46,25 @@ print(json.dumps([case["code"] for case in cases]))
 """The command line, in processes in which the package that a case names is not installed."""
 
 CASES = {
-    ("mteb", "evaluate BASE --data-dir DATA --output OUT"): "Evaluation needs the mteb package",
-    ("datasets", "evaluate BASE --data-dir DATA --output OUT"): "Evaluation needs the datasets package",
-    ("mteb", "table --base BASE --data-dir DATA --output OUT"): "Evaluation needs the mteb package",
-    ("lm_eval", "generation BASE --data-dir DATA"): "Measuring generation needs the lm-eval package",
-    ("datasets", "generation BASE --data-dir DATA"): "Measuring generation needs the datasets package",
-    ("trl", "train --base BASE --data sample --output OUT"): "Training needs the trl package",
-    ("datasets", "train --base BASE --data sample --output OUT"): "Training needs the datasets package",
-    ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT"): "A sweep needs the optuna package",
-    ("optuna", "analyze BASE --only templates --dtype float32 --output OUT"): "The part templates needs the optuna",
-    ("trl", "demo --output OUT"): "Training needs the trl package",
+    ("mteb", "evaluate BASE --data-dir DATA --output OUT"): ("Evaluation needs the mteb package", "eval"),
+    ("datasets", "evaluate BASE --data-dir DATA --output OUT"): ("Evaluation needs the datasets package", "eval"),
+    ("mteb", "table --base BASE --data-dir DATA --output OUT"): ("Evaluation needs the mteb package", "eval"),
+    ("lm_eval", "generation BASE --data-dir DATA"): ("Measuring generation needs the lm-eval package", "eval"),
+    ("datasets", "generation BASE --data-dir DATA"): ("Measuring generation needs the datasets package", "eval"),
+    ("trl", "train --base BASE --data sample --output OUT"): ("Training needs the trl package", "train"),
+    ("datasets", "train --base BASE --data sample --output OUT"): ("Training needs the datasets package", "train"),
+    ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT"): (
+        "A sweep needs the optuna package",
+        "train",
+    ),
+    ("optuna", "analyze BASE --only templates --dtype float32 --output OUT"): (
+        "The part templates needs the optuna",
+        "train",
+    ),
+    ("trl", "demo --output OUT"): ("Training needs the trl package", "train"),
+    ("matplotlib", "analyze BASE --output OUT"): ("An analysis needs the matplotlib package", "plots"),
 }
+"""The message, and the extra to install, by the package that is missing and the command."""
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +99,8 @@ def test_a_missing_package_is_named(
 ) -> None:
     code, stderr, output = endings[case]
     assert code == 2, stderr
-    extra = "eval" if case[1].split()[0] in ("evaluate", "table", "generation") else "train"
-    assert stderr.startswith(f"sempa: {CASES[case]}")
+    message, extra = CASES[case]
+    assert stderr.startswith(f"sempa: {message}")
     assert stderr.strip().endswith(f"Install it with: pip install 'sempa-st[{extra}]'")
     assert len(stderr.splitlines()) == 1
     assert not output.exists()
