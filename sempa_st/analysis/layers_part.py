@@ -73,12 +73,14 @@ def _cell(curve: LayerCurve, layer: int) -> float | None:
 
 
 def _picture(curves: Sequence[LayerCurve]) -> Picture:
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure()
     axes = figure.subplots()
     for index, curve in enumerate(curves):
         line = "--" if curve.name.endswith("adapter off") else "-"
         axes.plot(range(1, len(curve.scores) + 1), curve.scores, line, label=curve.name, **style(index))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer (the last one with the final norm)")
     axes.set_ylabel("Spearman x 100")
     axes.grid(alpha=0.3)
