@@ -101,7 +101,8 @@ class AnalysisData:
         if len(pairs) <= count:
             return pairs
         chosen = sorted(random.Random(seed).sample(range(len(pairs)), count))
-        return GradedPairs(*([side[index] for index in chosen] for side in (pairs.first, pairs.second, pairs.scores)))
+        first, second, scores = pairs.first, pairs.second, pairs.scores
+        return GradedPairs(*zip(*((first[index], second[index], scores[index]) for index in chosen), strict=True))
 
     def digest(self, need: str) -> str:
         """Return the SHA-256 (hex) of ``triplets``, ``sts``, ``dev``, ``corpus`` or ``records``."""

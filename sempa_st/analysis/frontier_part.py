@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from sempa_st.analysis.context import Context
-from sempa_st.analysis.frontier import draw_frontier, frontier_points
+from sempa_st.analysis.frontier import FrontierPoint, draw_frontier, frontier_points
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
 from sempa_st.analysis.plotting import new_figure
 
@@ -34,7 +35,7 @@ def run(context: Context) -> PartResult:
     )
 
 
-def _picture(points: list, label: str) -> Picture:  # type: ignore[type-arg]
+def _picture(points: Sequence[FrontierPoint], label: str) -> Picture:
     figure = new_figure(7, 4.5 + 0.2 * len(points))
     draw_frontier(figure.subplots(), points, label)
     return Picture("frontier", "STS over the rise of the perplexity; towards the upper left is better.", figure)

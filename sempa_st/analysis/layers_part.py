@@ -9,6 +9,7 @@ from sempa_st.analysis.context import Context
 from sempa_st.analysis.layers import LayerCurve, layer_curve, reads_prompt_eol, without_adapter
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
 from sempa_st.analysis.plotting import new_figure, style
+from sempa_st.data.sts import GradedPairs
 from sempa_st.folder.resolve import adapter_base
 
 
@@ -18,14 +19,9 @@ def run(context: Context) -> PartResult:
     curves: list[LayerCurve] = []
     left_out: list[str] = []
     for name in context.models:
-        model = context.load(name)
-        if not reads_prompt_eol(model):
-            left_out.append(name)
-            continue
-        curves.append(layer_curve(name, model, pairs, report=context.advance))
-        if (off := without_adapter(model)) is not None and not _base_is_given(context, name):
-            with off:
-                curves.append(layer_curve(f"{name}, adapter off", model, pairs))
+        found = _curves(context, name, pairs)
+        curves += found
+        left_out += [] if found else [name]
     notes = [
         f"On {len(pairs):,} pairs of {context.data.dev_name}: the last token's hidden "
         "state after each layer. The last one has the final norm, and is the model's own embedding; the inner ones are "
@@ -52,6 +48,18 @@ def run(context: Context) -> PartResult:
     )
 
 
+def _curves(context: Context, name: str, pairs: GradedPairs) -> list[LayerCurve]:
+    """Return a model's curve, and its base's if the base is none of the models; none if it has no template."""
+    model = context.load(name)  # here: a reference kept in the loop would keep two models in memory
+    if not reads_prompt_eol(model):
+        return []
+    curves = [layer_curve(name, model, pairs, report=context.advance)]
+    if (off := without_adapter(model)) is not None and not _base_is_given(context, name):
+        with off:
+            curves.append(layer_curve(f"{name}, adapter off", model, pairs))
+    return curves
+
+
 def _base_is_given(context: Context, name: str) -> bool:
     """Whether the base of a model's adapter is among the models, so that one curve is enough."""
     base = adapter_base(context.models[name].source.folder).folder.resolve()
@@ -65,12 +73,14 @@ def _cell(curve: LayerCurve, layer: int) -> float | None:
 
 
 def _picture(curves: Sequence[LayerCurve]) -> Picture:
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure()
     axes = figure.subplots()
     for index, curve in enumerate(curves):
         line = "--" if curve.name.endswith("adapter off") else "-"
         axes.plot(range(1, len(curve.scores) + 1), curve.scores, line, label=curve.name, **style(index))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer (the last one with the final norm)")
     axes.set_ylabel("Spearman x 100")
     axes.grid(alpha=0.3)

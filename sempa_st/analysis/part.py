@@ -102,6 +102,7 @@ class Part:
         settings: Names of the fields of :class:`~sempa_st.analysis.settings.AnalysisSettings` that it reads.
         steps: Steps of the progress bar for one model, such as the number of sentences. ``context.vectors`` advances it
             by one step a sentence; ``context.advance`` by the other steps. Unknown when None.
+        check: Raises :class:`SempaError` if it cannot run; called before the first part is run.
         by_name: Whether it runs only when asked for by its name, since it takes long.
     """
 
@@ -111,4 +112,5 @@ class Part:
     needs: Sequence[str] = ()
     settings: Sequence[str] = ()
     steps: Callable[[Context], int] | None = None
+    check: Callable[[Context], None] | None = None
     by_name: bool = False

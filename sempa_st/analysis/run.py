@@ -73,6 +73,9 @@ def analyze(
     with tempfile.TemporaryDirectory(prefix="sempa-analyze-") as scratch:
         context = Context(found, data, chosen, Path(scratch), folder / KEPT)
         for part in parts:
+            if part.check:
+                part.check(context)
+        for part in parts:
             identity = {
                 "version": __version__,
                 "models": identities,

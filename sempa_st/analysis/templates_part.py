@@ -13,16 +13,23 @@ from sempa_st.utils.extras import require
 _COLUMNS = ("base", "paraphrase", "template", "runs", "mean", "sd", "untrained", "change")
 
 
-def run(context: Context) -> PartResult:
-    """Train and score the matrix of each base among the models; finished runs of an earlier call are kept."""
+def check(context: Context) -> None:
+    """Raise :class:`SempaError` if there is no base to train, or a package to train with is missing."""
     require("optuna", "trl", "datasets", extra="train", purpose="The part templates")
-    bases = [model for model in context.models.values() if model.source.kind == "base" and model.method is None]
-    if not bases:
+    if not _bases(context):
         raise SempaError(
             f"The part templates trains a base, and these are none: {', '.join(context.models)}. Name one, such as "
             "gemma3-270m."
         )
-    matrices = {base.name: _matrix(context, base) for base in bases}
+
+
+def _bases(context: Context) -> list[AnalyzedModel]:
+    return [model for model in context.models.values() if model.source.kind == "base" and model.method is None]
+
+
+def run(context: Context) -> PartResult:
+    """Train and score the matrix of each base among the models; finished runs of an earlier call are kept."""
+    matrices = {base.name: _matrix(context, base) for base in _bases(context)}
     rows = [
         (
             name,
@@ -86,5 +93,6 @@ PART = Part(
     run,
     needs=("dev", "triplets"),
     settings=("cell_triplets", "cell_seeds", "cell_pairs", "seed"),
+    check=check,
     by_name=True,
 )
