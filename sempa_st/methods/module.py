@@ -181,7 +181,7 @@ class MethodModule(InputModule):
         ((ids, spans),) = tokenize(tokenizer, [whole], add_special_tokens=True)
         placeholder = [0] * len(ids)
         if text.has_placeholder:
-            token = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+            token: Any = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
             placeholder[ids.index(token)] = 1
             ids = [self.tokenizer.eos_token_id if one == token else one for one in ids]
         (ids,) = fitting(self.tokenizer, [ids], self.decoder)
