@@ -15,6 +15,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.tokenizer import prefix_tokens
 from sempa_st.training.build import RunInputs
+from sempa_st.training.config import TrainConfig
 from sempa_st.training.record import run_record
 from sempa_st.utils.files import atomic_folder, write_json
 
@@ -24,11 +25,13 @@ class ModelWriter:
     """Write the checkpoints of a run as model folders.
 
     Args:
+        config: Settings of the run as given, for the record; those of ``inputs`` are cut to the base's positions.
         inputs: Inputs of the run.
         started: Value of ``time.monotonic()`` at its start, in seconds.
         base_score: Dev score before training, times 100.
     """
 
+    config: TrainConfig
     inputs: RunInputs
     started: float
     base_score: float
@@ -41,7 +44,7 @@ class ModelWriter:
             step: Optimiser step of the model that the record is for; the best one when None.
         """
         return run_record(
-            self.inputs.config,
+            self.config,
             self.inputs.base,
             self.inputs.data,
             state,

@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
         with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
             trainer = build_trainer(inputs, run_folder)
             # A new adapter changes nothing, so this is the score of the base.
-            writer = ModelWriter(inputs, started, _base_score(inputs, trainer.generator()))
+            writer = ModelWriter(config, inputs, started, _base_score(inputs, trainer.generator()))
             if config.keep_checkpoints:
                 # A checkpoint is sealed last, so that one to resume from has its model.
                 trainer.remove_callback(Checkpoints)
