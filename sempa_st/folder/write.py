@@ -24,7 +24,7 @@ from sempa_st.folder.formats import (
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import copy_sources, embedding_width, transformer_config, within_positions
-from sempa_st.model.tokenizer import save_tokenizer
+from sempa_st.model.tokenizer import padding_side, save_tokenizer
 from sempa_st.utils.files import write_json
 from sempa_st.utils.names import check_entry, inside
 
@@ -63,7 +63,7 @@ def write_embedding_files(
             )
         # Because of this file transformers refuses to open the folder, and its error quotes the model type.
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, padding_side(config))
     write_json(folder / SETTINGS, transformer_config(template, within_positions(max_seq_length, config)))
     modules = [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}]
     if format == "native":

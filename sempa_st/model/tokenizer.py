@@ -17,7 +17,7 @@ from sempa_st.model.chat_templates import check_chat_templates
 from sempa_st.model.templates import EmbeddingTemplate
 from sempa_st.model.token_rows import common_prefix
 from sempa_st.utils.devices import trim_malloc
-from sempa_st.utils.files import read_json, write_text
+from sempa_st.utils.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,10 +42,24 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> PreTrainedTok
     trim_malloc()
     check_chat_templates(tokenizer.chat_template, folder, tokenizer.special_tokens_map)
     tokenizer.padding_side = "left"
-    tokenizer.init_kwargs["padding_side"] = "left"  # saved with it, for readers that generate in batches
     tokenizer.truncation_side = "right"
     fit_tokens(tokenizer, rows or embedding_rows(Path(folder)))
     return tokenizer
+
+
+def padding_side(config: Any) -> str:
+    """Return the side on which plain readers of a model folder should pad.
+
+    Generation in batches needs padding on the left. Learned positions (GPT-2) count from the left edge in a plain
+    forward pass, so that padding there would change the embeddings of plain sentence-transformers.
+
+    Args:
+        config: Configuration of the decoder.
+    """
+    text = config.get_text_config()
+    relative = any(getattr(text, name, None) for name in ("rope_parameters", "rotary_dim", "alibi"))
+    learned = getattr(text, "max_position_embeddings", None) is not None and not relative
+    return "right" if learned else "left"
 
 
 def embedding_rows(folder: Path) -> int | None:
@@ -67,9 +81,18 @@ def _read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False) if tokenizer is None else tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a tokenizer, with ``tokenizer.json`` unindented: half the size, and loaded in half the time."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, side: str | None = None) -> None:
+    """Save a tokenizer, with ``tokenizer.json`` unindented: half the size, and loaded in half the time.
+
+    Args:
+        tokenizer: Tokenizer to save.
+        folder: Folder to write to.
+        side: Side on which readers of the folder pad; the tokenizer's own when None.
+    """
     tokenizer.save_pretrained(folder)
+    if side:
+        settings = Path(folder, _TOKENIZER_CONFIG)
+        write_json(settings, {**read_json(settings), "padding_side": side})
     path = Path(folder, "tokenizer.json")
     if path.is_file():
         write_text(path, json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":")))

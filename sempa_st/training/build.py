@@ -133,6 +133,7 @@ def _dpo_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> PreferenceTrai
             beta=config.beta,
             max_length=config.max_length,
             precompute_ref_log_probs=True,
+            disable_dropout=False,  # the base has none left, and the adapter's is wanted
             router_aux_loss_coef=0.0,  # the paper's loss has no term of the routers, which are not trained
         ),
         train_dataset=Dataset.from_list(examples),

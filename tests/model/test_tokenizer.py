@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import make_causal_lm
-from helpers.tiny import finish_adapter, make_config, make_llama, make_tokenizer_of_one, save_base
+from helpers.tiny import finish_adapter, make_config, make_llama, make_tokenizer, make_tokenizer_of_one, save_base
 from peft import AutoPeftModelForCausalLM
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.model.tokenizer import load_tokenizer
+from sempa_st.model.tokenizer import load_tokenizer, padding_side
 from sempa_st.training.run import train
 
 pytestmark = pytest.mark.names_dtype
@@ -78,3 +78,23 @@ def test_a_folder_keeps_its_side(tiny_base: Path, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
     assert AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == "left"
+
+
+def test_a_folder_with_learned_positions_pads_right(tmp_path: Path) -> None:
+    """Plain sentence-transformers would count the positions of a sentence from the padding on its left."""
+    folder = finish_adapter(
+        tmp_path / "model",
+        save_base(tmp_path / "base", make_causal_lm("gpt2"), make_tokenizer()),
+        make_causal_lm("gpt2"),
+    )
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "right"
+    plain = SentenceTransformer(str(folder), device="cpu")
+    single = np.concatenate([plain.encode([text]) for text in SENTENCES])
+    np.testing.assert_allclose(plain.encode(SENTENCES), single, rtol=0, atol=1e-5)
+    plain.tokenizer.padding_side = "left"
+    assert abs(plain.encode(SENTENCES) - single).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "gptj", "mamba", "phi"])
+def test_other_positions_leave_the_side_to_generation(family: str) -> None:
+    assert padding_side(AutoConfig.for_model(family)) == "left"

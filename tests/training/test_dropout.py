@@ -19,7 +19,7 @@ from torch import nn
 from sempa_st.data.nli import load_nli
 from sempa_st.data.sts import dev_pairs
 from sempa_st.errors import SempaError
-from sempa_st.model.base_model import Base
+from sempa_st.model.base_model import Base, named_decoder
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import install_template
 from sempa_st.training.build import RunInputs, build_trainer
@@ -48,7 +48,7 @@ def with_dropout(family: str, **changes: Any) -> Any:
     """Make a tiny decoder whose every rate is above 0."""
     config = make_causal_lm(family, **changes).config
     rates = {name: RATE for name, value in vars(config).items() if "drop" in name and isinstance(value, int | float)}
-    return make_causal_lm(family, **changes, **rates)
+    return named_decoder(make_causal_lm(family, **changes, **rates))
 
 
 def make_trainer(folder: Path, model: Any, **settings: Any) -> Any:

@@ -22,6 +22,7 @@ from helpers.tiny import make_config
 from safetensors.torch import load_file
 
 from sempa_st.errors import SempaError
+from sempa_st.training import output as writing
 from sempa_st.training import run as training
 from sempa_st.training.checkpoints import _sha256, checkpoints_in, fault_in
 from sempa_st.training.config import TrainConfig
@@ -422,7 +423,7 @@ def test_a_crash_at_the_very_end_is_gone_on_with(
 
     config = make_config(tiny_base, tmp_path / "model", max_triplets=8)
     with monkeypatch.context() as patch, pytest.raises(InterruptError):
-        patch.setattr(training, "write_card", fail)
+        patch.setattr(writing, "write_card", fail)
         train(config)
     assert not Path(config.output).exists()
     train(replace(config, resume=True))
