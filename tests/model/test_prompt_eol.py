@@ -242,8 +242,7 @@ def test_token_embeddings_and_other_inputs_are_those_of_plain_modules(adapter_fo
         found, expected = (model.encode(texts, output_value=output) for model in (loaded, plain))
         for one, other in zip(found, expected, strict=True):
             if output is None:
-                read = one["attention_mask"].bool()
-                one, other = one["token_embeddings"][read], other["token_embeddings"][read]
+                one, other = (row["token_embeddings"][row["attention_mask"].bool()] for row in (one, other))
             other = other[-len(one) :]  # plain sentence-transformers leaves the padding on the left in
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
     for wrapped in ([{"text": text} for text in texts], {"text": texts[0]}):
