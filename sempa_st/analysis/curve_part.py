@@ -90,7 +90,7 @@ def spaced(values: Iterable[int]) -> list[int]:
     """Return some of the values, the largest among them, that are a tenth of the logarithmic axis apart.
 
     >>> spaced([250, 500, 510, 1000])
-    [250, 500, 1000]
+    [250, 510, 1000]
     """
     ordered = sorted(values, reverse=True)
     distance = (ordered[0] / ordered[-1]) ** 0.1
