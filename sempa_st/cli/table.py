@@ -50,20 +50,17 @@ def add(commands: Any) -> None:
 def _table(args: argparse.Namespace) -> None:
     from sempa_st.evaluation.table import COLUMNS, System, lines_of, score_systems, write_tables
     from sempa_st.folder.resolve import find_model
-    from sempa_st.methods.registry import methods_for, parse_method
+    from sempa_st.loading import check_method
+    from sempa_st.methods.registry import methods_for
 
-    encoder = find_model(args.base, for_method=True).takes_encoder_methods
-    methods = methods_for(encoders=encoder) if args.methods == [_ALL] else args.methods
+    source = find_model(args.base, for_method=True)
+    methods = methods_for(encoders=source.takes_encoder_methods) if args.methods == [_ALL] else args.methods
     systems = [*(System(args.base, method) for method in methods), *(System(model) for model in args.models)]
     if not systems:
         raise SempaError("There is nothing to score. Name --methods or --models.")
     # Check every request before hours of work.
     for method in methods:
-        if parse_method(method).for_encoders != encoder:
-            raise SempaError(
-                f"The method {method!r} does not apply to {args.base}. Expected some of: "
-                f"{', '.join(methods_for(encoders=encoder))}."
-            )
+        check_method(source, method)
     for model in args.models:
         find_model(model)
     output = Path(args.output)

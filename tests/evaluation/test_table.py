@@ -97,7 +97,7 @@ def test_what_is_finished_is_not_run_again(
     ("arguments", "message"),
     [
         (["--methods", "sbert"], "Unknown method 'sbert'. Expected one of: mean"),
-        (["--methods", "promptbert"], "Expected some of: mean, last-token"),
+        (["--methods", "promptbert"], "Expected one of: mean, last-token"),
         (["--methods"], "nothing to score"),
         (["--methods", "mean", "mean"], "Two systems have the name 'mean'"),
         (["--methods", "mean", "--models", "nowhere/at-all"], "nowhere/at-all"),
