@@ -16,8 +16,7 @@ def run(context: Context) -> PartResult:
     records = context.data.records
     if not records.generation:
         return PartResult(notes=["No generation scores. Pass JSON files of sempa generation with --records."])
-    own = {name: record for name, model in context.models.items() if (record := model.source.folder.record)}
-    label, points = frontier_points(replace(records, runs=own | records.runs))
+    label, points = _points(context)
     rows = [(point.name, point.sts, point.perplexity, point.rise, point.accuracy) for point in points]
     columns = ("model", label, "word perplexity", "rise in %", "mean accuracy")
     drawn = [point for point in points if point.rise is not None]
@@ -35,10 +34,22 @@ def run(context: Context) -> PartResult:
     )
 
 
+def check(context: Context) -> None:
+    """Raise :class:`SempaError` if there are generation scores, and none of them can be set beside an STS score."""
+    if context.data.records.generation:
+        _points(context)
+
+
+def _points(context: Context) -> tuple[str, list[FrontierPoint]]:
+    records = context.data.records
+    own = {name: record for name, model in context.models.items() if (record := model.source.folder.record)}
+    return frontier_points(replace(records, runs=own | records.runs))
+
+
 def _picture(points: Sequence[FrontierPoint], label: str) -> Picture:
     figure = new_figure(7, 4.5 + 0.2 * len(points))
     draw_frontier(figure.subplots(), points, label)
     return Picture("frontier", "STS over the rise of the perplexity; towards the upper left is better.", figure)
 
 
-PART = Part("frontier", "Embedding against generating", run, needs=("records",))
+PART = Part("frontier", "Embedding against generating", run, needs=("records",), check=check)

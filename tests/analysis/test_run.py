@@ -131,6 +131,10 @@ def test_the_report_and_its_files(
         (["MODEL", "--output", "OUT", "--share", "0"], "share is 0.0. Expected a number above 0"),
         (["MODEL", "--output", "OUT", "--data-dir", "OUT"], "There are no NLI triplets in"),
         (["MODEL", "--output", "OUT", "--corpus", "no.txt"], "no.txt"),
+        (
+            ["MODEL", "--output", "OUT", "--records", "benchmarks/results/generation-wikitext.json"],
+            "No model has both STS and generation scores",
+        ),
         (["MODEL", "--output", "MODEL/config.json"], "is a file. Expected a folder"),
     ],
 )
