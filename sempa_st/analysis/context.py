@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BATCHES = 16
 """Batches that are encoded between two steps of the progress bar."""
+_LOADED_BYTES = 6 << 30
+"""Size of the weights that stay loaded from one part to the next."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +111,24 @@ class Context:
         self.bar: Any = None
         self._scratch = scratch
         self._stores: dict[str, VectorStore] = {}
-        self._loaded: tuple[str, SentenceTransformer] | None = None
+        self._loaded: dict[str, SentenceTransformer] = {}
 
     def load(self, name: str) -> SentenceTransformer:
-        """Return a model. It stays loaded until another one is asked for, so that memory holds one at a time."""
-        if self._loaded is None or self._loaded[0] != name:
-            # The old one is freed before the new one is read; modules refer to each other, so only gc frees them.
-            self._loaded = None
-            gc.collect()
-            trim_malloc()
+        """Return a model. It stays loaded for the next part, if all that are loaded have 6 GiB of weights at most."""
+        if name not in self._loaded:
+            if sum(map(_weight_bytes, self._loaded.values())) + self._largest_bytes() > _LOADED_BYTES:
+                # All are freed before one is read; modules refer to each other, so only gc frees them.
+                self._loaded.clear()
+                gc.collect()
+                trim_malloc()
             chosen = self.models[name]
             settings = self.settings
-            model = load(chosen.model, method=chosen.method, dtype=settings.dtype, device=settings.device)
-            self._loaded = (name, model)
-        return self._loaded[1]
+            self._loaded[name] = load(chosen.model, method=chosen.method, dtype=settings.dtype, device=settings.device)
+        return self._loaded[name]
+
+    def _largest_bytes(self) -> int:
+        """Return the size of the largest loaded model, as a guess at the next one's."""
+        return max(map(_weight_bytes, self._loaded.values()), default=0)
 
     def vectors(self, name: str, sentences: Sequence[str]) -> Vectors:
         """Return the embeddings of sentences, of shape (sentences, hidden) in float32, not normalised.
@@ -152,3 +158,7 @@ class Context:
         """Advance the progress bar."""
         if self.bar is not None:
             self.bar.update(steps)
+
+
+def _weight_bytes(model: SentenceTransformer) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
