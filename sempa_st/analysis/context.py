@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sempa_st.analysis.data import AnalysisData
 from sempa_st.analysis.settings import AnalysisSettings
@@ -139,9 +140,7 @@ class Context:
         Raises:
             SempaError: If a vector is not finite.
         """
-        if name not in self._stores:
-            self._stores[name] = VectorStore(self._scratch / f"{len(self._stores)}.f32")
-        store = self._stores[name]
+        store = self._store(name)
         new = store.missing(sentences)
         self.advance(len(sentences) - len(new))
         new.sort(key=len)
@@ -153,6 +152,25 @@ class Context:
             store.add(window, np.asarray(vectors, dtype=np.float32))
             self.advance(len(window))
         return store.view(sentences)
+
+    def keep(self, name: str, sentences: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Keep embeddings that a part has computed for itself, so that :meth:`vectors` does not encode them again.
+
+        Args:
+            name: Name of the model.
+            sentences: Sentences; those that have an embedding keep it.
+            vectors: What :meth:`vectors` would return, of shape (sentences, hidden).
+        """
+        store = self._store(name)
+        rows = {sentence: row for row, sentence in enumerate(sentences)}
+        new = store.missing(sentences)
+        if new:
+            store.add(new, vectors[[rows[sentence] for sentence in new]])
+
+    def _store(self, name: str) -> VectorStore:
+        if name not in self._stores:
+            self._stores[name] = VectorStore(self._scratch / f"{len(self._stores)}.f32")
+        return self._stores[name]
 
     def advance(self, steps: int) -> None:
         """Advance the progress bar."""

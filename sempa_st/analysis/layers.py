@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sempa_st.analysis.ranks import Values, checked_gold, spearman
@@ -46,8 +47,17 @@ class LayerCurve:
         return len(self.scores) - int(np.nanargmax(self.scores[::-1]))
 
 
+Keep = Callable[[Sequence[str], NDArray[np.float32]], None]
+"""Takes sentences and their embeddings, of shape (sentences, hidden)."""
+
+
 def layer_curve(
-    name: str, model: SentenceTransformer, pairs: GradedPairs, *, report: Callable[[int], None] | None = None
+    name: str,
+    model: SentenceTransformer,
+    pairs: GradedPairs,
+    *,
+    report: Callable[[int], None] | None = None,
+    keep: Keep | None = None,
 ) -> LayerCurve:
     """Score the embedding read at each layer on graded pairs.
 
@@ -56,12 +66,13 @@ def layer_curve(
         model: What :func:`sempa_st.load` returns for a SemPA folder or a base without a method.
         pairs: Graded pairs.
         report: Called after each batch with its number of pairs.
+        keep: Called for each batch with sentences and the embeddings that the model gives for them.
 
     Raises:
         SempaError: If the model is no PromptEOL module, the pairs cannot be ranked, or a vector is not finite.
     """
     gold = checked_gold(pairs)
-    cosines = layer_cosines(model, pairs, report=report)
+    cosines = layer_cosines(model, pairs, report=report, keep=keep)
     odd = np.argwhere(~np.isfinite(cosines))
     if odd.size:
         layer, pair = odd[0]
@@ -71,7 +82,11 @@ def layer_curve(
 
 @torch.no_grad()
 def layer_cosines(
-    model: SentenceTransformer, pairs: GradedPairs, *, report: Callable[[int], None] | None = None
+    model: SentenceTransformer,
+    pairs: GradedPairs,
+    *,
+    report: Callable[[int], None] | None = None,
+    keep: Keep | None = None,
 ) -> Values:
     """Return the cosine of each pair at each layer, of shape (layers, pairs), from one forward pass a sentence.
 
@@ -83,7 +98,8 @@ def layer_cosines(
     Args:
         model: As for :func:`layer_curve`.
         pairs: Graded pairs; the scores are not used.
-        report: Called after each batch with its number of pairs.
+        report: As for :func:`layer_curve`.
+        keep: As for :func:`layer_curve`.
 
     Raises:
         SempaError: If the model is no PromptEOL module.
@@ -98,6 +114,8 @@ def layer_cosines(
     for batch in group_by_length(lengths, max_tokens=max(1, _BATCH_BYTES // (width * (depth + 1)))):
         rows = pad_rows(module.tokenizer, [side[index] for side in sides for index in batch], "right")
         states = _last_token_states(module, rows["input_ids"], rows["attention_mask"])[..., : model.truncate_dim]
+        if keep:
+            keep([side[index] for side in (pairs.first, pairs.second) for index in batch], states[-1].cpu().numpy())
         first, second = states.double().chunk(2, dim=1)
         cosines[:, batch] = torch.cosine_similarity(first, second, dim=-1).cpu().numpy()
         if report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from sempa_st.analysis.context import Context
 from sempa_st.analysis.layers import LayerCurve, layer_curve, reads_prompt_eol, without_adapter
@@ -53,7 +54,8 @@ def _curves(context: Context, name: str, pairs: GradedPairs) -> list[LayerCurve]
     model = context.load(name)  # here: a reference kept in the loop would keep two models in memory
     if not reads_prompt_eol(model):
         return []
-    curves = [layer_curve(name, model, pairs, report=context.advance)]
+    keep = partial(context.keep, name)  # of the same pairs, `strata` reads the embeddings
+    curves = [layer_curve(name, model, pairs, report=context.advance, keep=keep)]
     if (off := without_adapter(model)) is not None and not _base_is_given(context, name):
         with off:
             curves.append(layer_curve(f"{name}, adapter off", model, pairs))

@@ -23,8 +23,8 @@ PARTS: tuple[Part, ...] = (
     pca.PART,
     tokens_part.PART,
     gar.PART,
-    strata_part.PART,
     layers_part.PART,
+    strata_part.PART,  # after the layers, whose forward pass leaves it the embeddings
     curve_part.PART,
     frontier_part.PART,
     templates_part.PART,

@@ -71,6 +71,13 @@ def test_layers_are_those_of_a_manual_forward_and_the_last_is_the_embedding(
     assert found[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_embeddings_are_kept(pairs: GradedPairs, gemma: Any) -> None:
+    kept: dict[str, Any] = {}
+    layer_curve("m", gemma, pairs, keep=lambda sentences, vectors: kept.update(zip(sentences, vectors, strict=True)))
+    assert set(kept) == set(pairs.sentences)
+    np.testing.assert_allclose(list(kept.values()), gemma.encode(list(kept)), atol=1e-5)
+
+
 def test_an_activated_adapter_acts_on_all_of_the_template(
     pairs: GradedPairs, adapter_folder: Path, adapted: Any, tmp_path: Path
 ) -> None:

@@ -226,3 +226,14 @@ def test_models_stay_loaded_while_they_fit(
     assert context.load("tiny-llama")[0] is first()
     context.load("mean:tiny-llama")
     assert (first() is not None) is both_fit
+
+
+def test_kept_embeddings_are_not_encoded_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Context(find_models([str(tiny_base)]), AnalysisData(), AnalysisSettings(), tmp_path)
+    given = np.arange(12, dtype=np.float32).reshape(4, 3)
+    monkeypatch.setattr(Context, "load", lambda *args: pytest.fail("a model is loaded"))
+    context.keep("tiny-llama", ["a", "b", "a"], given[[0, 1, 0]])
+    context.keep("tiny-llama", ["b", "c"], given[[3, 2]])  # "b" has an embedding already
+    np.testing.assert_array_equal(context.vectors("tiny-llama", ["c", "b", "a"])[:], given[[2, 1, 0]])

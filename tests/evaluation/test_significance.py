@@ -48,7 +48,7 @@ def test_interval_and_p_value_equal_a_loop_and_scipys() -> None:
         vectorized=False,
         n_resamples=150,
         method="percentile",
-        rng=np.random.default_rng([7, 0]),
+        random_state=np.random.default_rng([7, 0]),
     )
     assert [result.low, result.high] == pytest.approx(list(scipys.confidence_interval), abs=1e-9)
     assert (result.first, result.second) == pytest.approx((spearman(first, grades), spearman(second, grades)))
