@@ -48,7 +48,7 @@ def test_strata_and_layers_of_a_model_its_base_and_a_method(
     flags = ("--sentences", 40, "--dtype", "float32", "--device", "cpu", "--output", tmp_path)
     code, printed, err = run_cli(*command, *flags)
     assert code == 0, err
-    assert "Wrote strata, layers of 2 model(s)" in printed
+    assert "Wrote layers, strata of 2 model(s)" in printed
     values = read_json(tmp_path / "results.json")["parts"]
     pairs = AnalysisData(analysis_data).sample_dev(40, 0)
     assert len(pairs) == values["strata"]["pairs"] == 20
