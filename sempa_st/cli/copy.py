@@ -26,7 +26,11 @@ def _add_copy(commands: Any) -> None:
     )
     parser.add_argument("model", help="shipped model, SemPA folder or Hub id, or a base (copied without an adapter)")
     parser.add_argument("output", help="folder to write")
-    parser.add_argument("--format", choices=("native", "custom"), help="format of the copy (default: the source's)")
+    parser.add_argument(
+        "--format",
+        choices=("native", "custom", "server"),
+        help="format of the copy (default: the source's); server: merged, for text-embeddings-inference and vLLM",
+    )
     add_base(parser)
     parser.add_argument("--template", choices=tuple(EMBEDDING_TEMPLATES), help="embedding template of a bare base")
     _add_overwrite(parser)

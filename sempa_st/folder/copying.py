@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.card import write_card
-from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG, check_format
+from sempa_st.folder.formats import FORMATS, RUN_RECORD, ST_CONFIG
 from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
+from sempa_st.folder.server import write_server_files
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.adapter import check_adapter, check_runs_activated, merged_model
 from sempa_st.model.adapter_kinds import (
@@ -21,7 +22,7 @@ from sempa_st.model.adapter_kinds import (
     rewrite_tensors,
     write_native_settings,
 )
-from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolve_base
+from sempa_st.model.base_model import Base, check_causal_lm, load_causal_lm, load_config, resolve_base
 from sempa_st.model.gemma import TERMS_FILE
 from sempa_st.model.prompt_eol import save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE
@@ -30,6 +31,11 @@ from sempa_st.utils.devices import pick_dtype
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SERVER = "server"
+COPY_FORMATS = (*FORMATS, SERVER)
 _COPIED = (ST_CONFIG, "NOTICE", TERMS_FILE)
 """Files that a copy takes over as they are, beside those of the model."""
 
@@ -52,8 +58,9 @@ def copy_model(
     Args:
         model: Shipped model, SemPA folder or Hub id, or a base.
         output: Folder to write.
-        format: ``native`` or ``custom``. When None, that of the source; ``native`` for a base, and ``custom`` with
-            ``activate``.
+        format: ``native``, ``custom`` or ``server``. When None, that of the source; ``native`` for a base, and
+            ``custom`` with ``activate``. ``server`` merges the adapter, leaves out the LM head and moves the template
+            into the tokenizer, for servers of embeddings: :func:`sempa_st.folder.server.write_server_files`.
         activate: Turn a plain adapter into an activated one, which acts on sentences under the template only. The
             vectors stay the same, and for any other text the model gives exactly the base's output.
         merge: Add the adapter's update to the base's weights, and write a full causal language model.
@@ -75,21 +82,20 @@ def copy_model(
     if source.folder.is_adapter:
         check_adapter(origin, source.folder.path)
     tokenizer, template, length = embedding_tokenizer(source, origin, template)
+    embedding: dict[str, Any] = {"template": template, "max_seq_length": length}
     with atomic_folder(output, overwrite=overwrite) as folder:
-        if merge:
-            save_model(merged_model(origin, source.folder.path, pick_dtype(dtype, "cpu")), folder)
+        if request.for_server:
+            copy_files(source.folder.path, folder, _COPIED)
+            write_server_files(folder, _whole_model(source, origin, dtype), tokenizer, **embedding)
         else:
-            copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
-            if source.folder.is_adapter:
-                _adjust_adapter(request, origin, folder, prefix_tokens(tokenizer, template) if activate else [])
-        write_embedding_files(
-            folder,
-            tokenizer,
-            template=template,
-            max_seq_length=length,
-            config=load_config(origin.folder),
-            format=request.target_format,
-        )
+            if merge:
+                save_model(_whole_model(source, origin, dtype), folder)
+            else:
+                copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
+                if source.folder.is_adapter:
+                    _adjust_adapter(request, origin, folder, prefix_tokens(tokenizer, template) if activate else [])
+            config = load_config(origin.folder)
+            write_embedding_files(folder, tokenizer, config=config, format=request.target_format, **embedding)
         record = _write_record(request, origin, folder)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)
@@ -111,6 +117,11 @@ class _Request:
         """Format of the copy."""
         return self.format or ("custom" if self.activate else self.source.folder.format) or "native"
 
+    @property
+    def for_server(self) -> bool:
+        """Whether the copy is for servers of embeddings."""
+        return self.format == SERVER
+
     def check(self) -> None:
         """Raise :class:`SempaError` if the source is of a kind that no such copy can be made of."""
         source, folder = self.source, self.source.folder
@@ -118,9 +129,9 @@ class _Request:
             raise SempaError(
                 f"{source.name} is a plain sentence-transformers model. Expected a SemPA folder or a base."
             )
-        check_format(self.target_format)
+        check_known(self.target_format, COPY_FORMATS, "folder format")
         is_plain = folder.is_adapter and not folder.is_activated
-        if self.activate and (self.merge or self.target_format == "native" or not is_plain):
+        if self.activate and (self.merge or self.target_format != "custom" or not is_plain):
             raise SempaError(
                 f"--activate cannot be applied to {source.name} like this. Expected a model that holds a plain "
                 "adapter, no --merge, and format custom."
@@ -128,15 +139,15 @@ class _Request:
         if self.merge and not folder.is_adapter:
             raise SempaError(f"{source.name} holds no adapter, so there is nothing to merge. Leave out --merge.")
         if self.scale != 1:
-            if self.merge or not folder.is_adapter or not 0 < self.scale < math.inf:
+            if self.merge or self.for_server or not folder.is_adapter or not 0 < self.scale < math.inf:
                 raise SempaError(
                     f"--scale {self.scale} cannot be applied. Expected a number above 0, a model that holds an "
-                    "adapter, and no --merge (merge the scaled copy instead)."
+                    "adapter, and no merged copy (merge the scaled one instead)."
                 )
             check_scaled(source.name, folder.path)
         if not folder.is_adapter:
             check_causal_lm(folder.path)
-        if folder.is_activated and (self.merge or self.target_format == "native"):
+        if folder.is_activated and (self.merge or self.target_format != "custom"):
             self._check_deactivate()
         if source.kind == "sempa" and self.template:
             raise SempaError(
@@ -149,7 +160,7 @@ class _Request:
         As a plain adapter it then gives the same vectors; for any other text it changes the base's output.
         """
         name, folder = self.source.name, self.source.folder
-        if self.merge:
+        if self.merge or self.for_server:
             raise SempaError(
                 f"The adapter of {name} is an activated one, which cannot be merged. If it acts on whole sentences, "
                 "a copy with --format native can be."
@@ -172,6 +183,14 @@ def _origin(source: Source, base: str | None) -> Base:
     # A merged model is its own base, under the name of the base that it was merged from.
     record = source.folder.record or {}
     return replace(resolve_base(str(source.folder.path)), name=str(record.get("base") or source.name))
+
+
+def _whole_model(source: Source, origin: Base, dtype: str) -> PreTrainedModel:
+    """Return the model with its adapter merged, if it has one."""
+    kind = pick_dtype(dtype, "cpu")
+    if source.folder.is_adapter:
+        return merged_model(origin, source.folder.path, kind)
+    return load_causal_lm(source.folder.path, kind)
 
 
 def _adjust_adapter(request: _Request, origin: Base, folder: Path, tokens: list[int]) -> None:
