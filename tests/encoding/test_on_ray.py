@@ -115,5 +115,5 @@ def test_a_worker_returns_what_a_user_can_mend(adapter_folder: Path, corpus: Pat
 
 def test_ray_needs_a_model_that_is_there(cluster: None, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(SempaError, match="Unknown model"):
-        encode_file("no/such", corpus, tmp_path / "v", column="text", engine="ray")
+        encode_file("no/such", corpus, tmp_path / "v", column="text", engine="ray", **FLOAT32)
     assert not (tmp_path / "v.encoding").exists()
