@@ -43,8 +43,8 @@ _Head = Callable[[Tensor], Iterator[Tensor]]
 _FLOAT32 = 4
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32_768
 """Size of the tiles of logits in which TRL's LM head computes log-probabilities for ``dpo``. Seen in trl 1.16."""
-_TILES = {"cuda": 1, "cpu": 7}
-"""Tiles that it holds at a time: one where Triton runs, and the results of single operations elsewhere."""
+_TILE_RESULTS = 6
+"""Results of single operations on a tile that it holds beside it, where Triton does not run."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class _Step:
         triplets = load_nli(config.data, skip_bad_rows=config.skip_bad_rows).triplets
         self._vocabulary = int(base.get_output_embeddings().weight.shape[0])
         self._answer_tokens = 0
-        self._tiles = _TILES.get(device, 1)
+        self._results = 0 if device == "cuda" else _TILE_RESULTS
+        self._compute = compute
         self._triplets = sorted(triplets, key=_length, reverse=True)[: config.batch_size]
         objectives = list(config.objective_weights)
         self._by_library = not config.kl and (
@@ -243,7 +244,8 @@ class _Step:
     def _tile_bytes(self) -> int:
         """Return the bytes of the tiles of logits that TRL's head works on."""
         tokens = min(_TILE_TOKENS, self._answer_tokens) if self._by_library else 0
-        return self._tiles * tokens * min(_TILE_VOCABULARY, self._vocabulary) * _FLOAT32
+        results = self._results * min(_TILE_VOCABULARY, self._vocabulary) * _FLOAT32
+        return tokens * (_TILE_VOCABULARY * self._compute.itemsize + results)
 
 
 def _length(triplet: Triplet) -> int:

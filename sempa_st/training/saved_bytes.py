@@ -105,8 +105,8 @@ class Emulation(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch."""
         kwargs = kwargs or {}
-        if func is torch.Tensor.item and args[0].is_meta:  # asked of masks only: without padding all are ones
-            return 1
+        if getattr(func, "__name__", "") in ("item", "__bool__") and args[0].is_meta:
+            return True  # asked of masks without padding only, which are all ones
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3]
             return _FusedAttention.apply(query, key, value, kwargs.get("attn_mask"))

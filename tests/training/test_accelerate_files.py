@@ -60,11 +60,10 @@ def test_fsdp2_shards_the_layers_of_llama(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_has_its_stage(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_has_its_stage(stage: int) -> None:
     args = launch_arguments(f"deepspeed-zero{stage}")
     assert args.use_deepspeed
     assert args.zero_stage == stage
-    monkeypatch.setattr("accelerate.utils.dataclasses.is_deepspeed_available", lambda: True)
     plugin = DeepSpeedPlugin(
         zero_stage=args.zero_stage,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
