@@ -92,7 +92,21 @@ def encode_file(
         worker: Any = RayWorkers(model, options, workers)
     else:
         worker = _ThisProcess(model, options, settings)
-    identity = {
+    with (
+        closing(worker),
+        folder.opened(sentences, _identity(worker, sentences, settings), overwrite=overwrite) as finished,
+    ):
+        left = [shard for shard in sentences.shards if shard.number not in finished]
+        if left and precision in WITH_RANGES and not folder.ranges.exists():
+            folder.write_ranges(worker.calibrate(sentences, settings, batch_size))
+        with _progress(sentences.count, sum(shard.count for shard in left)) as advance:
+            worker.run(write, left, advance)
+        return sentences.count, folder.finish(sentences)
+
+
+def _identity(worker: Any, sentences: Sentences, settings: VectorSettings) -> dict[str, Any]:
+    """Return all that decides the vectors and their division into shards; only such a run goes on from shards."""
+    return {
         "model": worker.model_identity,
         "input": sentences.digest,
         "column": sentences.column,
@@ -100,13 +114,6 @@ def encode_file(
         "shard_size": sentences.shard_size,
         **asdict(settings),
     }
-    with closing(worker), folder.opened(sentences, identity, overwrite=overwrite) as finished:
-        left = [shard for shard in sentences.shards if shard.number not in finished]
-        if left and precision in WITH_RANGES and not folder.ranges.exists():
-            folder.write_ranges(worker.calibrate(sentences, settings, batch_size))
-        with _progress(sentences.count, sum(shard.count for shard in left)) as advance:
-            worker.run(write, left, advance)
-        return sentences.count, folder.finish(sentences)
 
 
 def _output_schema(sentences: Sentences) -> Any:
