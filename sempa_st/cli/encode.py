@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         examples=(
             "sempa-gemma3-270m sentences.txt --output vectors.npy",
             "runs/best reviews.csv --column text --normalize --output vectors.parquet",
-            "runs/best - --output vectors.npy < sentences.txt",
+            "runs/best - --input-format jsonl --column text --output vectors.npy",
             "runs/best corpus/ --column text --engine ray --output corpus-vectors",
         ),
     )
