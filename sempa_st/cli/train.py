@@ -41,12 +41,17 @@ def add(commands: Any) -> None:
         examples=(
             "--data sample --dev sample --output runs/first",
             "--config llama3-8b --data my_nli.csv --output runs/llama3",
+            "--config llama3-8b --data my_nli.csv --device cuda --estimate",
         ),
     )
     add_options(parser, TrainConfig, groups=TRAIN_GROUPS)
+    parser.add_argument("--estimate", action="store_true", help="print the memory that the run would need, and end")
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.estimate:
+        _estimate(args)
+        return
     config = read_options(TrainConfig, vars(args))
     from sempa_st.training import train
     from sempa_st.training.record import run_table
@@ -55,3 +60,11 @@ def _train(args: argparse.Namespace) -> None:
     if result.is_main_process:
         print(run_table(result.record))
         print(f"Wrote {config.output} in {result.record['seconds']:.0f} s.")
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from sempa_st.training import estimate_memory
+
+    estimate = estimate_memory(read_options(TrainConfig, {"output": "not written", **vars(args)}))
+    print(estimate.table())
+    print(f"In one process, on its largest batch, the run needs {estimate.peak / 2**30:.2f} GiB besides its program.")

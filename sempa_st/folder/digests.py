@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _TEMPLATES = "additional_chat_templates"
 _ORIGINS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 """Settings that say from which path or repository something was loaded."""
 _WITH_ORIGINS = ("config.json", "adapter_config.json", "tokenizer_config.json")
+_DIGESTED = re.compile(r"local/.+-[0-9a-f]{12}")
 _LARGE = 1 << 22
 """Bytes from which on the digest of a file is kept on disk."""
 _SETTLED = 2.0
@@ -96,6 +98,11 @@ def _remembered(key: tuple[str | int, ...]) -> str:
     with contextlib.suppress(SempaError, OSError):
         write_text(entry, json.dumps({"file": key, "sha256": digest}))
     return digest
+
+
+def is_digested(name: str) -> bool:
+    """Return whether a model name is one of :func:`digested_name`."""
+    return _DIGESTED.fullmatch(name) is not None
 
 
 def digested_name(name: str, identity: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.checks.inspection import CONFIG, checked_folder, read_settings
+from sempa_st.checks.inspection import CONFIG, check_folder, checked_folder, read_settings
 from sempa_st.checks.library_errors import quantisation, readable
 from sempa_st.errors import SempaError
 from sempa_st.model.gemma import (
@@ -17,6 +17,7 @@ from sempa_st.model.gemma import (
     embedded_folder,
     write_notice,
 )
+from sempa_st.utils.hub import model_folder
 from sempa_st.utils.portable import portable_name
 
 if TYPE_CHECKING:
@@ -76,6 +77,22 @@ def resolve_base(name: str) -> Base:
             "instance with the Hub's safetensors conversion space."
         )
     return base
+
+
+def settings_folder(name: str) -> Path:
+    """Return a folder with the settings and the tokenizer of a base; of one on the Hub no weights are downloaded.
+
+    Args:
+        name: As for :func:`resolve_base`.
+
+    Raises:
+        SempaError: If it is not found or is not a decoder.
+    """
+    if name == EMBEDDED_BASE or Path(name).is_dir():
+        return resolve_base(name).folder
+    base = Base(name, check_folder(model_folder(name, weights=False)))
+    _check_decoder(base)
+    return base.folder
 
 
 def _check_decoder(base: Base) -> None:

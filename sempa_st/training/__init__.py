@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.utils.extras import require
 
 if TYPE_CHECKING:
+    from sempa_st.training.estimate import estimate_memory
     from sempa_st.training.run import TrainResult, train
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "estimate_memory", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("trl", "datasets", extra="train", purpose="Training")
-    from sempa_st.training import run
+    from sempa_st.training import estimate, run
 
-    return getattr(run, name)
+    return getattr(estimate if name == "estimate_memory" else run, name)

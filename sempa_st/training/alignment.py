@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import Trainer
 
@@ -72,9 +73,11 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
         """Run a forward and backward pass; before an optimiser step, average the gradients of all processes.
 
         The DDP wrapper cannot do that: the objectives call the decoder directly, so the wrapper sees no forward pass.
+        DeepSpeed does it as gradients appear.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
-        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not is_deepspeed:
             for parameter in self._module.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")

@@ -13,6 +13,7 @@ from sempa_st.errors import SempaError
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.training.callbacks import DEV_METRIC
+from sempa_st.training.launch import whole
 from sempa_st.utils.finite import check_finite
 
 
@@ -89,7 +90,8 @@ class DevScoreTrainer(Trainer):
         """Return and log the dev score of the model."""
         model = self.generator()
         was_training = model.training
-        metrics = {DEV_METRIC: self._dev_scorer(model)}
+        with whole(self.accelerator.unwrap_model(self.model), self._dev_scorer.module(model).decoder):
+            metrics = {DEV_METRIC: self._dev_scorer(model)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train(was_training)

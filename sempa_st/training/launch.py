@@ -1,8 +1,11 @@
-"""Recognise launchers of several processes, such as torchrun, mpirun and ``accelerate launch``."""
+"""Several processes: recognise launchers (torchrun, mpirun, ``accelerate launch``), and gather sharded weights."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from sempa_st.errors import SempaError
 
@@ -35,3 +38,44 @@ def check_processes(num_processes: int) -> None:
             "run torchrun --nproc_per_node N -m sempa_st train --device cpu ...; for one process run sempa train ..., "
             "with MASTER_ADDR unset."
         )
+
+
+def check_sharding(objective: str) -> None:
+    """Raise :class:`SempaError` if weights are to be sharded and the objective's trainer cannot do that.
+
+    All but TRL's trainer call the decoder inside the model, which FSDP and ZeRO-3 gather only when all of it is called.
+
+    Args:
+        objective: The objective, or the weighted sum.
+    """
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    is_zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if (is_fsdp or is_zero3) and objective != "dpo":
+        raise SempaError(
+            f"The objective {objective} cannot be trained with weights sharded by {'FSDP' if is_fsdp else 'ZeRO-3'}, "
+            "but dpo without --kl alone. Expected a launcher's configuration for DDP or ZeRO-2."
+        )
+
+
+@contextmanager
+def whole(trained: Any, decoder: Any) -> Iterator[None]:
+    """Let a decoder be called by itself within the block, in a model that FSDP2 has sharded.
+
+    FSDP2 gathers the weights of a layer as the layer is called, and those that are in no layer (the final norm) as the
+    whole model is called. The dev score calls the decoder alone.
+
+    Args:
+        trained: The model as it was given to FSDP2, or any other.
+        decoder: The decoder in it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(trained, FSDPModule):
+        yield
+        return
+    hook = decoder.register_forward_pre_hook(lambda *_: trained.unshard())
+    try:
+        yield
+    finally:
+        hook.remove()
+        trained.reshard()

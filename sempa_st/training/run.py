@@ -31,7 +31,7 @@ from sempa_st.training.build import RunInputs, build_trainer, report_left_out
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dev_score import DevScorer
-from sempa_st.training.launch import check_processes
+from sempa_st.training.launch import check_processes, check_sharding
 from sempa_st.training.objectives import SEQUENCE_OBJECTIVES
 from sempa_st.training.output import KeptModels, ModelWriter
 from sempa_st.training.record import dev_scores
@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
     device = _pick_device(config)
     state = PartialState(cpu=device == "cpu")
     check_processes(state.num_processes)
+    check_sharding(config.objective + (" with --kl" if config.kl else ""))
     warn_uncached.cache_clear()
     run_folder = RunFolder(config.output)
     _on_main_process(run_folder.check_free)

@@ -13,8 +13,12 @@ _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", "NOTICE*"]
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, *, weights: bool = True) -> Path:
     """Return the local folder of a model, unchecked: ``name`` itself, or a cached copy of the Hub repository.
+
+    Args:
+        name: Local folder or Hub id.
+        weights: Whether to download the weights as well.
 
     Raises:
         SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached.
@@ -26,7 +30,8 @@ def model_folder(name: str) -> Path:
 
     unknown = f"Unknown model {name!r}: it is not a local folder"
     try:
-        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED_FILES))
+        ignored = _IGNORED_FILES + ([] if weights else ["*.safetensors"])
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=ignored))
     except HFValidationError as error:
         raise SempaError(f"{unknown} and not a valid Hub id. Check the path.") from error
     except RepositoryNotFoundError as error:

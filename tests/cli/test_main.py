@@ -85,7 +85,7 @@ def test_encode_writes_the_models_vectors(
 def test_encode_goes_through_windows(
     run_cli: Cli, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "_WINDOW", 4)
+    monkeypatch.setattr(encoding.shard_writer, "WINDOW", 4)
     sentences = [sample_sentences()[number] for number in (0, 1, 0, 2, 3, 4, 4, 4, 4, 5, 0)]
     source = tmp_path / "s.txt"
     source.write_text("\n".join(sentences))
@@ -276,4 +276,4 @@ def test_the_installed_command_answers() -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("sempa: x.txt cannot be read")
+    assert result.stderr.startswith("sempa: The file x.txt does not exist")

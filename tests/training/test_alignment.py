@@ -198,6 +198,9 @@ def test_two_processes_take_the_steps_of_one(tiny_base: Path, data: Path, tmp_pa
     result = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(record["training"]) == 4
+    both = json.loads((tmp_path / "two" / "sempa_run.json").read_text())
+    losses = [[step["loss"] for step in found["training"]] for found in (record, both)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-3
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
