@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import sentence_transformers
 import torch
+from sentence_transformers.base.modules import Normalize
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
@@ -26,7 +27,9 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed texts; arguments, return value and vectors are those of sentence-transformers' own ``encode``.
+        """Embed texts; arguments and return value are those of sentence-transformers' own ``encode``.
+
+        So are the vectors, except that a model which normalises does so again after a cut to ``truncate_dim``.
 
         Raises:
             SempaError: If a text holds a lone surrogate, or a vector holds an infinity or NaN.
@@ -36,6 +39,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         listed = [texts] if singular else list(texts)
         check_texts([*(text["text"] if isinstance(text, dict) and "text" in text else text for text in listed)])
         check_texts([kwargs.get("prompt")])
+        if normalizes(self) and (kwargs.get("truncate_dim") or self.truncate_dim):
+            kwargs["normalize_embeddings"] = True
         precision = kwargs.get("precision") or "float32"
         if precision != "float32":
             return self._quantised(listed, {**kwargs, "precision": "float32"}, precision, singular=singular)
@@ -88,6 +93,27 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             and not isinstance(kwargs.get("device"), list)
             and getattr(self[0], "packs_batches", False)
         )
+
+
+def normalizes(model: sentence_transformers.SentenceTransformer) -> bool:
+    """Whether a model divides its vectors by their norm, in its last module."""
+    return isinstance(model[-1], Normalize)
+
+
+def hidden_states(model: sentence_transformers.SentenceTransformer) -> sentence_transformers.SentenceTransformer:
+    """Return a model whose vectors are the pooled hidden states of ``model``, not divided by their norm.
+
+    Both share their modules. A model without a :class:`PromptEOL` module is returned as it is.
+    """
+    if not (isinstance(model[0], PromptEOL) and normalizes(model)):
+        return model
+    return SentenceTransformer(
+        modules=[*model][:-1],
+        device=str(model.device),
+        prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
+        truncate_dim=model.truncate_dim,
+    )
 
 
 def _with_names(vectors: Any, texts: Sequence[Any], output: str | None) -> Iterator[tuple[Any, Sequence[Any]]]:
