@@ -15,7 +15,6 @@ from sempa_st.analysis.settings import AnalysisSettings
 from sempa_st.analysis.vectors import Vectors, VectorStore
 from sempa_st.errors import SempaError
 from sempa_st.folder.resolve import Source, find_model, source_digest
-from sempa_st.forward.sentence_transformer import hidden_states
 from sempa_st.loading import check_method, load
 from sempa_st.methods.registry import split_method
 from sempa_st.utils.devices import pick_device, pick_dtype, trim_malloc
@@ -140,6 +139,8 @@ class Context:
         Raises:
             SempaError: If a vector is not finite.
         """
+        from sempa_st.forward.sentence_transformer import hidden_states
+
         if name not in self._stores:
             self._stores[name] = VectorStore(self._scratch / f"{len(self._stores)}.f32")
         store = self._stores[name]

@@ -12,7 +12,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG, check_format
 from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
-from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
+from sempa_st.folder.write import copy_files, licence_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.adapter import check_adapter, check_runs_activated, merged_model
 from sempa_st.model.adapter_kinds import (
     check_activated,
@@ -22,16 +22,12 @@ from sempa_st.model.adapter_kinds import (
     write_native_settings,
 )
 from sempa_st.model.base_model import Base, check_causal_lm, load_config, resolve_base
-from sempa_st.model.gemma import TERMS_FILE
 from sempa_st.model.prompt_eol import save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE
 from sempa_st.model.tokenizer import load_tokenizer, prefix_tokens
 from sempa_st.utils.devices import pick_dtype
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, write_json
 from sempa_st.utils.portable import portable_record
-
-_COPIED = (ST_CONFIG, "NOTICE", TERMS_FILE)
-"""Files that a copy takes over as they are, beside those of the model."""
 
 
 def copy_model(
@@ -70,7 +66,7 @@ def copy_model(
     request = _Request(find_model(model), format, merge, activate, scale, template)
     request.check()
     source = request.source
-    origin = _origin(source, base)
+    origin = origin_of(source, base)
     check_not_inside(output, [source.folder.path, origin.folder])
     if source.folder.is_adapter:
         check_adapter(origin, source.folder.path)
@@ -79,7 +75,8 @@ def copy_model(
         if merge:
             save_model(merged_model(origin, source.folder.path, pick_dtype(dtype, "cpu")), folder)
         else:
-            copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
+            names = [*source.folder.model_files, ST_CONFIG, *licence_files(source.folder.path)]
+            copy_files(source.folder.path, folder, names)
             if source.folder.is_adapter:
                 _adjust_adapter(request, origin, folder, prefix_tokens(tokenizer, template) if activate else [])
         write_embedding_files(
@@ -90,7 +87,7 @@ def copy_model(
             config=load_config(origin.folder),
             format=request.target_format,
         )
-        record = _write_record(request, origin, folder)
+        record = write_record(source.folder.record, origin, folder, scale=scale)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)
 
@@ -161,8 +158,16 @@ class _Request:
             )
 
 
-def _origin(source: Source, base: str | None) -> Base:
-    """Return the base that the copy points to or derives from."""
+def origin_of(source: Source, base: str | None = None) -> Base:
+    """Return the base that a model points to or derives from.
+
+    Args:
+        source: A SemPA folder or a base.
+        base: Base to take instead of the one that an adapter names.
+
+    Raises:
+        SempaError: If the base is not found, or one is given for a whole model.
+    """
     if source.folder.is_adapter:
         return adapter_base(source.folder, base)
     if base:
@@ -193,12 +198,21 @@ def _adjust_adapter(request: _Request, origin: Base, folder: Path, tokens: list[
         check_native(origin, source.name, folder)
 
 
-def _write_record(request: _Request, origin: Base, folder: Path) -> dict[str, Any] | None:
-    """Write and return the run record of a trained model, without paths of this machine."""
-    if request.source.folder.record is None:
+def write_record(
+    record: dict[str, Any] | None, origin: Base, folder: Path, *, scale: float = 1.0
+) -> dict[str, Any] | None:
+    """Write the run record of a trained model into a folder, without paths of this machine, and return it.
+
+    Args:
+        record: The record; nothing is written when None.
+        origin: Base of the model.
+        folder: Model folder.
+        scale: Factor of the adapter's update.
+    """
+    if record is None:
         return None
-    record = portable_record({**request.source.folder.record, "base": origin.name})
-    if request.scale != 1:
-        record["scale"] = request.scale * (record.get("scale") or 1)
+    record = portable_record({**record, "base": origin.name})
+    if scale != 1:
+        record["scale"] = scale * (record.get("scale") or 1)
     write_json(folder / RUN_RECORD, record)
     return record

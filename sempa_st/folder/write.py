@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
@@ -32,6 +33,9 @@ from sempa_st.utils.names import check_entry, inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy|gemma_terms)", re.IGNORECASE)
 
 
 def write_embedding_files(
@@ -124,6 +128,11 @@ def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
 def _set_in_adapter(folder: Path, name: str, value: Any) -> None:
     settings = read_settings(folder, ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**settings, name: value})
+
+
+def licence_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that say under which terms its content may be used."""
+    return sorted(path.name for path in folder.iterdir() if _LICENCE.match(path.name) and path.is_file())
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:

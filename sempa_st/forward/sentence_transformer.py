@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import sentence_transformers
@@ -20,11 +21,51 @@ _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": 
 
 
 # The same class name, since sentence-transformers writes it into model cards.
+class Saver(Protocol):
+    """Writes a model to a folder in place of sentence-transformers; see :class:`sempa_st.folder.saving.FolderSaver`."""
+
+    def for_hub(self, model: Any) -> Saver:
+        """Return a saver of folders that other machines can use."""
+
+    def __call__(self, model: Any, path: str | Path, *, name: str, card: bool) -> bool:
+        """Write the model and return True, or do nothing and return False."""
+
+
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """sentence-transformers' own class, with another order of the texts if the module packs them.
 
     Packing runs common prefixes of a batch once, and fits texts of different lengths into one pack.
+
+    Attributes:
+        saver: What saves the model; sentence-transformers does when None, or if it declines.
     """
+
+    saver: Saver | None = None
+
+    def save(
+        self, path: str, model_name: str | None = None, create_model_card: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save the model as the folder that it was loaded from, with what has changed; arguments as of the base class.
+
+        Raises:
+            SempaError: If the folder cannot be written.
+        """
+        name = model_name or Path(path).resolve().name
+        if self.saver is None or not self.saver(self, path, name=name, card=create_model_card):
+            super().save(path, model_name, create_model_card, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload what :meth:`save` writes, with a base that other machines find; arguments as of the base class.
+
+        Raises:
+            SempaError: If nobody else has the base of the model's adapter.
+        """
+        saver = self.saver
+        self.saver = saver.for_hub(self) if saver else None
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.saver = saver
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Embed texts; arguments and return value are those of sentence-transformers' own ``encode``.
