@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentence_transformers
 import torch
-from sentence_transformers.base.modules import Normalize
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
@@ -92,6 +92,12 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             check_finite(checked, names)
         return vectors
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
+        """Load a trainer's checkpoint, a folder of format native too, with the module of the model that is trained."""
+        name = f"{Transformer.__module__}.{Transformer.__qualname__}"
+        return super()._load_with_module_classes(model_name_or_path, {**module_classes, name: PromptEOL}, **kwargs)
 
     def _quantised(self, texts: list[Any], kwargs: dict[str, Any], precision: Any, *, singular: bool) -> Any:
         """Return vectors in a smaller type, quantised from float32 vectors that have been checked."""

@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.readers import encode_without_sempa_st
+from datasets import Dataset
 from helpers.tiny import finish_adapter, make_gemma, make_tokenizer, randomise, save_base
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 import sempa_st
 from sempa_st.errors import SempaError
@@ -71,7 +76,7 @@ def test_a_saved_model_is_the_folder_that_it_was_loaded_from(trained: Path, tmp_
     card = ModelCard.load(saved / "README.md").data
     assert (card.license, card.base_model) == ("gemma", "google/gemma-3-270m")
     expected = load(trained).encode(TEXTS)
-    assert_same_vectors(encode_without_sempa_st(saved, TEXTS, trust=False, cwd=tmp_path), expected)
+    assert_same_vectors(SentenceTransformer(str(saved), device="cpu").encode(TEXTS), expected)
     tuned, kept = (AutoPeftModelForCausalLM.from_pretrained(folder) for folder in (saved, trained))
     ids = torch.tensor([[1, 9, 200, 31]])
     assert torch.equal(tuned(ids).logits, kept(ids).logits)
@@ -142,6 +147,28 @@ def test_added_modules_are_saved_as_sentence_transformers_saves_them(trained: Pa
     assert [Path(module["type"]).suffix for module in ModelFolder(tmp_path / "saved").modules][-1] == ".Dense"
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
     assert_same_vectors(again.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_a_trainer_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
+    def train(**options: Any) -> Any:
+        model = load(trained)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
+            use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        data = Dataset.from_list([{"anchor": text, "positive": text} for text in TEXTS])
+        loss = MultipleNegativesRankingLoss(model)
+        SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train(**options)
+        return model.encode(TEXTS)
+
+    vectors = train()
+    assert abs(vectors - load(trained).encode(TEXTS)).max() > 1e-3
+    checkpoint = tmp_path / "checkpoint-1"
+    assert ModelFolder(checkpoint).format == "native"
+    assert_same_vectors(load(checkpoint).encode(TEXTS), vectors)
+    assert_same_vectors(train(resume_from_checkpoint=str(checkpoint)), vectors)
 
 
 class FakeHub:
