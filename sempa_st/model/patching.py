@@ -33,7 +33,7 @@ OVERRIDDEN = {
     "lm_eval.models.huggingface.HFLM._loglikelihood_tokens": ("requests", "disable_tqdm", "override_bs"),
     "torch.nn.Module._save_to_state_dict": ("destination", "prefix", "keep_vars"),
 }
-"""Private methods that we override, with parameters: transformers 5.23, trl 1.16, lm-eval 0.4.13, torch 2.13, ST 6.2."""
+"""Private methods that we override, with arguments: transformers 5.23, trl 1.16, lm-eval 0.4.13, torch 2.13, ST 6.2."""
 
 # Any module of torch: arguments and output of its calls, by hooks. Seen in torch 2.13.
 
