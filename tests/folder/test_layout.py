@@ -182,15 +182,16 @@ def test_a_moved_folder_is_repaired(tmp_path: Path) -> None:
     made = finish_adapter(tmp_path / "old" / "sempa", base, make_llama())
     expected = load(made).encode(SENTENCES[:5])
     moved = shutil.move(tmp_path / "old", tmp_path / "new")
+    (moved / "base").rename(moved / "elsewhere")
     with pytest.raises(SempaError, match=r"base of the adapter in .*old.*pass --base"):
         load(moved / "sempa")
-    model = sempa_st.load(moved / "sempa", base=str(moved / "base"), dtype="float32", device="cpu")
+    model = sempa_st.load(moved / "sempa", base=str(moved / "elsewhere"), dtype="float32", device="cpu")
     assert_same(model.encode(SENTENCES[:5]), expected)
     with pytest.raises(SempaError, match=r"cannot be used on the base .*of another shape"):
         wide = save_base(tmp_path / "wide", make_llama(hidden=64), make_tokenizer())
         copy_model(str(moved / "sempa"), tmp_path / "wrong", base=str(wide))
     assert not (tmp_path / "wrong").exists()
-    repaired = copy_model(str(moved / "sempa"), tmp_path / "repaired", base=str(moved / "base"))
+    repaired = copy_model(str(moved / "sempa"), tmp_path / "repaired", base=str(moved / "elsewhere"))
     assert_same(SentenceTransformer(str(repaired), device="cpu").encode(SENTENCES[:5]), expected)
 
 
