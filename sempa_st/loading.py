@@ -129,7 +129,11 @@ def _load_by_kind(
 def _load_prompt_eol(
     source: Source, template: str | None, base: str | None, dtype: Any, device: str
 ) -> SentenceTransformer:
-    """Load a base or a SemPA folder with our module."""
+    """Load a base or a SemPA folder with our module; vectors are divided by their norm unless the folder is older."""
+    from sentence_transformers.base.modules import Normalize
+
+    from sempa_st.folder.copying import origin_of
+    from sempa_st.folder.saving import FolderSaver
     from sempa_st.forward.sentence_transformer import SentenceTransformer
 
     # Faults of the settings are found before the weights are read, which takes longer.
@@ -138,14 +142,17 @@ def _load_prompt_eol(
     model = _load_weights(source, origin, dtype)
     module = PromptEOL(model, tokenizer, template=name, max_seq_length=length, forward_rows=embed_rows_fast)
     config = settings_if_any(source.folder.path, ST_CONFIG) or {}
-    return SentenceTransformer(
-        modules=[module],
+    normalizes = source.kind == "base" or source.folder.normalizes
+    opened = SentenceTransformer(
+        modules=[module, Normalize()] if normalizes else [module],
         device=device,
         prompts=config.get("prompts"),
         default_prompt_name=config.get("default_prompt_name"),
         similarity_fn_name=config.get("similarity_fn_name", "cosine"),
         truncate_dim=config.get("truncate_dim"),
     )
+    opened.saver = FolderSaver(source, origin or origin_of(source))
+    return opened
 
 
 def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:

@@ -132,7 +132,7 @@ class Context:
         return max(map(_weight_bytes, self._loaded.values()), default=0)
 
     def vectors(self, name: str, sentences: Sequence[str]) -> Vectors:
-        """Return the embeddings of sentences, of shape (sentences, hidden) in float32, not normalised.
+        """Return the embeddings of sentences, of shape (sentences, hidden) in float32, not divided by their norm.
 
         Each distinct sentence is encoded once in an analysis. The vectors are on disk: a slice reads its rows, and
         ``numpy.asarray`` reads all.
@@ -140,6 +140,8 @@ class Context:
         Raises:
             SempaError: If a vector is not finite.
         """
+        from sempa_st.forward.sentence_transformer import hidden_states
+
         store = self._store(name)
         new = store.missing(sentences)
         self.advance(len(sentences) - len(new))
@@ -147,7 +149,8 @@ class Context:
         size = _BATCHES * self.settings.batch_size
         for start in range(0, len(new), size):
             window = new[start : start + size]
-            vectors = self.load(name).encode(window, batch_size=self.settings.batch_size, show_progress_bar=False)
+            model = hidden_states(self.load(name))
+            vectors = model.encode(window, batch_size=self.settings.batch_size, show_progress_bar=False)
             check_finite(vectors, window)
             store.add(window, np.asarray(vectors, dtype=np.float32))
             self.advance(len(window))

@@ -17,6 +17,7 @@ from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.decoder import layers_of
+from sempa_st.forward.sentence_transformer import normalizes
 from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL, embedding_width, token_states
@@ -124,12 +125,12 @@ def layer_cosines(
 
 
 def reads_prompt_eol(model: SentenceTransformer) -> bool:
-    """Whether a model is one :class:`PromptEOL` module alone, whose layers can be read."""
-    return len(model) == 1 and isinstance(model[0], PromptEOL)
+    """Whether a model is one :class:`PromptEOL` module, normalised or not, whose layers can be read."""
+    return isinstance(model[0], PromptEOL) and len(model) - normalizes(model) == 1
 
 
 def prompt_eol_of(model: SentenceTransformer) -> PromptEOL:
-    """Return the only module of a model; raises :class:`SempaError` if it is not :class:`PromptEOL`."""
+    """Return the first module of a model; raises :class:`SempaError` unless :func:`reads_prompt_eol`."""
     if not reads_prompt_eol(model):
         raise SempaError(
             "The layers of a model are read under its embedding template, which this one does not have. Expected a "

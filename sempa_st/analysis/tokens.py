@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
+from sempa_st.forward.sentence_transformer import hidden_states
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.peft_models import is_peft_model
@@ -57,7 +58,8 @@ def aligned_tokens(
         SempaError: If the model has no LM head, its embedding is not what the LM head reads, or ``k`` is out of range.
     """
     head = LanguageHead(model)
-    vectors = model.encode(list(sentences), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+    states = hidden_states(model)
+    vectors = states.encode(list(sentences), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
     return head.aligned(vectors, k)
 
 
@@ -91,7 +93,7 @@ class LanguageHead:
         The product is computed in float32 whatever the type of the weights, since in 16 bits many logits are equal.
 
         Args:
-            vectors: Embeddings of shape (sentences, hidden).
+            vectors: Embeddings of shape (sentences, hidden), not divided by their norm.
             k: Number of tokens, at most the size of the vocabulary.
 
         Raises:

@@ -112,6 +112,11 @@ class _Pooling(Settings):
     word_embedding_dimension: PositiveInt | None = None
 
 
+class _Normalize(Settings):
+    module_input_name: str | None = None
+    module_output_name: str | None = None
+
+
 class _Adapter(Settings):
     peft_type: str
     base_model_name_or_path: str | None = None
@@ -199,6 +204,8 @@ _SCHEMAS: dict[str, TypeAdapter[Any]] = {
         "sentence_bert_config.json": _TransformerModule,
         "config_sentence_transformers.json": _SentenceTransformer,
         "1_Pooling/config.json": _Pooling,
+        "1_Normalize/config.json": _Normalize,
+        "2_Normalize/config.json": _Normalize,
         "adapter_config.json": _Adapter,
         "config.json": Annotated[_Config, BeforeValidator(_bounded_counts)],
         "generation_config.json": _OBJECT,

@@ -46,19 +46,22 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
     base.write_notices(folder)
 
 
+def hub_id(base: Base) -> str | None:
+    """Return the Hub id of a base, or None for a local folder."""
+    name = EMBEDDED_HUB_ID if base.name == EMBEDDED_BASE else base.name
+    return name if name.count("/") == 1 and not Path(name).exists() else None
+
+
 def _metadata(base: Base, record: dict[str, Any] | None) -> Any:
     from huggingface_hub import ModelCardData
 
-    hub_id = EMBEDDED_HUB_ID if base.name == EMBEDDED_BASE else base.name
-    # The Hub refuses a card that names a local folder as its base.
-    is_hub_id = hub_id.count("/") == 1 and not Path(hub_id).exists()
     data = (record or {}).get("data", {}).get("source", "")
     return ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         language="en",
         license="gemma" if base.is_gemma else None,
-        base_model=hub_id if is_hub_id else None,
+        base_model=hub_id(base),  # the Hub refuses a card that names a local folder
         datasets=[data] if data.count("/") == 1 and not Path(data).suffix else None,
         tags=[
             "sentence-embeddings",

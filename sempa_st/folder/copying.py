@@ -13,7 +13,7 @@ from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import FORMATS, RUN_RECORD, ST_CONFIG
 from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
 from sempa_st.folder.server import write_server_files
-from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
+from sempa_st.folder.write import copy_files, licence_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.adapter import check_adapter, check_runs_activated, merged_model
 from sempa_st.model.adapter_kinds import (
     check_activated,
@@ -23,7 +23,6 @@ from sempa_st.model.adapter_kinds import (
     write_native_settings,
 )
 from sempa_st.model.base_model import Base, check_causal_lm, load_causal_lm, load_config, resolve_base
-from sempa_st.model.gemma import TERMS_FILE
 from sempa_st.model.prompt_eol import save_model
 from sempa_st.model.templates import DEFAULT_TEMPLATE
 from sempa_st.model.tokenizer import load_tokenizer, prefix_tokens
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 SERVER = "server"
 COPY_FORMATS = (*FORMATS, SERVER)
-_COPIED = (ST_CONFIG, "NOTICE", TERMS_FILE)
-"""Files that a copy takes over as they are, beside those of the model."""
 
 
 def copy_model(
@@ -77,26 +74,26 @@ def copy_model(
     request = _Request(find_model(model), format, merge, activate, scale, template)
     request.check()
     source = request.source
-    origin = _origin(source, base)
+    origin = origin_of(source, base)
     check_not_inside(output, [source.folder.path, origin.folder])
     if source.folder.is_adapter:
         check_adapter(origin, source.folder.path)
     tokenizer, template, length = embedding_tokenizer(source, origin, template)
     embedding: dict[str, Any] = {"template": template, "max_seq_length": length}
     with atomic_folder(output, overwrite=overwrite) as folder:
+        copy_files(source.folder.path, folder, [ST_CONFIG, *licence_files(source.folder.path)])
         if request.for_server:
-            copy_files(source.folder.path, folder, _COPIED)
             write_server_files(folder, _whole_model(source, origin, dtype), tokenizer, **embedding)
         else:
             if merge:
                 save_model(_whole_model(source, origin, dtype), folder)
             else:
-                copy_files(source.folder.path, folder, [*source.folder.model_files, *_COPIED])
+                copy_files(source.folder.path, folder, source.folder.model_files)
                 if source.folder.is_adapter:
                     _adjust_adapter(request, origin, folder, prefix_tokens(tokenizer, template) if activate else [])
             config = load_config(origin.folder)
             write_embedding_files(folder, tokenizer, config=config, format=request.target_format, **embedding)
-        record = _write_record(request, origin, folder)
+        record = write_record(source.folder.record, origin, folder, scale=scale)
         write_card(folder, Path(output).name, origin, record)
     return Path(output)
 
@@ -172,8 +169,16 @@ class _Request:
             )
 
 
-def _origin(source: Source, base: str | None) -> Base:
-    """Return the base that the copy points to or derives from."""
+def origin_of(source: Source, base: str | None = None) -> Base:
+    """Return the base that a model points to or derives from.
+
+    Args:
+        source: A SemPA folder or a base.
+        base: Base to take instead of the one that an adapter names.
+
+    Raises:
+        SempaError: If the base is not found, or one is given for a whole model.
+    """
     if source.folder.is_adapter:
         return adapter_base(source.folder, base)
     if base:
@@ -212,12 +217,21 @@ def _adjust_adapter(request: _Request, origin: Base, folder: Path, tokens: list[
         check_native(origin, source.name, folder)
 
 
-def _write_record(request: _Request, origin: Base, folder: Path) -> dict[str, Any] | None:
-    """Write and return the run record of a trained model, without paths of this machine."""
-    if request.source.folder.record is None:
+def write_record(
+    record: dict[str, Any] | None, origin: Base, folder: Path, *, scale: float = 1.0
+) -> dict[str, Any] | None:
+    """Write the run record of a trained model into a folder, without paths of this machine, and return it.
+
+    Args:
+        record: The record; nothing is written when None.
+        origin: Base of the model.
+        folder: Model folder.
+        scale: Factor of the adapter's update.
+    """
+    if record is None:
         return None
-    record = portable_record({**request.source.folder.record, "base": origin.name})
-    if request.scale != 1:
-        record["scale"] = request.scale * (record.get("scale") or 1)
+    record = portable_record({**record, "base": origin.name})
+    if scale != 1:
+        record["scale"] = scale * (record.get("scale") or 1)
     write_json(folder / RUN_RECORD, record)
     return record

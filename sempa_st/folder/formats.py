@@ -23,6 +23,10 @@ CUSTOM_TYPES = ("prompt_eol.PromptEOL", "sempa_st.model.prompt_eol.PromptEOL", "
 ``SentenceTransformer.save_pretrained`` writes it, and as ``save_pretrained`` of version 0.1.0 wrote it."""
 TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+NORMALIZE_TYPE = "sentence_transformers.base.modules.normalize.Normalize"
+"""Type of the last module, which divides vectors by their norm; folders of earlier versions have none."""
+NORMALIZE = ("1_Normalize", "2_Normalize")
+"""Folder of its settings, in the formats ``custom`` and ``native``."""
 
 
 def check_format(format: str) -> None:

@@ -13,6 +13,8 @@ from sempa_st.folder.digests import folder_digest
 from sempa_st.folder.formats import (
     CUSTOM_TYPES,
     MODULES,
+    NORMALIZE,
+    NORMALIZE_TYPE,
     POOLING_CONFIG,
     POOLING_TYPE,
     RUN_RECORD,
@@ -20,7 +22,7 @@ from sempa_st.folder.formats import (
     TRANSFORMER_TYPE,
 )
 from sempa_st.model.chat_templates import check_embedding_template
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.gemma import EMBEDDED_BASE, embedded_folder
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE
@@ -53,9 +55,19 @@ class ModelFolder:
         if not self.modules or not (self.path / SETTINGS).is_file() or self.template is None:
             return None
         types = [module["type"] for module in self.modules]
+        types = types[:-1] if self.normalizes else types
         if types == [TRANSFORMER_TYPE, POOLING_TYPE]:
             return "native" if read_settings(self.path, POOLING_CONFIG).get("pooling_mode") == "lasttoken" else None
         return "custom" if len(types) == 1 and types[0] in CUSTOM_TYPES else None
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """Whether the last module divides vectors by their norm; that of folders of earlier versions does not."""
+        last = self.modules[-1] if self.modules else {"type": None}
+        if last["type"] != NORMALIZE_TYPE or last["path"] not in NORMALIZE:
+            return False
+        settings = settings_if_any(self.path, f"{last['path']}/config.json") or {}
+        return {*settings.values(), "sentence_embedding"} == {"sentence_embedding"}
 
     @property
     def template(self) -> str | None:
@@ -92,16 +104,17 @@ class ModelFolder:
     def base(self) -> str:
         """Name or folder of the adapter's base; empty for a whole model.
 
-        The adapter's settings may name a folder that is gone. The run record then has a portable name: that of the
-        embedded base, a Hub id, or the last part of the folder's path. A folder of that name beside this one is taken,
-        since the two may have been moved together.
+        The adapter's settings may name a folder that is gone, as on another machine. The run record then has a portable
+        name: that of the embedded base, a Hub id, or the last part of the folder's path, which counts without a record
+        too. A folder of that name beside this one is taken, since the two may have been moved together.
         """
         if self.adapter_settings is None:
             return ""
         reference = str(self.adapter_settings.get("base_model_name_or_path"))
-        if not Path(reference).is_absolute() or Path(reference).is_dir() or self.record is None:
+        if not Path(reference).is_absolute() or Path(reference).is_dir():
             return reference
-        name = str(self.record.get("base") or reference)
+        last = Path(reference).name
+        name = str((self.record or {}).get("base") or (EMBEDDED_BASE if last == embedded_folder().name else last))
         beside = self.path.resolve().parent / name
         if "/" not in name and (beside / CONFIG).is_file():
             return str(beside)

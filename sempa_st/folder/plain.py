@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTransformer:
     """Load any model of sentence-transformers, or a folder of format ``native``, by the library's own modules.
 
+    The vectors of the latter leave the pooling in float32 whatever the model computes in.
+
     Args:
         source: The model.
         dtype: Type of the weights.
@@ -54,6 +56,8 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
         model = SentenceTransformer(str(folder.path), device=device, model_kwargs=model_kwargs, trust_remote_code=False)
     if source.kind == "sempa":
         folder.embedding_settings(model.tokenizer)
+        # A norm in 16 bits is wrong in the third decimal, and so are dot products of vectors divided by it.
+        model[1].register_forward_hook(_in_float32)
     for module in model.modules():
         _check_templates(module, folder.path)
     try:
@@ -64,6 +68,11 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
             "settings do not go together; restore or download the folder again."
         ) from error
     return model
+
+
+def _in_float32(module: Any, args: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """Convert what was pooled."""
+    return {**features, "sentence_embedding": features["sentence_embedding"].float()}
 
 
 def _check_weights(folder: ModelFolder) -> None:

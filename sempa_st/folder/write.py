@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,6 +15,8 @@ from sempa_st.folder.formats import (
     ACTIVATED_MODEL_TYPE,
     CUSTOM_TYPES,
     MODULES,
+    NORMALIZE,
+    NORMALIZE_TYPE,
     POOLING,
     POOLING_TYPE,
     SETTINGS,
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy|gemma_terms)", re.IGNORECASE)
+
+
 def write_embedding_files(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,6 +46,7 @@ def write_embedding_files(
     max_seq_length: int,
     config: PreTrainedConfig,
     format: str,
+    normalize: bool = True,
 ) -> None:
     """Write the tokenizer, the template, the settings and the module list of an embedding model.
 
@@ -50,6 +57,7 @@ def write_embedding_files(
         max_seq_length: Longest input in tokens, template included; reduced to the decoder's number of positions.
         config: Configuration of the decoder.
         format: One of :data:`FORMATS`.
+        normalize: End in a module that divides vectors by their norm, so that dot products are cosines.
 
     Raises:
         SempaError: If the format is unknown, or ``native`` for an activated adapter.
@@ -65,13 +73,19 @@ def write_embedding_files(
         write_json(folder / CONFIG, {"model_type": ACTIVATED_MODEL_TYPE})
     save_tokenizer(tokenizer, folder, padding_side(config))
     write_json(folder / SETTINGS, transformer_config(template, within_positions(max_seq_length, config)))
-    modules = [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0]}]
+    modules = [("", TRANSFORMER_TYPE if format == "native" else CUSTOM_TYPES[0])]
     if format == "native":
-        modules.append({"idx": 1, "name": "1", "path": POOLING, "type": POOLING_TYPE})
+        modules.append((POOLING, POOLING_TYPE))
         _write_pooling(folder / POOLING, embedding_width(config))
     else:
         copy_sources(folder)
-    write_json(folder / MODULES, modules)
+    if normalize:
+        modules.append((NORMALIZE[len(modules) - 1], NORMALIZE_TYPE))
+        _write_normalize(folder / modules[-1][0])
+    write_json(
+        folder / MODULES,
+        [{"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)],
+    )
     if not (folder / ST_CONFIG).exists():
         write_json(folder / ST_CONFIG, _sentence_transformers_config())
 
@@ -81,6 +95,13 @@ def _write_pooling(folder: Path, width: int) -> None:
 
     folder.mkdir(exist_ok=True)
     Pooling(width, pooling_mode="lasttoken").save(str(folder))
+
+
+def _write_normalize(folder: Path) -> None:
+    from sentence_transformers.base.modules import Normalize
+
+    folder.mkdir(exist_ok=True)
+    Normalize().save(str(folder))
 
 
 def _sentence_transformers_config() -> dict[str, Any]:
@@ -107,6 +128,11 @@ def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
 def _set_in_adapter(folder: Path, name: str, value: Any) -> None:
     settings = read_settings(folder, ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**settings, name: value})
+
+
+def licence_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that say under which terms its content may be used."""
+    return sorted(path.name for path in folder.iterdir() if _LICENCE.match(path.name) and path.is_file())
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import sentence_transformers
 import torch
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
@@ -19,14 +21,56 @@ _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": 
 
 
 # The same class name, since sentence-transformers writes it into model cards.
+class Saver(Protocol):
+    """Writes a model to a folder in place of sentence-transformers; see :class:`sempa_st.folder.saving.FolderSaver`."""
+
+    def for_hub(self, model: Any) -> Saver:
+        """Return a saver of folders that other machines can use."""
+
+    def __call__(self, model: Any, path: str | Path, *, name: str, card: bool) -> bool:
+        """Write the model and return True, or do nothing and return False."""
+
+
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """sentence-transformers' own class, with another order of the texts if the module packs them.
 
     Packing runs common prefixes of a batch once, and fits texts of different lengths into one pack.
+
+    Attributes:
+        saver: What saves the model; sentence-transformers does when None, or if it declines.
     """
 
+    saver: Saver | None = None
+
+    def save(
+        self, path: str, model_name: str | None = None, create_model_card: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save the model as the folder that it was loaded from, with what has changed; arguments as of the base class.
+
+        Raises:
+            SempaError: If the folder cannot be written.
+        """
+        name = model_name or Path(path).resolve().name
+        if self.saver is None or not self.saver(self, path, name=name, card=create_model_card):
+            super().save(path, model_name, create_model_card, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload what :meth:`save` writes, with a base that other machines find; arguments as of the base class.
+
+        Raises:
+            SempaError: If nobody else has the base of the model's adapter.
+        """
+        saver = self.saver
+        self.saver = saver.for_hub(self) if saver else None
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.saver = saver
+
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed texts; arguments, return value and vectors are those of sentence-transformers' own ``encode``.
+        """Embed texts; arguments and return value are those of sentence-transformers' own ``encode``.
+
+        So are the vectors, except that a model which normalises does so again after a cut to ``truncate_dim``.
 
         Raises:
             SempaError: If a text holds a lone surrogate, or a vector holds an infinity or NaN.
@@ -36,6 +80,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         listed = [texts] if singular else list(texts)
         check_texts([*(text["text"] if isinstance(text, dict) and "text" in text else text for text in listed)])
         check_texts([kwargs.get("prompt")])
+        if normalizes(self) and (kwargs.get("truncate_dim") or self.truncate_dim):
+            kwargs["normalize_embeddings"] = True
         precision = kwargs.get("precision") or "float32"
         if precision != "float32":
             return self._quantised(listed, {**kwargs, "precision": "float32"}, precision, singular=singular)
@@ -46,6 +92,12 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             check_finite(checked, names)
         return vectors
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
+        """Load a trainer's checkpoint, a folder of format native too, with the module of the model that is trained."""
+        name = f"{Transformer.__module__}.{Transformer.__qualname__}"
+        return super()._load_with_module_classes(model_name_or_path, {**module_classes, name: PromptEOL}, **kwargs)
 
     def _quantised(self, texts: list[Any], kwargs: dict[str, Any], precision: Any, *, singular: bool) -> Any:
         """Return vectors in a smaller type, quantised from float32 vectors that have been checked."""
@@ -88,6 +140,27 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             and not isinstance(kwargs.get("device"), list)
             and getattr(self[0], "packs_batches", False)
         )
+
+
+def normalizes(model: sentence_transformers.SentenceTransformer) -> bool:
+    """Whether a model divides its vectors by their norm, in its last module."""
+    return isinstance(model[-1], Normalize)
+
+
+def hidden_states(model: sentence_transformers.SentenceTransformer) -> sentence_transformers.SentenceTransformer:
+    """Return a model whose vectors are the pooled hidden states of ``model``, not divided by their norm.
+
+    Both share their modules. A model without a :class:`PromptEOL` module is returned as it is.
+    """
+    if not (isinstance(model[0], PromptEOL) and normalizes(model)):
+        return model
+    return SentenceTransformer(
+        modules=[*model][:-1],
+        device=str(model.device),
+        prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
+        truncate_dim=model.truncate_dim,
+    )
 
 
 def _with_names(vectors: Any, texts: Sequence[Any], output: str | None) -> Iterator[tuple[Any, Sequence[Any]]]:

@@ -1,8 +1,8 @@
 """Patches of other libraries, and their private names: in this file and in no other.
 
-Each patch says why it is there and on which versions it was seen to work. ``tests/model/test_patching.py`` fails when a
-library changes underneath. This file needs nothing else of sempa_st (see ``prompt_eol.py``). Optional libraries are
-imported by name: transformers refuses a model folder whose import statements it cannot satisfy.
+Each says why it is there and on which versions it was seen. ``tests/model/test_patching.py`` fails when a library is
+changed. This file needs nothing else of sempa_st (see ``prompt_eol.py``), and imports optional libraries by name:
+transformers refuses a model folder whose import statements it cannot satisfy.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_ST = "sentence_transformers.SentenceTransformer"
 OVERRIDDEN = {
+    f"{_ST}._load_with_module_classes": ("model_name_or_path", "module_classes", "kwargs"),
     "transformers.Trainer._save": ("output_dir", "state_dict"),
     "transformers.Trainer._load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "trl.DPOTrainer._precompute_ref_logps": ("dataset", "name", "batch_size"),
     "lm_eval.models.huggingface.HFLM._loglikelihood_tokens": ("requests", "disable_tqdm", "override_bs"),
     "torch.nn.Module._save_to_state_dict": ("destination", "prefix", "keep_vars"),
 }
-"""Private methods of base classes that a class of ours overrides, with the parameters that it relies on.
-
-Seen in transformers 5.23, trl 1.16, lm-eval 0.4.13 and torch 2.13."""
+"""Private methods that we override, with arguments: transformers 5.23, trl 1.16, lm-eval 0.4.13, torch 2.13, ST 6.2."""
 
 # Any module of torch: arguments and output of its calls, by hooks. Seen in torch 2.13.
 

@@ -43,6 +43,36 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractConte
 
 
 @contextmanager
+def filled_folder(path: str | Path, replaced: Sequence[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder, and move its files into ``path`` if the block ends without an error.
+
+    Args:
+        path: A new folder, or one whose other files stay.
+        replaced: Patterns of files in ``path`` that are removed unless a new file has their name.
+
+    Raises:
+        SempaError: If the folder cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.is_file():
+        raise SempaError(f"The output {target} is a file. Expected a folder; choose another path.")
+    with ExitStack() as stack:
+        with os_errors_as_sempa_errors(f"{target} cannot be written"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(scratch_folder(target)) / target.name
+            partial.mkdir()
+        yield partial
+        with os_errors_as_sempa_errors(f"{target} cannot be written"):
+            written = [file.relative_to(partial) for file in partial.rglob("*") if file.is_file()]
+            for file in written:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                (partial / file).replace(target / file)
+            for old in {file for pattern in replaced for file in target.glob(pattern)}:
+                if old.relative_to(target) not in written:
+                    old.unlink()
+
+
+@contextmanager
 def _atomic(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
     with ExitStack() as stack:
         with os_errors_as_sempa_errors(f"{target} cannot be written"):

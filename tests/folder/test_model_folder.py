@@ -27,7 +27,7 @@ def test_an_adapter_folder(adapter_folder: Path, tiny_base: Path) -> None:
     assert (folder.format, folder.template, folder.max_seq_length) == ("native", "prompteol", 160)
     assert (folder.is_adapter, folder.is_activated, folder.invocation) == (True, False, [])
     assert (folder.base, folder.record) == (str(tiny_base), None)
-    assert folder.module_folders == ["1_Pooling"]
+    assert folder.module_folders == ["1_Pooling", "2_Normalize"]
     assert folder.embedding_settings(load_tokenizer(adapter_folder)) == ("prompteol", 160)
 
 
@@ -58,7 +58,13 @@ def test_every_settings_file_is_read_once(adapter_folder: Path, monkeypatch: pyt
     for _ in range(2):
         values = [getattr(folder, name) for name, value in vars(ModelFolder).items() if hasattr(value, "__get__")]
     assert len(values) > 10
-    files = ("1_Pooling/config.json", "adapter_config.json", "modules.json", "sentence_bert_config.json")
+    files = (
+        "1_Pooling/config.json",
+        "2_Normalize/config.json",
+        "adapter_config.json",
+        "modules.json",
+        "sentence_bert_config.json",
+    )
     assert readings == dict.fromkeys(files, 1)
 
 

@@ -206,7 +206,7 @@ def vectors_by_peft(folder: Path) -> np.ndarray:
         ids = tokenizer(TEMPLATE.text(sentence), return_tensors="pt")["input_ids"]
         with torch.no_grad():
             vectors.append(model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1])
-    return torch.stack(vectors).numpy()
+    return torch.nn.functional.normalize(torch.stack(vectors)).numpy()
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -219,7 +219,7 @@ def test_vectors_are_those_of_pefts_own_search(
     vectors = model.encode(SENTENCES, batch_size=batch_size)
     np.testing.assert_allclose(vectors[:-1], vectors_by_peft(folder), rtol=0, atol=1e-5)
     plain = sempa_st.load(tiny_base, dtype="float32", device="cpu").encode(SENTENCES[:-1])
-    assert np.abs(vectors[:-1] - plain).max(axis=1).min() > 1e-2
+    assert np.abs(vectors[:-1] - plain).max(axis=1).min() > 1e-3
 
 
 def test_sentence_transformers_gives_the_same_vectors_when_trusted(folder: Path) -> None:
