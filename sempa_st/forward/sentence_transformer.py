@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import sentence_transformers
@@ -11,6 +11,7 @@ import torch
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
+from sempa_st.errors import SempaError
 from sempa_st.forward.batching import batches_by_length, min_batch_characters
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.utils.finite import check_finite, check_texts
@@ -46,6 +47,16 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             check_finite(checked, names)
         return vectors
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, as every trainer does first.
+
+        Raises:
+            SempaError: If no weight has gradients. Losses with a gradient cache would run to the end and train nothing.
+        """
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise SempaError("All weights of this model are frozen. To train it: sempa_st.load(..., trainable=True).")
+        return super().train(mode)
 
     def _quantised(self, texts: list[Any], kwargs: dict[str, Any], precision: Any, *, singular: bool) -> Any:
         """Return vectors in a smaller type, quantised from float32 vectors that have been checked."""
