@@ -50,6 +50,7 @@ def load(
     base: str | None = None,
     reader: str = "sempa",
     int8: bool = False,
+    trainable: bool = False,
 ) -> SentenceTransformer:
     """Load a model for embedding; its decoder still generates (``load(...)[0].model.generate``).
 
@@ -66,6 +67,8 @@ def load(
         reader: ``sempa`` for our module, ``native`` for plain sentence-transformers modules.
         int8: Multiply 8-bit integers in most linear layers (:func:`sempa_st.model.int8.quantize`): faster on a CPU,
             and no longer exact. It needs float32 on a CPU, and makes these the default dtype and device.
+        trainable: Give the adapter's weights gradients, and no others, so that a trainer goes on from them. A model
+            without an adapter is trainable in any case, with all its weights.
 
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
@@ -88,6 +91,8 @@ def load(
     avoid_broken_sdpa(opened, device)
     if int8:
         _quantize(opened)
+    if trainable:
+        _train_adapter(opened, as_trained=not (method or int8))
     # All that decides a vector, and nothing that differs between machines; only an "auto" dtype depends on the device.
     identity = {
         "model": source_digest(source, base),
@@ -103,6 +108,14 @@ def load(
     }
     opened.model_card_data.model_name = digested_name(source.name, identity)
     return opened
+
+
+def _train_adapter(opened: SentenceTransformer, *, as_trained: bool) -> None:
+    from sempa_st.model.adapter import train_adapter
+
+    if not as_trained:
+        raise SempaError("A model that is read by a method, or in int8, cannot be trained. Leave these out.")
+    train_adapter(opened)
 
 
 def _load_by_kind(

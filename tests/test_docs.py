@@ -95,6 +95,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = csv.DictWriter(file, list(triplets[0]))
         rows.writeheader()
         rows.writerows(triplets)
+    with (root / "qa.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], *([row["sent0"], row["sent1"]] for row in triplets)])
     sentences = sample_sentences()[:20]
     (data / "nli").mkdir()
     pq.write_table(pa.Table.from_pylist(triplets), data / "nli" / "triplets.parquet")

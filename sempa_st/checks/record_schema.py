@@ -37,6 +37,11 @@ class _Averaged(Settings):
     model: str
 
 
+class _Start(Settings):
+    model: str
+    sha256: str
+
+
 class _Table(Settings):
     title: str
     columns: list[Any]
@@ -52,6 +57,7 @@ class RunRecord(Settings):
     config: dict[str, Any]
     data: _Data
     dev: _Dev
+    started_from: _Start | None = None
     left_out: list[str] | None = None
     scale: Annotated[FiniteFloat, Field(gt=0)] | None = None
     averaged: list[_Averaged] | None = None

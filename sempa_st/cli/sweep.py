@@ -20,7 +20,7 @@ from sempa_st.utils.options import add_options, convert_option, load_yaml, optio
 _OWNED = ("output", "resume", "overwrite")
 _NOT_IN_GRID = {
     **dict.fromkeys(_OWNED, "the sweep sets it for each run"),
-    **dict.fromkeys(("data_dir", "device", "log_steps"), "it does not tell two runs apart"),
+    **dict.fromkeys(("data_dir", "device", "log_steps", "report_to"), "it does not tell two runs apart"),
     "dev": "scores on different pairs cannot be compared",
 }
 _MOST_POINTS = 10_000

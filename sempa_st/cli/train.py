@@ -11,11 +11,12 @@ from sempa_st.utils.options import add_options, read_options
 
 TRAIN_GROUPS = {
     "model and data": (
-        *("base", "data", "output", "paraphrase", "chat_format", "template", "max_triplets", "skip_bad_rows"),
+        *("base", "from_", "data", "columns", "output", "paraphrase", "chat_format", "template", "max_triplets"),
+        "skip_bad_rows",
     ),
     "objective": (
         *("objective", "beta", "word_beta", "word_tokens", "word_forms", "word_weights", "stop_words"),
-        *("temperature", "neutral", "kl", "kl_text", "kl_positions"),
+        *("temperature", "matryoshka_dims", "neutral", "kl", "kl_text", "kl_positions"),
     ),
     "adapter": ("activation", "tuning", "lora_r", "lora_alpha", "lora_dropout", "lora_layers"),
     "optimisation": (
@@ -24,9 +25,10 @@ TRAIN_GROUPS = {
     ),
     "checkpoints and dev score": (
         *("checkpoint_samples", "keep_checkpoints", "patience", "dev", "data_dir", "dev_batch_size", "log_steps"),
+        "report_to",
     ),
     "output folder": ("max_seq_length", "format", "resume", "overwrite"),
-    "compute": ("dtype", "device", "gradient_checkpointing"),
+    "compute": ("dtype", "device", "load_in_4bit", "device_map", "gradient_checkpointing"),
 }
 """Options of a training run by the heading that they have in the help."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +13,13 @@ from sempa_st.data.rows import ROW_SUFFIXES, find_columns, read_rows
 from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import is_text, lone_surrogates
+from sempa_st.utils.options import split_list
 from sempa_st.utils.run_info import fingerprint
 
 _PAIR_COLUMNS = ("premise", "hypothesis", "label")
 _LAYOUTS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"), _PAIR_COLUMNS)
+_PAIRS_ALONE = (("sent0", "sent1"), ("anchor", "positive"))
+_NAMES = (*dict.fromkeys(name for layout in _LAYOUTS for name in layout), "neutral")
 _LABELS = ("entailment", "neutral", "contradiction")
 """Names of SNLI's integer labels 0, 1 and 2; -1 marks a pair without a gold label."""
 _LABEL_OF: dict[Any, str] = {**dict.fromkeys(("", "-", None, -1), ""), **{name: name for name in _LABELS}}
@@ -31,7 +34,10 @@ _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """A premise with one entailed, one contradicted and, if known, one neutral hypothesis."""
+    """A premise with one entailed, one contradicted and, if known, one neutral hypothesis.
+
+    In a pair alone, ``contradicted`` is empty.
+    """
 
     premise: str
     entailed: str
@@ -55,12 +61,19 @@ class NliData:
     skipped: int = 0
     too_long: int = 0
 
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the data is pairs alone, without contradicted sentences."""
+        return not self.triplets[0].contradicted
+
     def fingerprint(self) -> str:
         """Return the SHA-256 digest (hex) of the triplets, order included."""
         return fingerprint(asdict(triplet) for triplet in self.triplets)
 
 
-def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
+def load_nli(
+    source: str, *, skip_bad_rows: bool = False, columns: Mapping[str, str] | None = None, pairs: bool = False
+) -> NliData:
     """Load triplets from ``source``.
 
     Args:
@@ -70,6 +83,8 @@ def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
             ``premise, hypothesis, label``. Labels are names or SNLI's integers: 0 entailment, 1 neutral,
             2 contradiction, -1 or empty for none; floats such as 1.0 are accepted.
         skip_bad_rows: Skip and count bad rows instead of raising.
+        columns: The data's own names of some of these columns, such as ``{"anchor": "question"}``.
+        pairs: Accept pairs alone, with the columns ``anchor, positive`` or ``sent0, sent1``, as well.
 
     Raises:
         SempaError: On unknown columns or labels, empty sentences, a premise without an entailed or a contradicted
@@ -78,15 +93,59 @@ def load_nli(source: str, *, skip_bad_rows: bool = False) -> NliData:
     rows = _read_source(source)
     if not rows:
         raise SempaError(f"{source} holds no rows. Expected NLI triplets or labelled pairs.")
-    columns = find_columns(rows, _LAYOUTS, source)
-    build = _from_pairs if columns == _PAIR_COLUMNS else _from_triplets
-    triplets, skipped = build(rows, columns, source, skip_bad_rows)
+    rows = _renamed(rows, columns or {}, source)
+    layouts = (*_LAYOUTS, *(_PAIRS_ALONE if pairs else ()))
+    layout = find_columns(rows, layouts, source, "Rename its columns" + (", or pass --columns." if pairs else "."))
+    build = _from_pairs if layout == _PAIR_COLUMNS else _from_triplets
+    triplets, skipped = build(rows, layout, source, skip_bad_rows)
     if not triplets:
         raise SempaError(
             f"{source} holds no usable triplet: {skipped} bad row(s) or premise(s) were skipped, and pairs without a "
             "label give none. Check the file."
         )
     return NliData(triplets, source, skipped)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Parse names of columns.
+
+    Args:
+        text: Comma-separated ``NAME=COLUMN``: a name that :func:`load_nli` knows, and the column that has its content.
+
+    Raises:
+        SempaError: If an entry has another form, or a name is unknown or given twice.
+
+    >>> parse_columns("anchor=question, positive=answer")
+    {'anchor': 'question', 'positive': 'answer'}
+    """
+    columns: dict[str, str] = {}
+    for entry in split_list(text) if text else []:
+        name, _, column = (part.strip() for part in entry.partition("="))
+        if name not in _NAMES or name in columns or not column:
+            raise SempaError(
+                f"columns is {text!r:.200}, with the entry {entry!r:.80}. Expected NAME=COLUMN once for each name, "
+                f"such as anchor=question,positive=answer. Names: {', '.join(_NAMES)}."
+            )
+        columns[name] = column
+    return columns
+
+
+def _renamed(rows: list[dict[str, Any]], columns: Mapping[str, str], source: str) -> list[dict[str, Any]]:
+    """Return the rows with their columns under the names that :func:`load_nli` knows."""
+    missing = [column for column in columns.values() if column not in rows[0]]
+    if missing:
+        raise SempaError(
+            f"{source} has no column {missing[0]!r}, which --columns names. Expected one of: "
+            f"{', '.join(map(str, rows[0]))}."
+        )
+    if not columns:
+        return rows
+    taken = set(columns.values())
+    return [
+        {name: value for name, value in row.items() if name not in taken}
+        | {name: row.get(column) for name, column in columns.items()}
+        for row in rows
+    ]
 
 
 def _read_source(source: str) -> list[dict[str, Any]]:
@@ -117,10 +176,11 @@ def _from_triplets(
 ) -> tuple[list[Triplet], int]:
     triplets, bad_rows = [], []
     for number, row in enumerate(rows, 1):
-        premise, entailed, contradicted = (row.get(column) for column in columns)
+        sentences: list[Any] = [row.get(column) for column in columns]
         neutral = row.get("neutral")
         broken = isinstance(neutral, str) and lone_surrogates(neutral)
-        if is_text(premise) and is_text(entailed) and is_text(contradicted) and not broken:
+        if all(map(is_text, sentences)) and not broken:
+            premise, entailed, contradicted = sentences if len(columns) > 2 else [*sentences, ""]
             triplets.append(Triplet(premise, entailed, contradicted, neutral if is_text(neutral) else None))
         else:
             bad_rows.append(number)

@@ -22,13 +22,19 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_rows(path))
 
 
-def find_columns(rows: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, ...]], source: str) -> tuple[str, ...]:
+def find_columns(
+    rows: Sequence[dict[str, Any]],
+    layouts: Sequence[tuple[str, ...]],
+    source: str,
+    advice: str = "Rename its columns.",
+) -> tuple[str, ...]:
     """Return the first of several column layouts that the rows have; the first row decides.
 
     Args:
         rows: Rows of a file or a Hub data set.
         layouts: Column names of each accepted layout, the preferred one first.
         source: File or Hub id, for the error message.
+        advice: What to do, for the error message.
 
     Raises:
         SempaError: If there are no rows, or they lack a column of every layout.
@@ -39,7 +45,7 @@ def find_columns(rows: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, ..
             return layout
     expected = " or ".join(f"({', '.join(layout)})" for layout in layouts)
     raise SempaError(
-        f"{source} has the columns ({', '.join(map(str, columns)) or 'none'}). Expected {expected}. Rename its columns."
+        f"{source} has the columns ({', '.join(map(str, columns)) or 'none'}). Expected {expected}. {advice}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import sentence_transformers
@@ -13,6 +13,7 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 
+from sempa_st.errors import SempaError
 from sempa_st.forward.batching import batches_by_length, min_batch_characters
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.utils.finite import check_finite, check_texts
@@ -98,6 +99,16 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         """Load a trainer's checkpoint, a folder of format native too, with the module of the model that is trained."""
         name = f"{Transformer.__module__}.{Transformer.__qualname__}"
         return super()._load_with_module_classes(model_name_or_path, {**module_classes, name: PromptEOL}, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, as every trainer does first.
+
+        Raises:
+            SempaError: If no weight has gradients. Losses with a gradient cache would run to the end and train nothing.
+        """
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            raise SempaError("All weights of this model are frozen. To train it: sempa_st.load(..., trainable=True).")
+        return super().train(mode)
 
     def _quantised(self, texts: list[Any], kwargs: dict[str, Any], precision: Any, *, singular: bool) -> Any:
         """Return vectors in a smaller type, quantised from float32 vectors that have been checked."""

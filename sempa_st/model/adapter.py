@@ -15,6 +15,7 @@ from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_ada
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 _FUSED_IN_MAMBA = {"out_proj", "dt_proj", "x_proj"}
@@ -137,19 +138,32 @@ def left_out(base: Base, config: Any) -> list[str]:
     return sorted(found[False] - found[True])
 
 
-def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str) -> Any:
+def attach_adapter(model: PreTrainedModel, folder: str | Path, base_name: str, **settings: Any) -> Any:
     """Load the adapter in ``folder`` onto ``model``; see :func:`sempa_st.model.peft_models.load_adapter`.
 
     Args:
         model: Base model; it is modified.
         folder: Adapter folder.
         base_name: Name of the base, for error messages.
+        **settings: PEFT settings to use instead of the folder's, such as ``lora_dropout``.
 
     Raises:
         SempaError: If a file is missing or corrupted, or if the adapter does not match the base.
     """
     with _loading_errors(Path(folder), base_name):
-        return load_adapter(model, folder)
+        return load_adapter(model, folder, **settings)
+
+
+def train_adapter(model: nn.Module) -> None:
+    """Give the weights of a model's adapter gradients, and no others; a model without an adapter stays as it is.
+
+    They become float32, since small steps are lost to rounding in 16 bits. Any library may have loaded the adapter.
+    """
+    adapter = {name for name, _ in model.named_parameters() if "lora_" in name}
+    for name, parameter in model.named_parameters() if adapter else ():
+        parameter.requires_grad_(name in adapter)
+        if name in adapter:
+            parameter.data = parameter.data.float()
 
 
 def merge_adapters(model: PreTrainedModel, folders: Sequence[Path], base_name: str) -> None:

@@ -117,23 +117,36 @@ def _is_decoder(config: dict[str, Any]) -> bool:
     return not config.get("is_encoder_decoder") and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def load_causal_lm(folder: str | Path, dtype: torch.dtype, *, whole: bool = True) -> PreTrainedModel:
+def load_causal_lm(
+    folder: str | Path, dtype: torch.dtype, *, whole: bool = True, load_in_4bit: bool = False, device_map: Any = None
+) -> PreTrainedModel:
     """Load the causal language model in ``folder`` from safetensors, with its LM head.
 
     Args:
         folder: Local folder.
         dtype: Type of the weights.
         whole: Refuse a model that can only be used for embedding: without an LM head, or with quantised weights.
+        load_in_4bit: Quantise the linear layers to NF4 with double quantisation (arXiv 2305.14314, section 3).
+        device_map: Where accelerate puts which layers, as ``from_pretrained`` takes it; None for the CPU.
 
     Raises:
         SempaError: If its files cannot be read or do not match, or weights are missing or not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 
-    model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype)
-    if whole and getattr(model, "is_quantized", False):
+    arguments: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
+    if load_in_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    stored = quantisation(folder)
+    model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype, **arguments)
+    if whole and (stored or (getattr(model, "is_quantized", False) and not load_in_4bit)):
         raise SempaError(
             f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need "
             "unquantised ones. Use the original model, or a dequantised copy."

@@ -55,13 +55,14 @@ def alora_on_last(model: Any, tokens: list[int] | None) -> Iterator[None]:
         yield
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+def load_adapter(model: PreTrainedModel, folder: str | Path, **settings: Any) -> Any:
     """Add the LoRA adapter in ``folder`` to a causal language model, and check that all of it took effect.
 
     Args:
         model: The base model with its LM head; its linear layers are replaced in place. On the meta device names and
             shapes are compared, and nothing is loaded.
         folder: Local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        **settings: PEFT settings to use instead of the folder's, such as ``lora_dropout``.
 
     Returns:
         The PEFT model, with the adapter active and all weights frozen.
@@ -74,6 +75,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    for name, value in settings.items():
+        setattr(config, name, value)
     if on_meta := model.device.type == "meta":
         config.init_lora_weights = True  # some initialisations read the base's weights
     tensors = load_file(Path(folder, ADAPTER_WEIGHTS))

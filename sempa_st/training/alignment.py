@@ -95,8 +95,10 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
         if "words" in batch:
             loss = loss + self._word_loss(batch, premises, reference_states)
         if weight := self._weights.get("contrastive"):
-            scores = similarity_score(premises, torch.cat(compared), self._config.temperature)
-            loss = loss + weight * self._record(self._in_batch(scores, batch))
+            widths: list[Any] = [*self._config.embedding_widths] or [None]
+            for width in widths:
+                scores = similarity_score(premises, torch.cat(compared), self._config.temperature, width)
+                loss = loss + weight / len(widths) * self._record(self._in_batch(scores, batch))
         return loss
 
     def _word_loss(self, batch: Batch, states: Tensor, reference_states: Tensor) -> Tensor:

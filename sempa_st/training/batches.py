@@ -26,7 +26,7 @@ class EmbeddingInputs:
     Args:
         module: Embedding module, which renders the template and tokenises.
         roles: Fields of a triplet to embed: ``premise`` first, then the sentences it is compared with.
-        candidates: Fields of a triplet to choose from: ``entailed``, ``contradicted`` and maybe ``neutral``.
+        candidates: Fields of a triplet to choose from: ``entailed``, and maybe ``contradicted`` and ``neutral``.
         bagger: Turns a sentence into its bag of words; None if no objective scores words.
         pairwise: Whether to add ``pair_bags`` for the objective ``one-word``.
     """

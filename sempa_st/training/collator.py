@@ -49,7 +49,7 @@ def make_batch_makers(
     data: NliData,
     tokenizer: PreTrainedTokenizerBase,
     module: PromptEOL,
-    base_digest: str,
+    digest: str,
     passages: Passages | None = None,
 ) -> list[BatchMaker]:
     """Return the batch makers that a run's objectives need, after running the reference model unless it is cached.
@@ -58,17 +58,19 @@ def make_batch_makers(
         config: Training settings.
         data: Triplets.
         tokenizer: The base model's tokenizer, for text without the embedding template.
-        module: Embedding module around the base model, without an adapter.
-        base_digest: Digest of the base model's weights, a key of the reference cache.
+        module: Embedding module around the reference, which is the model that training starts from: the base without
+            an adapter, or with that of ``--from``.
+        digest: Digest of the reference model, a key of the reference cache.
         passages: Ordinary text for the KL term; None for the premises.
     """
     objectives = config.objective_weights.keys()
-    identity = reference_identity(data, module.model, module.model.dtype, base_digest)
+    identity = reference_identity(data, module.model, module.decoder.dtype, digest)
     makers: list[BatchMaker] = []
     if objectives & EMBEDDING_OBJECTIVES:
         inputs = _embedding_inputs(config, data, module)
         makers.append(lambda _, triplets: inputs(triplets))
-    if objectives & WORD_OBJECTIVES and config.activation != "template":
+    # Without --from, an adapter of the suffix has its reference in the same prefix cache; see AlignmentTrainer.
+    if objectives & WORD_OBJECTIVES and (config.activation != "template" or config.from_):
         makers.append(_lookup(reference_states(config, data, module, identity)))
     if objectives & SEQUENCE_OBJECTIVES:
         answers = AnswerInputs(
@@ -86,7 +88,11 @@ def make_batch_makers(
 
 def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> EmbeddingInputs:
     objectives = config.objective_weights.keys()
-    candidates = ("entailed", "contradicted", *(() if config.neutral == "none" else ("neutral",)))
+    candidates = (
+        "entailed",
+        *(() if data.is_pairs else ("contradicted",)),
+        *(() if config.neutral == "none" else ("neutral",)),
+    )
     compared = candidates if "contrastive" in objectives else ()
     return EmbeddingInputs(
         module,
@@ -99,7 +105,7 @@ def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> 
 
 def _word_bags(config: TrainConfig, tokenizer: Any, triplets: Sequence[Triplet]) -> WordBags:
     """Return the bagger for a run's settings; idf counts all sentences but the neutral ones."""
-    sentences = [s for t in triplets for s in (t.premise, t.entailed, t.contradicted)]
+    sentences = [s for t in triplets for s in (t.premise, t.entailed, t.contradicted) if s]
     return WordBags(
         tokenizer,
         tokens=config.word_tokens,

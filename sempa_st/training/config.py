@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sempa_st.data.nli import parse_columns
 from sempa_st.data.preferences import DEFAULT_PARAPHRASE, PARAPHRASE_TEMPLATES, paraphrase_template
 from sempa_st.errors import SempaError
 from sempa_st.model.chat_formats import CHAT_FORMATS
@@ -21,10 +22,13 @@ TUNINGS = ("lora", "full")
 FORMATS = ("auto", "native", "custom")
 NEUTRAL = ("none", "negative", "second")
 WORD_WEIGHTS = ("uniform", "idf")
+REPORTERS = ("none", "tensorboard", "trackio", "wandb")
+DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 _MAX_NUMBER = 2**31 - 1
 """Largest number that all libraries accept as a seed and as a number of steps, examples or tokens."""
 _MAX_CHARACTERS = 4096
 _MAX_RANK = 4096
+_WIDTH = re.compile(r"[1-9][0-9]{0,5}")
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
@@ -37,7 +41,13 @@ class TrainConfig:
     """
 
     base: str = option(EMBEDDED_BASE, "base model: Hub id, local folder, or the embedded default model")
-    data: str = option("", "NLI data: Hub id, csv, jsonl, json or parquet file, or 'sample'")
+    data: str = option("", "NLI data or pairs: Hub id, csv, jsonl, json or parquet file, or 'sample'")
+    columns: str = option("", "the data's own names of columns, such as anchor=question,positive=answer")
+    from_: str = option(
+        "",
+        "adapter to go on from: model folder, shipped model or Hub id; base, template, activation and LoRA settings "
+        "are its own",
+    )
     output: str = option("", "output folder of the model")
     objective: str = option(
         "dpo",
@@ -71,6 +81,9 @@ class TrainConfig:
     )
     stop_words: bool = option(True, "ignore stop words in the one-word objectives")
     temperature: float = option(0.05, "temperature of the objective contrastive")
+    matryoshka_dims: str = option(
+        "", "widths that the objective contrastive trains, such as 640,320,160,80 (default: the embedding's own alone)"
+    )
     neutral: str = option(
         "none",
         "neutral sentences in the in-batch objectives: none, negative, or second (ranked)",
@@ -112,7 +125,10 @@ class TrainConfig:
     )
     seed: int = option(42, "seed of the choice of triplets, the adapter's initialisation and the data order")
     log_steps: int = option(1, "optimiser steps between two entries of the training log in the run record")
+    report_to: str = option("none", "program to show the training log in while the run lasts", choices=REPORTERS)
     device: str | None = option(None, "device type such as cpu or cuda (default: the best available)")
+    load_in_4bit: bool = option(False, "hold the frozen weights in 4 bits by bitsandbytes (QLoRA), to save memory")
+    device_map: str = option("none", "spread the layers over all visible GPUs by accelerate", choices=DEVICE_MAPS)
     skip_bad_rows: bool = option(False, "skip and count bad rows of the data instead of stopping")
     resume: bool = option(False, "resume an interrupted run with the same settings from its last checkpoint")
     overwrite: bool = option(False, "replace the output folder if it exists, and delete an unfinished run")
@@ -127,7 +143,9 @@ class TrainConfig:
             choices = item.metadata["choices"]
             if choices and getattr(self, name) not in choices:
                 raise SempaError(f"{name} is {getattr(self, name)!r}. Expected one of: {', '.join(choices)}.")
-        _ = self.adapted_layers
+        if self.device_map != "none" and self.device == "cpu":
+            raise SempaError("--device-map spreads the layers over GPUs. Leave out it, or --device cpu.")
+        _ = self.adapted_layers, self.column_names, self.embedding_widths
         paraphrase_template(self.paraphrase)
         if self.kl_text and not self.kl:
             raise SempaError(f"kl_text is {self.kl_text!r}, but without --kl nothing reads it. Set --kl above 0.")
@@ -173,6 +191,16 @@ class TrainConfig:
         weights = self.objective_weights
         if len(weights.keys() & set(SEQUENCE_OBJECTIVES)) > 1:
             raise SempaError(f"The objective {self.objective!r} contains both dpo and listwise. Expected one of them.")
+        if self.embedding_widths and "contrastive" not in weights:
+            raise SempaError(
+                f"matryoshka_dims is {self.matryoshka_dims!r}, and the objective {self.objective!r} compares no "
+                "embeddings, so nothing would train these widths. Expected contrastive among the objectives."
+            )
+        if self.tuning == "full" and (self.from_ or self.load_in_4bit):
+            raise SempaError(
+                "--from and --load-in-4bit train an adapter, and --tuning full all weights. Expected --tuning lora, or "
+                "a merged copy (sempa copy FOLDER DIR --merge) as --base."
+            )
         if self.tuning == "full" and (self.kl or self.is_activated):
             raise SempaError(
                 "--kl and --activation need the unchanged base, which --tuning full does not keep. Expected --tuning "
@@ -218,6 +246,25 @@ class TrainConfig:
     def has_reference(self) -> bool:
         """Whether the loss compares the model with its base."""
         return self.kl > 0 or self.objective_weights.keys() != {"contrastive"}
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The data's own name of each column that it calls otherwise."""
+        return parse_columns(self.columns)
+
+    @property
+    def embedding_widths(self) -> list[int]:
+        """Widths that are trained, the largest first; empty for the full width alone."""
+        if not self.matryoshka_dims:
+            return []
+        entries = split_list(self.matryoshka_dims)
+        widths = sorted({int(entry) for entry in entries if _WIDTH.fullmatch(entry)}, reverse=True)
+        if len(widths) < len(entries):
+            raise SempaError(
+                f"matryoshka_dims is {self.matryoshka_dims!r:.80}. Expected different whole numbers above 0, such as "
+                "640,320,160,80."
+            )
+        return widths
 
     @property
     def folder_format(self) -> str:

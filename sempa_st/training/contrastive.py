@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from torch import nn
 from transformers import Trainer
 
 from sempa_st.data.nli import Triplet
@@ -22,12 +23,15 @@ class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
     Args:
         module: Embedding module around the model to train.
         temperature: Divisor of the cosine, above 0.
+        widths: Widths of the embedding to train, with the mean of their losses; empty for the full width alone.
         **kwargs: Arguments of sentence-transformers' trainer except model and loss.
     """
 
-    def __init__(self, *, module: PromptEOL, temperature: float, **kwargs: Any) -> None:
+    def __init__(self, *, module: PromptEOL, temperature: float, widths: Sequence[int] = (), **kwargs: Any) -> None:
         embedder = SentenceTransformer(modules=[module], device=str(module.model.device))
-        loss = MultipleNegativesRankingLoss(embedder, scale=1 / temperature)
+        loss: nn.Module = MultipleNegativesRankingLoss(embedder, scale=1 / temperature)
+        if widths:
+            loss = MatryoshkaLoss(embedder, loss, widths, [1 / len(widths)] * len(widths))
         super().__init__(model=embedder, loss=loss, **kwargs)
 
     def generator(self) -> Any:
@@ -46,7 +50,11 @@ class ContrastiveTrainer(DevScoreTrainer, SentenceTransformerTrainer):
 
 
 def contrastive_dataset(triplets: Sequence[Triplet]) -> Dataset:
-    """Return the triplets as a data set with the columns ``anchor``, ``positive`` and ``negative``."""
+    """Return the triplets as a data set with the columns ``anchor``, ``positive`` and, but for pairs, ``negative``."""
     return Dataset.from_list(
-        [{"anchor": row.premise, "positive": row.entailed, "negative": row.contradicted} for row in triplets]
+        [
+            {"anchor": row.premise, "positive": row.entailed}
+            | ({"negative": row.contradicted} if row.contradicted else {})
+            for row in triplets
+        ]
     )

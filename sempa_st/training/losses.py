@@ -85,18 +85,20 @@ def word_score(policy: Tensor, reference: Tensor | None, bags: Tensor, beta: flo
     return beta * log_ratio @ bags.T
 
 
-def similarity_score(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+def similarity_score(first: Tensor, second: Tensor, temperature: float, width: int | None = None) -> Tensor:
     """Return the contrastive score: s(x, y) = cos(f(x), f(y)) / temperature.
 
     Args:
         first: Embeddings of shape (batch, hidden).
         second: Embeddings of shape (candidates, hidden).
         temperature: Above 0.
+        width: Number of leading components to compare (Matryoshka, arXiv 2205.13147); all when None.
 
     Returns:
         Scores of shape (batch, candidates).
     """
-    return functional.normalize(first, dim=-1) @ functional.normalize(second, dim=-1).T / temperature
+    first, second = (functional.normalize(vectors[:, :width], dim=-1) for vectors in (first, second))
+    return first @ second.T / temperature
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def in_batch_loss(scores: Tensor, same_premise: Tensor, has_neutral: Tensor, *, 
 
     Args:
         scores: s(x_i, y) for all entailed, all contradicted and, unless ``neutral`` is ``none``, all neutral sentences
-            of the batch, of shape (batch, 2 * batch) or (batch, 3 * batch).
+            of the batch, of shape (batch, 2 * batch) or (batch, 3 * batch). For pairs alone, (batch, batch): the
+            entailed sentences of the other pairs are the negatives, and the margin is that to the best of them.
         same_premise: True for another triplet with the same premise, whose hypotheses are not used as negatives. Shape
             (batch, batch).
         has_neutral: False for a triplet without a neutral sentence, whose column is ignored. Shape (batch,).
@@ -182,7 +185,12 @@ def in_batch_loss(scores: Tensor, same_premise: Tensor, has_neutral: Tensor, *, 
     if neutral == "second":
         ranking = torch.cat([own, (own + 2 * size).masked_fill(~has_neutral[:, None], -1)], dim=1)
     loss = plackett_luce_loss(scores, ranking, absent)
-    return ObjectiveLoss(loss, (scores[:, :size].diagonal() - scores[:, size : 2 * size].diagonal()).detach())
+    best = scores[:, size : 2 * size].diagonal()
+    if scores.shape[1] == size:
+        best = scores.masked_fill(absent | torch.eye(size, dtype=torch.bool, device=scores.device), -torch.inf).amax(1)
+    # A pair without any other to compare with has no margin.
+    margins = (scores[:, :size].diagonal() - best).detach()
+    return ObjectiveLoss(loss, margins.masked_fill(margins.isposinf(), 0.0))
 
 
 def reference_kl(policy: Tensor, reference: Tensor) -> Tensor:

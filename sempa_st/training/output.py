@@ -14,8 +14,8 @@ from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import copy_files, set_base_reference, set_invocation, write_embedding_files
 from sempa_st.model.tokenizer import prefix_tokens
-from sempa_st.training.build import RunInputs
 from sempa_st.training.config import TrainConfig
+from sempa_st.training.inputs import RunInputs
 from sempa_st.training.record import run_record
 from sempa_st.utils.files import atomic_folder, write_json
 

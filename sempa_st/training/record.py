@@ -15,9 +15,9 @@ from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
 if TYPE_CHECKING:
-    from sempa_st.training.build import RunInputs
+    from sempa_st.training.inputs import RunInputs
 
-_NOT_RECORDED = ("data_dir", "output", "resume", "overwrite")
+_NOT_RECORDED = ("data_dir", "output", "resume", "overwrite", "report_to")
 _NOT_IDENTITY = (*_NOT_RECORDED, "device", "log_steps", "keep_checkpoints")
 """Settings that say where and how a run is made, but do not affect its result."""
 
@@ -31,7 +31,8 @@ def run_record(
     settings. In ``training``, null is a value that was not finite, such as the gradient norm of a step that overflowed.
 
     Args:
-        config: Settings as they were asked for; those of ``inputs`` are fitted to the base.
+        config: Settings as they were asked for; those of ``inputs`` are fitted to the base. What the adapter of
+            ``--from`` decides is recorded as it is.
         inputs: Data and model of the run.
         state: The trainer's state after training.
         step: Optimiser step of the model that the record is for.
@@ -54,20 +55,24 @@ def run_record(
         "too_long": data.too_long,
         "sha256": data.fingerprint(),
         **inputs.digests,
+        **({"pairs": True} if data.is_pairs else {}),
     }
     settings = asdict(config)
-    record = {
+    decided = dict(inputs.start.decided) if inputs.start else {}
+    record: dict[str, Any] = {
         **run_info(),
         "objective": config.objective,
         "base": inputs.base.name,
         "data": source,
-        "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED},
+        "config": {name: value for name, value in settings.items() if name not in _NOT_RECORDED} | decided,
         "settings_digest": settings_digest(settings),
         "dev": {"source": config.dev, "pairs": len(inputs.scorer.pairs), "scores": scores},
         "best_step": step,
         "training": [_step(line) for line in state.log_history if "loss" in line],
         "seconds": round(seconds, 1),
     }
+    if inputs.start:
+        record["started_from"] = {"model": config.from_, "sha256": inputs.start.folder.digest}
     if inputs.left_out:
         record["left_out"] = inputs.left_out
     return portable_record(record)
@@ -104,7 +109,7 @@ def _step(line: dict[str, float]) -> dict[str, float | None]:
 
 
 def dev_scores(record: Mapping[str, Any]) -> dict[int, float]:
-    """Return the dev scores in a run record by optimizer step; step 0 is the base."""
+    """Return the dev scores in a run record by optimizer step; step 0 is the base, or the adapter of ``--from``."""
     return {score["step"]: score["spearman"] for score in record["dev"]["scores"]}
 
 
@@ -127,9 +132,9 @@ def run_table(record: dict[str, Any]) -> str:
         text += f" {record['config']['max_length']}."
     best = max(score["spearman"] for score in scores[1:])
     if best <= scores[0]["spearman"]:
-        text += (
-            f"\nNo checkpoint beats the dev score of the base, {scores[0]['spearman']:.2f}; the best of them was kept."
-        )
+        start = "model that training started from" if "started_from" in record else "base"
+        text += f"\nNo checkpoint beats the dev score of the {start}, {scores[0]['spearman']:.2f}; "
+        text += "the best of them was kept."
     return text
 
 

@@ -1,4 +1,4 @@
-"""Run the reference model over the data, once before the adapter is attached, and cache the results on disk."""
+"""Run the reference model over the data, once before training, and cache the results on disk."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def collect(batches: Iterator[list[int]], compute: Callable[[list[int]], Tensor]
     return torch.stack([results[index] for index in sorted(results)])
 
 
-def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype, base_digest: str) -> dict[str, Any]:
+def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype, digest: str) -> dict[str, Any]:
     """Return what determines every result of the reference model on the data.
 
     Args:
         data: Triplets.
         model: The reference model.
         dtype: Dtype of its computation.
-        base_digest: Digest of the base model's weights.
+        digest: Digest of the reference model, its adapter included.
     """
     return {
-        "base": base_digest,
+        "base": digest,
         "data": data.fingerprint(),
         "dtype": str(dtype),
         "attention": attention_implementation(model.config),
@@ -158,7 +158,7 @@ def reference_answers(
     def compute() -> Tensor:
         def log_probabilities(indices: list[int]) -> Tensor:
             batch = {name: tensor.to(module.model.device) for name, tensor in answers(indices).items()}
-            return answer_log_probabilities(module.model, batch).view(len(indices), -1)
+            return answer_log_probabilities(module.causal_lm, batch).view(len(indices), -1)
 
         lengths = [len(str(prompt)) + max(len(str(answer)) for answer in ranked) for prompt, ranked in answers.examples]
         batches = batches_within_tokens(lengths, _MAX_CHARACTERS, "reference")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sempa_st.data.nli import NliData, load_nli
-from sempa_st.data.passages import read_passages
-from sempa_st.data.sts import dev_pairs
 from sempa_st.errors import SempaError
-from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.base_model import load_causal_lm, load_config, resolve_base
-from sempa_st.model.chat_formats import chat_template
-from sempa_st.model.patching import attention_implementation, avoid_broken_sdpa
-from sempa_st.model.prompt_eol import within_positions
-from sempa_st.model.templates import embedding_template
-from sempa_st.model.tokenizer import check_saved_tokenizer, install_template, load_tokenizer
-from sempa_st.training.answers import drop_too_long
-from sempa_st.training.build import RunInputs, build_trainer, report_left_out
+from sempa_st.model.patching import attention_implementation
+from sempa_st.training.build import build_trainer
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.dev_score import DevScorer
+from sempa_st.training.inputs import RunInputs, load_inputs, report_inputs
 from sempa_st.training.launch import check_processes, check_sharding
-from sempa_st.training.objectives import SEQUENCE_OBJECTIVES
 from sempa_st.training.output import KeptModels, ModelWriter
 from sempa_st.training.record import dev_scores
 from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
-from sempa_st.utils.devices import pick_device, pick_dtype
-from sempa_st.utils.files import check_not_inside, check_output_folder
+from sempa_st.utils.devices import pick_device
 
 
 @dataclass(frozen=True)
@@ -81,9 +68,9 @@ def train(config: TrainConfig) -> TrainResult:
     _on_main_process(lambda: run_folder.open(inputs.identity, resume=config.resume, overwrite=config.overwrite))
     try:
         with explain_interruption(lambda: run_folder.after_interruption() if state.is_main_process else None):
-            report_left_out(inputs)
+            report_inputs(inputs)
             trainer = build_trainer(inputs, run_folder)
-            # A new adapter changes nothing, so this is the score of the base.
+            # A new adapter changes nothing, so without --from this is the score of the base.
             writer = ModelWriter(config, inputs, started, _base_score(inputs, trainer.generator()))
             if config.keep_checkpoints:
                 # A checkpoint is sealed last, so that one to resume from has its model.
@@ -99,10 +86,10 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _base_score(inputs: RunInputs, model: Any) -> float:
-    """Return the dev score of the untrained model, cached on disk for later runs on the same base."""
+    """Return the dev score of the model that training starts from, cached on disk for later runs from the same."""
     config = inputs.config
     identity = {
-        "base": ModelFolder(inputs.base.folder).digest,
+        "base": inputs.start_digest,
         "dev": inputs.scorer.pairs.fingerprint(),
         "template": config.template,
         "max_seq_length": config.max_seq_length,
@@ -123,66 +110,16 @@ def _pick_device(config: TrainConfig) -> str:
         raise SempaError(
             f"Expected a device type such as cuda, got {device!r}. Select a device with CUDA_VISIBLE_DEVICES."
         )
-    if device == "cuda" and torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
+    processes = PartialState(cpu=device == "cpu").num_processes
+    if config.device_map != "none" and processes > 1:
+        raise SempaError(f"--device-map spreads one model over all GPUs, and {processes} processes run. Start one.")
+    if device == "cuda" and torch.cuda.device_count() > 1 and processes == 1 and config.device_map == "none":
         count = torch.cuda.device_count()
         raise SempaError(
             f"{count} GPUs are visible to one process. To use them all: accelerate launch --num_processes {count} "
             "-m sempa_st train ...; to use one, set CUDA_VISIBLE_DEVICES."
         )
     return device
-
-
-def load_inputs(config: TrainConfig, device: str) -> RunInputs:
-    """Load and check the inputs of a run.
-
-    Args:
-        config: Settings of the run; maximum lengths are reduced to the number of positions that the base has.
-        device: Device type to train on, such as ``cpu``.
-
-    Raises:
-        SempaError: On invalid settings, data, base or output folder.
-    """
-    check_output_folder(config.output, overwrite=config.overwrite)
-    data = _sample(load_nli(config.data, skip_bad_rows=config.skip_bad_rows), config)
-    pairs = dev_pairs(config.dev, config.data_dir)
-    base = resolve_base(config.base)
-    files = [name for name in (config.data, config.dev, config.kl_text) if name]
-    if Path(config.chat_format).is_file():
-        files.append(config.chat_format)
-    check_not_inside(config.output, [base.folder, *(Path(name) for name in files)])
-    architecture = load_config(base.folder)
-    config = replace(
-        config,
-        max_length=within_positions(config.max_length, architecture),
-        max_seq_length=within_positions(config.max_seq_length, architecture),
-    )
-    embedder = load_tokenizer(base.folder)
-    install_template(embedder, embedding_template(config.template))
-    check_saved_tokenizer(embedder, config.template)
-    # Text without the embedding template has a tokenizer of its own, without that template installed.
-    tokenizer = load_tokenizer(base.folder)
-    tokenizer.chat_template = chat_template(config.chat_format, tokenizer)
-    if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
-        data = drop_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
-    # Fully tuned weights are stored in float32, whatever dtype the computation uses.
-    dtype = torch.float32 if config.tuning == "full" else pick_dtype(config.dtype, device)
-    model = load_causal_lm(base.folder, dtype)
-    avoid_broken_sdpa(model, device)
-    scorer = DevScorer(pairs, embedder, config.template, config.max_seq_length, config.dev_batch_size)
-    try:
-        scorer.module(model)
-    except ValueError as error:
-        raise SempaError(str(error)) from error
-    passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
-    return RunInputs(config, device, base, data, tokenizer, model, scorer, passages)
-
-
-def _sample(data: NliData, config: TrainConfig) -> NliData:
-    """Return ``max_triplets`` of the triplets, drawn with the seed, or all if there are not more."""
-    size = config.max_triplets
-    if size is None or size >= len(data.triplets):
-        return data
-    return replace(data, triplets=random.Random(config.seed).sample(list(data.triplets), size))
 
 
 def _on_main_process(action: Callable[[], None]) -> None:

@@ -47,6 +47,7 @@ class RunFolder:
         self.path = self.output.with_name(self.output.name + ".training")
         self.checkpoints = self.path / _CHECKPOINTS
         self.models = self.path / _MODELS
+        self.logs = self.output.with_name(self.output.name + ".logs")
         self._lock = self.path.with_name(f".{self.path.name}.lock")
         self._stack = ExitStack()
 

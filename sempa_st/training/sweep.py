@@ -26,12 +26,12 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.base_model import resolve_base
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.journal import JOURNAL, open_journal, open_study
 from sempa_st.training.launch import is_launched_in_parallel
 from sempa_st.training.run import explain_interruption, train
 from sempa_st.training.run_results import RunResult, assign_folders, results_markdown, results_table, sweep_results
+from sempa_st.training.start import find_start
 from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import atomic_folder, check_not_inside, check_output_folder, locked, write_json, write_text
 
@@ -214,7 +214,7 @@ class _Sweep:
             return
         with atomic_folder(target, overwrite=True) as folder:
             shutil.copytree(best.folder, folder, dirs_exist_ok=True)
-            write_card(folder, target.name, resolve_base(best.config.base), record)
+            write_card(folder, target.name, find_start(best.config)[0], record)
 
 
 def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
@@ -225,12 +225,16 @@ def _check(configs: Sequence[TrainConfig], folder: Path) -> dict[str, str]:
         check_output_folder(folder)
     pick_device(configs[0].device)
     sources: dict[str, str] = {}
-    for data, skip_bad_rows in dict.fromkeys((config.data, config.skip_bad_rows) for config in configs):
-        sources[f"data {data}"] = load_nli(data, skip_bad_rows=skip_bad_rows).fingerprint()
+    for config in {(config.data, config.columns, config.skip_bad_rows): config for config in configs}.values():
+        data = load_nli(config.data, skip_bad_rows=config.skip_bad_rows, columns=config.column_names, pairs=True)
+        sources[" ".join(filter(None, ["data", config.data, config.columns]))] = data.fingerprint()
     dev = configs[0].dev
     sources[f"dev {dev}"] = dev_pairs(dev, configs[0].data_dir).fingerprint()
-    for base in dict.fromkeys(config.base for config in configs):
-        check_not_inside(folder / BEST, [resolve_base(base).folder])
+    for config in {(config.base, config.from_): config for config in configs}.values():
+        base, start = find_start(config)
+        check_not_inside(folder / BEST, [base.folder, *([start.folder.path] if start else [])])
+        if start:
+            sources[f"adapter {config.from_}"] = start.folder.digest
     return sources
 
 

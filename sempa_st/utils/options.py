@@ -33,6 +33,15 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def public_name(name: str) -> str:
+    """Return the name of a field as a key or flag: without the underscore after what is a keyword in Python.
+
+    >>> public_name("from_"), public_name("max_length")
+    ('from', 'max_length')
+    """
+    return name.removesuffix("_")
+
+
 def split_list(text: str) -> list[str]:
     """Split a comma-separated list and strip its entries; empty ones are kept, for the caller to refuse or drop.
 
@@ -70,7 +79,7 @@ def add_options(
 
 
 def _add_flag(parser: Any, item: Field[Any], kind: type) -> None:
-    flag = "--" + item.name.replace("_", "-")
+    flag = "--" + public_name(item.name).replace("_", "-")
     help = item.metadata["help"] + ("" if item.default in (None, "") else f" (default: {item.default})")
     common: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
     if kind is bool:
@@ -118,9 +127,9 @@ def convert_option(options: type, key: Any, value: Any, where: str) -> tuple[str
     Raises:
         SempaError: If there is no such field, or the value has the wrong type.
     """
-    name = str(key).replace("-", "_")
-    known = [item.name for item in fields(options)]
-    if name not in known:
+    known = {public_name(item.name): item.name for item in fields(options)}
+    name = known.get(public_name(str(key).replace("-", "_")), "")
+    if not name:
         raise SempaError(f"{where} has the unknown key {key!r}. Known keys: {', '.join(known)}.")
     return name, _convert(value, get_type_hints(options)[name], f"{where}: {key}")
 

@@ -75,6 +75,8 @@ def portable_record(record: Mapping[str, Any]) -> dict[str, Any]:
         data = portable.get(key)
         if isinstance(data, dict) and isinstance(data.get("source"), str):
             portable[key] = {**data, "source": portable_name(data["source"])}
+    if isinstance(start := portable.get("started_from"), dict):
+        portable["started_from"] = {**start, "model": portable_name(str(start.get("model")))}
     if isinstance(averaged := portable.get("averaged"), list):
         portable["averaged"] = [{**entry, "model": portable_name(str(entry["model"]))} for entry in averaged]
     return portable

@@ -53,6 +53,14 @@ CASES = {
     ("datasets", "generation BASE --data-dir DATA"): ("Measuring generation needs the datasets package", "eval"),
     ("trl", "train --base BASE --data sample --output OUT"): ("Training needs the trl package", "train"),
     ("datasets", "train --base BASE --data sample --output OUT"): ("Training needs the datasets package", "train"),
+    ("bitsandbytes", "train --base BASE --data sample --output OUT --load-in-4bit"): (
+        "--load-in-4bit needs the bitsandbytes package",
+        "4bit",
+    ),
+    ("tensorboard", "train --base BASE --data sample --output OUT --report-to tensorboard"): (
+        "--report-to tensorboard needs the tensorboard package",
+        "tensorboard",
+    ),
     ("optuna", "sweep --base BASE --data sample --set lora_r=1,2 --output OUT"): (
         "A sweep needs the optuna package",
         "train",

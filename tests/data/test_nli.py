@@ -40,6 +40,32 @@ def test_aliases_and_neutral(tmp_path: Path) -> None:
     assert load_nli(write_rows(tmp_path / "a.jsonl", [row])).triplets == [Triplet("a", "b", "c", "d")]
 
 
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b", "wrong": "c", "anchor": "x"}]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    names = {"anchor": "question", "positive": "answer"}
+    assert load_nli(file, columns=names, pairs=True).triplets == [Triplet("a", "b", "")]
+    assert load_nli(file, columns={**names, "negative": "wrong"}).triplets == [Triplet("a", "b", "c")]
+    with pytest.raises(SempaError, match=r"no column 'reply', which --columns names\. Expected one of: question, ans"):
+        load_nli(file, columns={"anchor": "question", "positive": "reply"}, pairs=True)
+    # What is renamed is gone: without a third column these are pairs, whatever else the file holds.
+    file = write_rows(tmp_path / "b.jsonl", TRIPLETS)
+    data = load_nli(file, columns={"anchor": "sent0", "positive": "sent1"}, pairs=True)
+    assert data.triplets == [Triplet(row["sent0"], row["sent1"], "") for row in TRIPLETS]
+    assert data.is_pairs
+
+
+def test_pairs_alone_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.csv", [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": ""}])
+    with pytest.raises(SempaError, match=r"has the columns \(anchor, positive\).*Rename its columns\.$"):
+        load_nli(file)
+    with pytest.raises(SempaError, match=r"1 bad row.*in the columns \(anchor, positive\), in row\(s\) 2"):
+        load_nli(file, pairs=True)
+    data = load_nli(file, pairs=True, skip_bad_rows=True)
+    assert (data.triplets, data.skipped, data.is_pairs) == ([Triplet("a", "b", "")], 1, True)
+    assert not load_nli("sample", pairs=True).is_pairs
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_labelled_pairs_become_triplets_per_premise(tmp_path: Path, suffix: str, as_text: bool) -> None:

@@ -22,9 +22,10 @@ from sempa_st.errors import SempaError
 from sempa_st.model.base_model import Base, named_decoder
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import install_template
-from sempa_st.training.build import RunInputs, build_trainer
+from sempa_st.training.build import build_trainer
 from sempa_st.training.dev_score import DevScorer
 from sempa_st.training.dropout import check_repeatable, disable_dropout
+from sempa_st.training.inputs import RunInputs
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.files import write_json
 

@@ -167,3 +167,25 @@ def test_reference_kl_is_torchs_divergence() -> None:
     expected = torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")
     assert float(reference_kl(policy, reference)) == pytest.approx(float(expected), abs=1e-5)
     assert float(reference_kl(policy + 3, policy)) == pytest.approx(0, abs=1e-6)
+
+
+def test_pairs_alone_are_compared_with_the_other_pairs_of_a_batch() -> None:
+    """With the loss and gradients of sentence-transformers' own, as far as premises differ."""
+    scores = numbers(4, 4).requires_grad_()
+    same = torch.zeros(4, 4, dtype=torch.bool)
+    outcome = in_batch_loss(scores, same, torch.zeros(4, dtype=torch.bool), neutral="none")
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(4))
+    torch.testing.assert_close(outcome.loss, expected)
+    gradients = [torch.autograd.grad(loss, scores)[0] for loss in (outcome.loss, expected)]
+    torch.testing.assert_close(*gradients)
+    for row, margin in enumerate(outcome.margins.tolist()):
+        others = [float(scores[row, column].detach()) for column in range(4) if column != row]
+        assert margin == pytest.approx(float(scores[row, row].detach()) - max(others))
+    same[0, 1] = same[1, 0] = True
+    left = [[0, 2, 3], [1, 2, 3]]
+    first_two = in_batch_loss(scores[:2, :2], same[:2, :2], torch.zeros(2, dtype=torch.bool), neutral="none")
+    assert (float(first_two.loss.detach()), first_two.margins.tolist()) == (0.0, [0.0, 0.0])  # nothing to compare with
+    masked = in_batch_loss(scores, same, torch.zeros(4, dtype=torch.bool), neutral="none")
+    by_hand = [torch.logsumexp(scores[row, left[row]], 0) - scores[row, row] for row in (0, 1)]
+    by_hand += [torch.logsumexp(scores[row], 0) - scores[row, row] for row in (2, 3)]
+    torch.testing.assert_close(masked.loss, torch.stack(by_hand).mean())

@@ -26,6 +26,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert (config.lora_r, config.lora_alpha, config.batch_size * config.gradient_accumulation) == (8, 32, 64)
 
 
+def test_a_field_named_as_a_keyword_has_the_keyword_for_its_key_and_flag(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("from: here\n")
+    assert parse("--config", str(file), *REQUIRED).from_ == "here"
+    assert parse("--from", "there", *REQUIRED).from_ == "there"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -52,6 +59,15 @@ def test_bad_files_name_the_key(tmp_path: Path, content: str, message: str) -> N
     [
         (["--beta", "0"], "beta is 0.0"),
         (["--beta", "nan"], "beta is nan"),
+        (["--columns", "anchor"], "columns is 'anchor'.*Expected NAME=COLUMN"),
+        (["--columns", "anchor=a,anchor=b"], "the entry 'anchor=b'"),
+        (["--columns", "query=a"], "the entry 'query=a'.*Names: sent0, sent1"),
+        (["--objective", "contrastive", "--matryoshka-dims", "32,0"], "matryoshka_dims is '32,0'"),
+        (["--objective", "contrastive", "--matryoshka-dims", "32,32"], "matryoshka_dims is '32,32'"),
+        (["--matryoshka-dims", "32,16"], "'dpo' compares no embeddings.*Expected contrastive"),
+        (["--from", "a", "--tuning", "full"], "--from and --load-in-4bit train an adapter"),
+        (["--load-in-4bit", "--tuning", "full"], "--from and --load-in-4bit train an adapter"),
+        (["--device", "cpu", "--device-map", "auto"], "--device-map spreads the layers over GPUs"),
         (["--warmup-ratio", "1"], "warmup_ratio is 1.0"),
         (["--max-triplets", "0"], "max_triplets is 0"),
         (["--weight-decay", "-1"], "weight_decay is -1.0"),
