@@ -70,7 +70,7 @@ def copy_model(
     request = _Request(find_model(model), format, merge, activate, scale, template)
     request.check()
     source = request.source
-    origin = _origin(source, base)
+    origin = origin_of(source, base)
     check_not_inside(output, [source.folder.path, origin.folder])
     if source.folder.is_adapter:
         check_adapter(origin, source.folder.path)
@@ -161,8 +161,16 @@ class _Request:
             )
 
 
-def _origin(source: Source, base: str | None) -> Base:
-    """Return the base that the copy points to or derives from."""
+def origin_of(source: Source, base: str | None = None) -> Base:
+    """Return the base that a model points to or derives from.
+
+    Args:
+        source: A SemPA folder or a base.
+        base: Base to take instead of the one that an adapter names.
+
+    Raises:
+        SempaError: If the base is not found, or one is given for a whole model.
+    """
     if source.folder.is_adapter:
         return adapter_base(source.folder, base)
     if base:
