@@ -190,23 +190,24 @@ def test_the_shipped_pairs() -> None:
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "train",
-        "sweep",
-        "encode",
-        "evaluate",
-        "mteb",
-        "compare",
-        "generation",
-        "analyze",
-        "tokens",
-        "copy",
-        "push",
-        "demo",
-    ],
-)
+COMMANDS = [
+    "train",
+    "sweep",
+    "encode",
+    "evaluate",
+    "mteb",
+    "compare",
+    "generation",
+    "analyze",
+    "tokens",
+    "copy",
+    "push",
+    "pull",
+    "demo",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
     assert result.returncode == 0

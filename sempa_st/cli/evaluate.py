@@ -31,8 +31,9 @@ def add(commands: Any) -> None:
     tasks.add_argument(
         "--tasks",
         default="sts",
-        help="comma-separated MTEB tasks of any type and benchmarks, such as 'ArguAna,MTEB(eng, v2)', or sts for the "
-        "paper's seven (default: sts)",
+        help="comma-separated MTEB tasks of any type and benchmarks, such as 'ArguAna,MTEB(eng, v2)', sts for the "
+        "paper's seven, SentEval's transfer tasks such as SICK-E, or transfer for all of these in --data-dir "
+        "(default: sts)",
     )
     tasks.add_argument(
         "--split", default="test", choices=("test", "dev"), help="dev is for the paper's seven (default: test)"
@@ -43,7 +44,7 @@ def add(commands: Any) -> None:
         help="mteb, senteval, or both, comma-separated; they differ in SICK-R: all rows, or its test rows only "
         "(default: mteb)",
     )
-    add_data_dir(tasks)
+    add_data_dir(tasks, "sts/*.parquet and transfer/*.parquet")
     tasks.add_argument("--output", required=True, help="folder for MTEB's result files")
     tasks.add_argument("--json", metavar="FILE", help="JSON file to write the scores to as well")
 

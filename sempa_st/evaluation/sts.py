@@ -14,6 +14,7 @@ from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.evaluation.mteb_models import as_encoder
 from sempa_st.evaluation.mteb_tasks import TaskScore, find_tasks, load_data, score_on_tasks, split_names
 from sempa_st.evaluation.tasks import quiet
+from sempa_st.evaluation.transfer import ALL, TRANSFER_TASKS, load_transfer, score_transfer
 from sempa_st.loading import load
 from sempa_st.utils.extras import require
 from sempa_st.utils.options import split_list
@@ -41,10 +42,12 @@ def evaluate(
 
     Args:
         model: What :func:`sempa_st.load` takes, or any SentenceTransformer.
-        tasks: MTEB's names of tasks and benchmarks, such as ``MTEB(eng, v2)``, or ``sts`` for the paper's seven tasks.
+        tasks: MTEB's names of tasks and benchmarks, such as ``MTEB(eng, v2)``, ``sts`` for the paper's seven tasks,
+            SentEval's transfer tasks such as ``SICK-E``, or ``transfer`` for those that are in ``data_dir``.
         split: ``test``, or ``dev`` for the paper's seven tasks; other tasks are scored on their own splits.
         protocol: ``mteb`` or ``senteval``; they differ in SICK-R.
-        data_dir: Folder with ``sts/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub when None.
+        data_dir: Folder with ``sts/*.parquet`` and ``transfer/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub
+            when None.
         output: Folder for MTEB's result files; they are not kept when None.
         batch_size: Sentences per batch.
         **options: Arguments of :func:`sempa_st.load`, for a model that is to be loaded.
@@ -90,17 +93,23 @@ def score_tasks(
     Arguments are as for :func:`evaluate`.
     """
     require("mteb", "datasets", extra="eval", purpose="Evaluation")
+    data_dir = data_dir_or_default(data_dir)
     names = split_names(tasks) if isinstance(tasks, str) else list(tasks)
-    found = find_tasks(names)
-    others = [task for task in found if task.metadata.name not in STS_TASKS]
-    if others and split != "test":
-        raise SempaError(f"--split {split} is for the tasks {', '.join(STS_TASKS)}, not for {others[0].metadata.name}.")
+    probes = [name for name in names if name in TRANSFER_TASKS or name == ALL]
+    rest = [name for name in names if name not in probes]
+    found = find_tasks(rest) if rest or not probes else []
     sts = [task.metadata.name for task in found if task.metadata.name in STS_TASKS]
+    others = [task for task in found if task.metadata.name not in STS_TASKS]
+    if split != "test" and (others or probes):
+        name = probes[0] if probes else others[0].metadata.name
+        raise SempaError(f"--split {split} is for the tasks {', '.join(STS_TASKS)}, not for {name}.")
+    transfer = load_transfer(probes, data_dir)
     cells = load_cells(sts, split=split, protocols=protocols, data_dir=data_dir)
     opened = load(model, **options) if isinstance(model, str) else model
     pairs = score_cells(opened, cells, output=Path(output), batch_size=batch_size)
+    probed = score_transfer(opened, transfer, batch_size=batch_size)
     results = Path(output) / "mteb" / "mteb"
-    return pairs, score_on_tasks(opened, others, output=results, batch_size=batch_size)
+    return pairs, [*probed, *score_on_tasks(opened, others, output=results, batch_size=batch_size)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A local stand-in for the Hub: the endpoints that huggingface_hub's client uses to make, fill and read a repository."""
+"""A local stand-in for the Hub: the endpoints that the client uses to make, fill and read a repository."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def running_hub() -> Iterator[Hub]:
         server.server_close()
 
 
-class _Refusal(Exception):
+class RefusalError(Exception):
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
@@ -105,8 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, handle in _ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
                     return handle(self, **match.groupdict())
-            raise _Refusal(404, message=f"no endpoint {self.command} {path}")
-        except _Refusal as refusal:
+            raise RefusalError(404, message=f"no endpoint {self.command} {path}")
+        except RefusalError as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
 
@@ -123,12 +123,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_token(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refusal(401, message="Invalid username or password.")
+            raise RefusalError(401, message="Invalid username or password.")
 
     def _repository(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
-            raise _Refusal(404, "RepoNotFound", "Repository not found")
+            raise RefusalError(404, "RepoNotFound", "Repository not found")
         return repository
 
     def create(self) -> None:
@@ -137,10 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repositories:
-            return self._send(409, json.dumps({"error": "You already created this model repo", **url}).encode())
-        private = asked.get("private") or asked.get("visibility") == "private"
-        self.hub.repositories[name] = Repository(private=bool(private))
-        self._json(url)
+            self._send(409, json.dumps({"error": "You already created this model repo", **url}).encode())
+        else:
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.repositories[name] = Repository(private=bool(private))
+            self._json(url)
 
     def validate(self) -> None:
         """Check the metadata of a card as the Hub does, as far as it says how."""
@@ -176,10 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
     def upload(self, oid: str) -> None:
         if self.hub.refuse_uploads_after is not None:
             if self.hub.refuse_uploads_after == 0:
-                raise _Refusal(507, message="Insufficient storage")
+                raise RefusalError(507, message="Insufficient storage")
             self.hub.refuse_uploads_after -= 1
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise _Refusal(400, message="The content does not have this SHA-256")
+            raise RefusalError(400, message="The content does not have this SHA-256")
         self.hub.blobs[oid] = self.body
         self.hub.uploads.append(oid)
         self._send(200, b"")
@@ -216,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, name: str, revision: str, path: str) -> None:
         sha, files = self._at(self._repository(name), revision)
         if path not in files:
-            raise _Refusal(404, "EntryNotFound", "Entry not found")
+            raise RefusalError(404, "EntryNotFound", "Entry not found")
         etag = hashlib.sha256(files[path]).hexdigest()
         self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
 
@@ -226,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         for sha, files in repository.commits:
             if sha == revision:
                 return sha, files
-        raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"
