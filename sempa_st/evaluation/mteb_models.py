@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ORGANISATION = "sempa-st"
 """Owner in the names of shipped models: ``sempa-st/sempa-gemma3-270m``."""
 _MEBIBYTE = 2**20
+_DIGESTED = re.compile(r"local/.*-([0-9a-f]{12})")  # from folder.digests.digested_name
 _NLI_DATA = {
     "e142b52c6ee8580c30f09226d448664410c89a4bed283fdfcc7b91db955c80e0": {"SNLI", "MNLI"},
 }
@@ -138,8 +140,8 @@ def describe(model: SentenceTransformer) -> ModelMeta:
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "memory_usage_mb": round(sum(each.numel() * each.element_size() for each in parameters) / _MEBIBYTE),
     }
-    if str(meta.name).startswith("local/"):
-        known["revision"] = str(meta.name).rpartition("-")[2]
+    if named := _DIGESTED.fullmatch(str(meta.name)):
+        known["revision"] = named[1]
     return meta.model_copy(update=known)
 
 

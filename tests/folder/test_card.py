@@ -38,8 +38,9 @@ def test_the_metadata_of_a_shipped_card(name: str) -> None:
     scores = {r.dataset_name: r.metric_value for r in data.eval_results if r.dataset_split == "test"}
     assert scores["STS12"] == pytest.approx(float(row["STS12"]) / 100)
     assert len(scores) == 7
-    (dev,) = [r for r in data.eval_results if r.dataset_split == "validation"]
-    assert dev.metric_value == pytest.approx(max(s["spearman"] for s in record["dev"]["scores"]) / 100, abs=1e-4)
+    dev = [r.metric_value for r in data.eval_results if r.dataset_split == "validation"]
+    best = max(score["spearman"] for score in record["dev"]["scores"]) / 100
+    assert dev == ([] if "averaged" in record else [pytest.approx(best, abs=1e-4)])
 
 
 def test_the_card_says_who_to_cite_and_what_it_is_not_for() -> None:
