@@ -28,8 +28,8 @@ LAYERS = [
     {"data", "forward"},
     {"folder", "methods"},
     {"training", "loading", "prompt_eol"},
-    {"evaluation", "encoding"},
-    {"analysis"},
+    {"evaluation", "encoding", "hub"},
+    {"analysis", "mteb"},
     {"cli"},
     {"__main__"},
 ]
@@ -133,7 +133,7 @@ def test_the_module_file_needs_nothing_else_of_the_package() -> None:
 
 
 def test_the_top_of_the_package_is_small() -> None:
-    assert len(list(PACKAGE.glob("*.py"))) <= 6
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
 
 
 def test_importing_the_package_is_light() -> None:
@@ -190,9 +190,24 @@ def test_the_shipped_pairs() -> None:
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "sweep", "encode", "evaluate", "compare", "generation", "analyze", "tokens", "copy", "demo"]
-)
+COMMANDS = [
+    "train",
+    "sweep",
+    "encode",
+    "evaluate",
+    "mteb",
+    "compare",
+    "generation",
+    "analyze",
+    "tokens",
+    "copy",
+    "push",
+    "pull",
+    "demo",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     result = subprocess.run([sys.executable, "-m", "sempa_st", name, "--help"], capture_output=True, text=True)
     assert result.returncode == 0

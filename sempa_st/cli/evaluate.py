@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,23 +19,32 @@ def add(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "Score a model on STS tasks with MTEB's own task classes.",
+        "Score a model on MTEB's tasks and benchmarks, with MTEB's own task classes.",
         examples=(
             "sempa-gemma3-270m --output results",
             "gemma3-270m --method mean --tasks STSBenchmark --split dev --output results",
+            "sempa-gemma3-270m --tasks 'MTEB(eng, v2)' --output results",
         ),
     )
     add_model_options(parser)
     tasks = parser.add_argument_group("tasks and results")
-    tasks.add_argument("--tasks", default="sts", help="comma-separated MTEB tasks, or sts for the paper's seven")
-    tasks.add_argument("--split", default="test", choices=("test", "dev"), help="default: test")
+    tasks.add_argument(
+        "--tasks",
+        default="sts",
+        help="comma-separated MTEB tasks of any type and benchmarks, such as 'ArguAna,MTEB(eng, v2)', sts for the "
+        "paper's seven, SentEval's transfer tasks such as SICK-E, or transfer for all of these in --data-dir "
+        "(default: sts)",
+    )
+    tasks.add_argument(
+        "--split", default="test", choices=("test", "dev"), help="dev is for the paper's seven (default: test)"
+    )
     tasks.add_argument(
         "--protocol",
         default="mteb",
         help="mteb, senteval, or both, comma-separated; they differ in SICK-R: all rows, or its test rows only "
         "(default: mteb)",
     )
-    add_data_dir(tasks)
+    add_data_dir(tasks, "sts/*.parquet and transfer/*.parquet")
     tasks.add_argument("--output", required=True, help="folder for MTEB's result files")
     tasks.add_argument("--json", metavar="FILE", help="JSON file to write the scores to as well")
 
@@ -53,15 +62,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     method = describe_method(find_model(args.model, for_method=True), args.template, options["method"])
     protocols = split_list(options.pop("protocol"))
     del options["json"]
-    scores = score_tasks(protocols=protocols, **options)
+    scores, others = score_tasks(protocols=protocols, **options)
     rows: list[list[object]] = [list(asdict(score).values()) for score in scores]
     for protocol in dict.fromkeys(score.protocol for score in scores):
         same = [score for score in scores if score.protocol == protocol]
         if len(same) > 1:
             average = fmean(score.spearman for score in same)
             rows.append(["average", args.split, protocol, sum(score.pairs for score in same), average])
-    print(table(["task", "split", "protocol", "pairs", "Spearman x 100"], rows))
+    if rows:
+        print(table(["task", "split", "protocol", "pairs", "Spearman x 100"], rows))
+    if others:
+        print(table(["task", "type", "split", "metric", "score x 100"], [list(astuple(each)[:5]) for each in others]))
     result = {"model": args.model, "method": method, "results": [asdict(score) for score in scores]}
+    if others:
+        result["tasks"] = [asdict(score) for score in others]
     run = {"dtype": args.dtype, "int8": args.int8, "reader": args.reader, **run_info()}
     for file in score_files:
         write_json(file, {**result, "run": run})

@@ -9,7 +9,21 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from sempa_st import __version__
-from sempa_st.cli import analyze, compare, copy, demo, encode, evaluate, generation, sweep, table, tokens, train
+from sempa_st.cli import (
+    analyze,
+    compare,
+    copy,
+    demo,
+    encode,
+    evaluate,
+    generation,
+    hub,
+    mteb,
+    sweep,
+    table,
+    tokens,
+    train,
+)
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
 from sempa_st.errors import SempaError
 
@@ -71,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print a shell's completion script, to be sourced by it",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, sweep, encode, evaluate, compare, table, generation, analyze, tokens, copy, demo):
+    for command in (train, sweep, encode, evaluate, compare, table, generation, mteb, analyze, tokens, copy, hub, demo):
         command.add(commands)
     return parser
 

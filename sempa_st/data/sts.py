@@ -34,6 +34,8 @@ STS_TASKS: dict[str, str] = {
     "SICK-R": "sickr",
 }
 """The paper's seven tasks: MTEB's name and the stem of the local file ``sts/<stem>.<split>.parquet``."""
+MTEB_DATASETS = {task: f"mteb/{task.lower().replace('-', '')}-sts" for task in STS_TASKS}
+"""The Hub's data sets of these tasks."""
 
 
 @dataclass(frozen=True)

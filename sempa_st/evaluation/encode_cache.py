@@ -51,20 +51,21 @@ def encode_cache(model: SentenceTransformer) -> Iterator[EncodeCost]:
 def _cached(original: Callable[..., Any], cost: EncodeCost) -> Callable[..., Any]:
     cache: dict[tuple[str, str], Any] = {}
 
-    def encode(sentences: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or isinstance(sentences, str) or not _asks_for_array(kwargs):
-            return original(sentences, *args, **kwargs)
+    # encode_query and encode_document pass ``inputs`` by name.
+    def encode(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or isinstance(inputs, str) or not _asks_for_array(kwargs):
+            return original(inputs, *args, **kwargs)
         prompt = repr([kwargs.get(name) for name in ("prompt", "prompt_name", "normalize_embeddings", "truncate_dim")])
-        new = [sentence for sentence in dict.fromkeys(sentences) if (sentence, prompt) not in cache]
+        new = [sentence for sentence in dict.fromkeys(inputs) if (sentence, prompt) not in cache]
         if new:
             started = time.perf_counter()
             vectors = original(new, **kwargs)
             cost.seconds += time.perf_counter() - started
             check_finite(vectors, new)
             cache.update(zip(((sentence, prompt) for sentence in new), vectors, strict=True))
-        cost.asked += len(sentences)
+        cost.asked += len(inputs)
         cost.encoded += len(new)
-        return np.stack([cache[sentence, prompt] for sentence in sentences])
+        return np.stack([cache[sentence, prompt] for sentence in inputs])
 
     return encode
 

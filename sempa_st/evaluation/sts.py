@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, data_dir_or_default, local_files, read_pairs
 from sempa_st.errors import SempaError, check_known
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
+from sempa_st.evaluation.mteb_models import as_encoder
+from sempa_st.evaluation.mteb_tasks import TaskScore, find_tasks, load_data, score_on_tasks, split_names
 from sempa_st.evaluation.tasks import quiet
+from sempa_st.evaluation.transfer import ALL, TRANSFER_TASKS, load_transfer, score_transfer
 from sempa_st.loading import load
 from sempa_st.utils.extras import require
 from sempa_st.utils.options import split_list
@@ -35,26 +38,29 @@ def evaluate(
     batch_size: int = 32,
     **options: Any,
 ) -> dict[str, float]:
-    """Score a model on STS tasks: ``sempa evaluate`` from Python.
+    """Score a model on MTEB tasks of any type: ``sempa evaluate`` from Python.
 
     Args:
         model: What :func:`sempa_st.load` takes, or any SentenceTransformer.
-        tasks: MTEB names, or ``sts`` for the paper's seven tasks.
-        split: ``test`` or ``dev``.
+        tasks: MTEB's names of tasks and benchmarks, such as ``MTEB(eng, v2)``, ``sts`` for the paper's seven tasks,
+            SentEval's transfer tasks such as ``SICK-E``, or ``transfer`` for those that are in ``data_dir``.
+        split: ``test``, or ``dev`` for the paper's seven tasks; other tasks are scored on their own splits.
         protocol: ``mteb`` or ``senteval``; they differ in SICK-R.
-        data_dir: Folder with ``sts/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub when None.
+        data_dir: Folder with ``sts/*.parquet`` and ``transfer/*.parquet``; that of ``SEMPA_DATA_DIR`` or else the Hub
+            when None.
         output: Folder for MTEB's result files; they are not kept when None.
         batch_size: Sentences per batch.
         **options: Arguments of :func:`sempa_st.load`, for a model that is to be loaded.
 
     Returns:
-        Spearman correlation of the cosine with the grades, times 100, by task.
+        Main score times 100 by task (for STS the Spearman correlation of the cosine with the grades); of a task with
+        several splits, by task and split.
 
     Raises:
         SempaError: On an unknown model, task, split or protocol, or if data or a package is missing.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        scores = score_tasks(
+        pairs, others = score_tasks(
             model,
             tasks,
             split=split,
@@ -64,7 +70,11 @@ def evaluate(
             batch_size=batch_size,
             **options,
         )
-    return {score.task: score.spearman for score in scores}
+    several = {score.task for score in others if sum(score.task == other.task for other in others) > 1}
+    by_name = {
+        f"{score.task} ({score.split})" if score.task in several else score.task: score.score for score in others
+    }
+    return {**{score.task: score.spearman for score in pairs}, **by_name}
 
 
 def score_tasks(
@@ -77,12 +87,29 @@ def score_tasks(
     output: str | Path,
     batch_size: int,
     **options: Any,
-) -> list[Score]:
-    """Load tasks and a model, and return the model's score of each; arguments as for :func:`evaluate`."""
-    names = expand_tasks(tasks if isinstance(tasks, str) else ",".join(tasks))
-    cells = load_cells(names, split=split, protocols=protocols, data_dir=data_dir)
+) -> tuple[list[Score], list[TaskScore]]:
+    """Load tasks and a model, and return the model's scores on the paper's seven tasks, and those on all others.
+
+    Arguments are as for :func:`evaluate`.
+    """
+    require("mteb", "datasets", extra="eval", purpose="Evaluation")
+    data_dir = data_dir_or_default(data_dir)
+    names = split_names(tasks) if isinstance(tasks, str) else list(tasks)
+    probes = [name for name in names if name in TRANSFER_TASKS or name == ALL]
+    rest = [name for name in names if name not in probes]
+    found = find_tasks(rest) if rest or not probes else []
+    sts = [task.metadata.name for task in found if task.metadata.name in STS_TASKS]
+    others = [task for task in found if task.metadata.name not in STS_TASKS]
+    if split != "test" and (others or probes):
+        name = probes[0] if probes else others[0].metadata.name
+        raise SempaError(f"--split {split} is for the tasks {', '.join(STS_TASKS)}, not for {name}.")
+    transfer = load_transfer(probes, data_dir)
+    cells = load_cells(sts, split=split, protocols=protocols, data_dir=data_dir)
     opened = load(model, **options) if isinstance(model, str) else model
-    return score_cells(opened, cells, output=Path(output), batch_size=batch_size)
+    pairs = score_cells(opened, cells, output=Path(output), batch_size=batch_size)
+    probed = score_transfer(opened, transfer, batch_size=batch_size)
+    results = Path(output) / "mteb" / "mteb"
+    return pairs, [*probed, *score_on_tasks(opened, others, output=results, batch_size=batch_size)]
 
 
 @dataclass(frozen=True)
@@ -175,12 +202,13 @@ def score_cells(
     """
     done: dict[tuple[str, str, str], Score] = {}
     scores = []
+    encoder = as_encoder(model)
     with encode_cache(model) as cost:
         for cell in cells:
             name = cell.task.metadata.name
             key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
             if key not in done:
-                done[key] = _score(model, cell, output, batch_size)
+                done[key] = _score(encoder, cell, output, batch_size)
             scores.append(replace(done[key], protocol=cell.protocol))
             if report:
                 report(scores[-1], cost)
@@ -198,12 +226,6 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
             raise SempaError(f"MTEB has no task {name!r}. The paper's tasks: {', '.join(STS_TASKS)}.") from error
         except ValueError as error:
             raise SempaError(f"MTEB's task {name} has no {split} split: {error}") from error
-    if task.metadata.type != "STS":
-        raise SempaError(f"{name} is a task of type {task.metadata.type}. Expected an STS task.")
-    if task.metadata.is_multilingual:
-        raise SempaError(
-            f"{name} has subsets in several languages, which this command does not score. Use mteb itself."
-        )
     if data_dir:
         pairs = read_pairs(local_files(data_dir, name, split, protocol))
         columns = {"sentence1": pairs.first, "sentence2": pairs.second, "score": pairs.scores}
@@ -212,29 +234,19 @@ def _task(name: str, split: str, protocol: str, data_dir: str | None) -> Any:
     elif protocol == "senteval" and name not in _SENTEVAL_FROM_HUB:
         raise SempaError(f"The Hub's {name} does not mark SentEval's rows. Give local files with --data-dir.")
     else:
-        _load_from_hub(task, name)
+        load_data(task)
     if _HUB_SPLITS[split] not in task.dataset:
         raise SempaError(f"MTEB's {name} has no {split} split, only: {', '.join(task.dataset)}.")
     return task
 
 
-def _load_from_hub(task: Any, name: str) -> None:
-    try:
-        task.load_data()
-    except Exception as error:  # datasets raises many unrelated types for data that is out of reach
-        raise SempaError(
-            f"The data of {name} cannot be loaded from the Hub ({type(error).__name__}). Check the network, or give "
-            "local files with --data-dir."
-        ) from error
-
-
-def _score(model: SentenceTransformer, cell: Cell, output: Path, batch_size: int) -> Score:
+def _score(encoder: Any, cell: Cell, output: Path, batch_size: int) -> Score:
     import mteb
 
     task = cell.task
     with quiet("mteb"):
         result = mteb.evaluate(
-            model,
+            encoder,
             task,
             cache=mteb.ResultCache(output / "mteb" / cell.protocol),
             overwrite_strategy="always",

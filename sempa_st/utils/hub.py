@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +29,56 @@ def model_folder(name: str, *, weights: bool = True) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    unknown = f"Unknown model {name!r}: it is not a local folder"
-    try:
-        ignored = _IGNORED_FILES + ([] if weights else ["*.safetensors"])
+    ignored = _IGNORED_FILES + ([] if weights else ["*.safetensors"])
+    with _explained(f"Unknown model {name!r}: it is not a local folder"):
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=ignored))
+
+
+def download(name: str, folder: Path, *, revision: str | None = None) -> str:
+    """Download a model of the Hub into a folder, its code files included, and return the commit that it is of.
+
+    Args:
+        name: Hub id.
+        folder: Folder to write to.
+        revision: Branch, tag or commit; the newest commit when None.
+
+    Raises:
+        SempaError: If the repository or revision does not exist or cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _explained(f"{name} cannot be fetched"):
+        commit = str(HfApi().model_info(name, revision=revision).sha)
+        patterns = [*_MODEL_FILES, "*.py"]
+        snapshot_download(
+            name, revision=commit, local_dir=folder, allow_patterns=patterns, ignore_patterns=_IGNORED_FILES
+        )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
+    return commit
+
+
+@contextmanager
+def _explained(unknown: str) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except HFValidationError as error:
         raise SempaError(f"{unknown} and not a valid Hub id. Check the path.") from error
     except RepositoryNotFoundError as error:
         raise SempaError(
             f"{unknown}, and the Hub has no repository of that name that you can access. Check the name, or log in "
             "with `hf auth login` and accept the model's terms."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SempaError(
+            f"{unknown}, since the repository has no such revision. Check the branch or commit."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise SempaError(

@@ -1,0 +1,1 @@
+"""Publish model folders on the Hugging Face Hub, and fetch them from it."""
