@@ -26,7 +26,9 @@ _COLUMNS = {"STS-B": "STSBenchmark", **{task: task for task in STS_TASKS}}
 """Columns of a table of results that are STS test sets, with MTEB's names."""
 
 
-def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | None) -> None:
+def write_card(
+    folder: Path, name: str, base: Base, record: dict[str, Any] | None, *, served: str | None = None
+) -> None:
     """Write the model card (``README.md``) of a finished folder, and the notices that Gemma's terms require.
 
     Args:
@@ -34,16 +36,19 @@ def write_card(folder: Path, name: str, base: Base, record: dict[str, Any] | Non
         name: Name of the model in the title and in the examples.
         base: The base that it was derived from.
         record: Run record of the training; None for a model that was not trained.
+        served: Name of the template that the tokenizer applies by itself, in a copy for servers.
     """
-    write_text(folder / CARD, card_text(ModelFolder(folder), name, base, record))
+    write_text(folder / CARD, card_text(ModelFolder(folder), name, base, record, served=served))
     base.write_notices(folder)
 
 
-def card_text(model: ModelFolder, name: str, base: Base, record: dict[str, Any] | None) -> str:
+def card_text(
+    model: ModelFolder, name: str, base: Base, record: dict[str, Any] | None, *, served: str | None = None
+) -> str:
     """Return the text of a model card; arguments as for :func:`write_card`."""
     from huggingface_hub import ModelCard
 
-    template = EMBEDDING_TEMPLATES.get(model.template or "")
+    template = EMBEDDING_TEMPLATES.get(served or model.template or "")
     card = ModelCard.from_template(
         _metadata(model, name, base, record),
         template_path=str(asset_path("model_card.md")),
@@ -51,7 +56,7 @@ def card_text(model: ModelFolder, name: str, base: Base, record: dict[str, Any] 
         base=portable_name(base.name),
         data=portable_name(record["data"]["source"]) if record else "",
         template=template.prefix + "{sentence}" + template.suffix if template else "",
-        format=model.format,
+        format="server" if served else model.format,
         adapter=model.is_adapter,
         activated=model.is_activated,
         generator_class="AutoPeftModelForCausalLM" if model.is_adapter else "AutoModelForCausalLM",

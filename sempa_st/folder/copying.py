@@ -94,7 +94,7 @@ def copy_model(
             config = load_config(origin.folder)
             write_embedding_files(folder, tokenizer, config=config, format=request.target_format, **embedding)
         record = write_record(source.folder.record, origin, folder, scale=scale)
-        write_card(folder, Path(output).name, origin, record)
+        write_card(folder, Path(output).name, origin, record, served=template if request.for_server else None)
     return Path(output)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.errors import SempaError
-from sempa_st.folder.card import hub_id, write_card
+from sempa_st.folder.card import hub_id, licence_of, write_card
 from sempa_st.folder.copying import write_record
 from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG
 from sempa_st.folder.layout import ModelFolder
@@ -173,5 +173,5 @@ def _changed_card(model: SentenceTransformer, name: str, base: Base) -> str:
 
     data = model.model_card_data
     data.base_model = hub_id(base)
-    data.license = data.license or ("gemma" if base.is_gemma else None)
+    data.license = data.license or licence_of(base)
     return str(generate_model_card(model)).replace(str(data.model_name), name)

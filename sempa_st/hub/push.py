@@ -13,7 +13,7 @@ from sempa_st.checks.inspection import CONFIG, check_folder, files_read
 from sempa_st.errors import SempaError, first_line
 from sempa_st.folder.card import CARD
 from sempa_st.folder.copying import copy_model, origin_of
-from sempa_st.folder.formats import MODULES, POOLING, RUN_RECORD
+from sempa_st.folder.formats import MODULES, RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, find_model
 from sempa_st.folder.write import copy_files
@@ -23,7 +23,7 @@ from sempa_st.utils.files import atomic_folder, cache_folder, check_output_folde
 from sempa_st.utils.hub import download
 
 _NOT_PUBLISHED = ("trainer_state.json",)
-_REPLACED = [CONFIG, "generation_config.json", "adapter_*", "model*.safetensors*", MODULES, f"{POOLING}/*", RUN_RECORD]
+_REPLACED = [CONFIG, "generation_config.json", "adapter_*", "model*.safetensors*", MODULES, "[12]_*/*", RUN_RECORD]
 """Files of an earlier version that are removed from the repository when this version has none of that name."""
 
 

@@ -70,6 +70,12 @@ def test_settings_are_those_that_servers_look_for(server: Path) -> None:
     assert {package for package, _, _ in types} == {"sentence_transformers.models"}
 
 
+def test_the_card_says_what_the_folder_is_for(server: Path) -> None:
+    card = (server / "README.md").read_text()
+    assert 'This sentence : "{sentence}" means in one word:"' in card
+    assert "only embeds" in card and "trust_remote_code" not in card and "generator" not in card.split("## Use")[1]
+
+
 def test_a_long_text_keeps_the_suffix(server: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(server)
     whole, cut = (tokenizer(text)["input_ids"] for text in ("word", "word " * 2000))
