@@ -48,7 +48,8 @@ def write_server_files(
     moved = tokenizer_with_template(tokenizer, embedding_template(template))
     if model.base_model is model:
         raise SempaError(f"{type(model).__name__} has no layers apart from its LM head. Use another format.")
-    model.base_model.save_pretrained(folder)
+    layers: Any = model.base_model
+    layers.save_pretrained(folder)
     write_json(folder / CONFIG, _config_for_servers(read_json(folder / CONFIG)))
     moved.save(str(folder / "tokenizer.json"), pretty=False)
     pad = tokenizer.pad_token or tokenizer.eos_token

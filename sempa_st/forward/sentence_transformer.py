@@ -168,7 +168,7 @@ def hidden_states(model: sentence_transformers.SentenceTransformer) -> sentence_
     return SentenceTransformer(
         modules=[*model][:-1],
         device=str(model.device),
-        prompts=model.prompts,
+        prompts=dict(model.prompts),  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,
         truncate_dim=model.truncate_dim,
     )
