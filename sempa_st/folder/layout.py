@@ -67,7 +67,8 @@ class ModelFolder:
         if last["type"] != NORMALIZE_TYPE or last["path"] not in NORMALIZE:
             return False
         settings = settings_if_any(self.path, f"{last['path']}/config.json") or {}
-        return {*settings.values(), "sentence_embedding"} == {"sentence_embedding"}
+        names = (settings.get(f"module_{side}_name") for side in ("input", "output"))
+        return all(name in (None, "sentence_embedding") for name in names)
 
     @property
     def template(self) -> str | None:
