@@ -45,9 +45,8 @@ class RayWorkers:
         import ray
 
         self._started = not ray.is_initialized()
-        if (
-            self._started
-        ):  # joins a cluster that RAY_ADDRESS names or that runs here; or else starts one of this machine
+        if self._started:
+            # Joins a cluster that RAY_ADDRESS names or that runs here; or else starts one of this machine.
             ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
         resources = ray.cluster_resources()
         device = options.get("device") or ("cuda" if resources.get("GPU") else "cpu")
