@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +187,7 @@ def origin_of(source: Source, base: str | None = None) -> Base:
         return resolve_base(source.name)
     # A merged model is its own base, under the name of the base that it was merged from.
     record = source.folder.record or {}
-    return replace(resolve_base(str(source.folder.path)), name=str(record.get("base") or source.name))
+    return Base(str(record.get("base") or source.name), source.folder.path)
 
 
 def _whole_model(source: Source, origin: Base, dtype: str) -> PreTrainedModel:

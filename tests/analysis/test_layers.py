@@ -17,6 +17,7 @@ from sempa_st.analysis.layers import LayerCurve, layer_cosines, layer_curve, wit
 from sempa_st.data.sts import GradedPairs, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
+from sempa_st.forward.sentence_transformer import hidden_states
 from sempa_st.loading import load
 from sempa_st.methods.module import MethodModule
 from sempa_st.utils.assets import asset_path
@@ -75,7 +76,7 @@ def test_embeddings_are_kept(pairs: GradedPairs, gemma: Any) -> None:
     kept: dict[str, Any] = {}
     layer_curve("m", gemma, pairs, keep=lambda sentences, vectors: kept.update(zip(sentences, vectors, strict=True)))
     assert set(kept) == set(pairs.sentences)
-    np.testing.assert_allclose(list(kept.values()), gemma.encode(list(kept)), atol=1e-5)
+    np.testing.assert_allclose(list(kept.values()), hidden_states(gemma).encode(list(kept)), atol=1e-5)
 
 
 def test_an_activated_adapter_acts_on_all_of_the_template(

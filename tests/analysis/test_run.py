@@ -20,6 +20,7 @@ from sempa_st.analysis.data import AnalysisData
 from sempa_st.analysis.part import Part, PartResult, Table
 from sempa_st.analysis.settings import AnalysisSettings
 from sempa_st.errors import SempaError
+from sempa_st.forward.sentence_transformer import hidden_states
 
 pytestmark = pytest.mark.names_dtype
 
@@ -161,7 +162,8 @@ def test_sentences_are_encoded_once_and_as_the_model_does(tiny_base: Path, tmp_p
     context = Context(models, AnalysisData(), settings, tmp_path)
     texts = ["A dog runs.", "It rains.", "A dog runs.", "Who is there?"]
     for name, method in (("tiny-llama", None), ("mean:tiny-llama", "mean")):
-        expected = sempa_st.load(tiny_base, method=method, dtype="float32", device="cpu").encode(texts)
+        model = hidden_states(sempa_st.load(tiny_base, method=method, dtype="float32", device="cpu"))
+        expected = model.encode(texts)
         found = context.vectors(name, texts)
         assert found.shape == expected.shape
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-4, atol=1e-5)

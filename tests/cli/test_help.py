@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import shutil
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_every_command_shows_examples_that_its_parser_takes(run_cli: Cli, name: 
     examples = out.partition("\nexamples:\n")[2].splitlines()
     assert examples
     for example in examples:
-        program, *argv = example.split()
+        program, *argv = shlex.split(example)
         assert program == "sempa"
         assert build_parser().parse_args(argv)
 

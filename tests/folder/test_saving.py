@@ -71,7 +71,7 @@ def test_a_saved_model_is_the_folder_that_it_was_loaded_from(trained: Path, tmp_
     assert ModelFolder(saved).format == "native"
     for name in files - {"README.md"}:
         assert (saved / name).read_bytes() == (trained / name).read_bytes(), name
-    text = (trained / "README.md").read_text().replace("# trained", "# saved")
+    text = (trained / "README.md").read_text().replace("# trained", "# saved").replace("name: trained", "name: saved")
     assert (saved / "README.md").read_text() == text.replace('("trained"', '("saved"')
     card = ModelCard.load(saved / "README.md").data
     assert (card.license, card.base_model) == ("gemma", "google/gemma-3-270m")

@@ -140,7 +140,7 @@ def test_every_way_to_open_a_model_sees_to_that(
     expected = [opened(*way).encode(sentences) for way in ways]
     as_on_cuda = lambda model, _: avoid_broken_sdpa(model, "cuda")  # noqa: E731
     monkeypatch.setattr("sempa_st.loading.avoid_broken_sdpa", as_on_cuda)
-    monkeypatch.setattr("sempa_st.training.run.avoid_broken_sdpa", as_on_cuda)
+    monkeypatch.setattr("sempa_st.training.inputs.avoid_broken_sdpa", as_on_cuda)
     for way, vectors in zip(ways, expected, strict=True):
         model = opened(*way)
         assert {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")} == {"eager"}
