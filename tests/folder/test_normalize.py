@@ -13,7 +13,7 @@ from helpers.tiny import sample_sentences
 import sempa_st
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.forward.sentence_transformer import hidden_states
+from sempa_st.forward.sentence_transformers import hidden_states
 from sempa_st.utils.files import write_json
 
 pytestmark = pytest.mark.names_dtype
