@@ -31,8 +31,8 @@ class Saver(Protocol):
         """Write the model and return True, or do nothing and return False."""
 
 
-# The same class name, since sentence-transformers writes it into model cards. "sentence_transformers" is in the name of this
-# file since BERTopic and KeyBERT look for it in str(type(model)), and take another model in silence where it is missing.
+# The same class name, since sentence-transformers writes it into model cards. "sentence_transformers" is in the name of
+# this file since BERTopic and KeyBERT look for it in str(type(model)), and take another model in silence without it.
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """sentence-transformers' own class, with another order of the texts if the module packs them.
 
