@@ -3,9 +3,9 @@
 A block is run as it stands, in a folder that holds what the documents speak of: tiny models under the documents' names,
 data files, a data folder. The blocks of a page run in order and share their Python names, as for somebody who reads on.
 Before a block may stand ``<!-- not run: REASON -->``, or ``<!-- real base -->`` for one that is also run on the real
-Gemma 3 270M and the models that the package ships. ``<!-- real base; needs: PACKAGE -->`` is run there only, and where
-that library is installed: such a page is run once for each library. A text after ``<!-- prints -->`` is what the block
-before it prints there.
+Gemma 3 270M and the models that the package ships. ``<!-- real base; needs: PACKAGE,... -->`` is run there only, and
+where one of these libraries is installed: such a page is run once for each library. A text after ``<!-- prints -->`` is
+what the block before it prints there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Block:
     language: str
     code: str
     mark: str = ""
-    needs: str = ""
+    needs: tuple[str, ...] = ()
+    """Packages for any of which the block is run; for all when empty."""
 
     @property
     def where(self) -> str:
@@ -71,7 +72,8 @@ def blocks_of(page: str) -> list[Block]:
         mark = MARK.search(text[: match.start()])
         code = "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
         line = text[: match.start()].count("\n") + 2
-        found.append(Block(page, line, language, code, *(mark.groups("") if mark else ())))
+        needs = tuple(mark[2].split(",")) if mark and mark[2] else ()
+        found.append(Block(page, line, language, code, mark[1] if mark else "", needs))
     return found
 
 
@@ -140,7 +142,9 @@ def test_the_blocks_of_a_page_run(page: str, workspace: Path, tmp_path: Path, mo
 
 REAL = {page: blocks_of(page) for page in PAGES if any(block.mark == "real base" for block in blocks_of(page))}
 CASES = [
-    (page, needs) for page, blocks in REAL.items() for needs in sorted({block.needs for block in blocks} - {""}) or [""]
+    (page, needs)
+    for page, blocks in REAL.items()
+    for needs in sorted({package for block in blocks for package in block.needs}) or [""]
 ]
 
 
@@ -157,7 +161,7 @@ def test_the_blocks_of_a_page_run_on_the_real_base(
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = None
     for block in REAL[page]:
-        if block.needs not in ("", needs):
+        if block.needs and needs not in block.needs:
             printed = None
         elif block.mark == "prints":
             assert printed in (None, block.code), block.where
