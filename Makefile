@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest clean
+.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest recipes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
@@ -48,6 +48,17 @@ $(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c $(LOWEST)/lowest.txt -e ".[dev]"
 	touch $@
 
+# docs/how-to/use-with-other-libraries.md with the newest libraries that pyproject.toml allows, in an environment of its own.
+RECIPES := .venv-recipes
+recipes: $(RECIPES)/.ready
+	OMP_NUM_THREADS=1 $(RECIPES)/bin/python -m pytest -n 0 -v -rs --durations=10 --auto-dtype float32 \
+		tests/test_docs.py -k "use-with-other-libraries and real_base"
+
+$(RECIPES)/.ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(RECIPES)
+	$(RECIPES)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -e ".[dev,recipes]"
+	touch $@
+
 # The tested set of versions.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no python3.11 on the PATH; install Python 3.11 or set PYTHON=..." >&2; exit 1; }
@@ -56,4 +67,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(RECIPES) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -147,7 +147,7 @@ def _load_prompt_eol(
 
     from sempa_st.folder.copying import origin_of
     from sempa_st.folder.saving import FolderSaver
-    from sempa_st.forward.sentence_transformer import SentenceTransformer
+    from sempa_st.forward.sentence_transformers import SentenceTransformer
 
     # Faults of the settings are found before the weights are read, which takes longer.
     origin = _base_of(source, base)
@@ -200,7 +200,7 @@ def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
 def _load_method(
     source: Source, method: str, template: str | None, base: str | None, reader: str, dtype: Any, device: str
 ) -> SentenceTransformer:
-    from sempa_st.forward.sentence_transformer import SentenceTransformer
+    from sempa_st.forward.sentence_transformers import SentenceTransformer
     from sempa_st.methods.module import MethodModule
 
     if template or reader != "sempa":

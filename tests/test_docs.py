@@ -3,16 +3,22 @@
 A block is run as it stands, in a folder that holds what the documents speak of: tiny models under the documents' names,
 data files, a data folder. The blocks of a page run in order and share their Python names, as for somebody who reads on.
 Before a block may stand ``<!-- not run: REASON -->``, or ``<!-- real base -->`` for one that is also run on the real
-Gemma 3 270M and the models that the package ships.
+Gemma 3 270M and the models that the package ships. ``<!-- real base; needs: PACKAGE,... -->`` is run there only, and
+where one of these libraries is installed: such a page is run once for each library. A text after ``<!-- prints -->`` is
+what the block before it prints there.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 import shlex
 import shutil
+import tomllib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +39,7 @@ pytestmark = pytest.mark.names_dtype  # each test says what "auto" means
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\S*).*?\n(.*?)^\1```$", re.M | re.S)
-MARK = re.compile(r"<!-- (not run: \S.*|real base) -->\s*\Z")
+MARK = re.compile(r"<!-- (not run: \S.*|prints|real base)(?:; needs: (\S+))? -->\s*\Z")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 USERS_CACHE = cache_folder()
 """The cache that the other tests are kept out of."""
@@ -50,6 +56,8 @@ class Block:
     language: str
     code: str
     mark: str = ""
+    needs: tuple[str, ...] = ()
+    """Packages for any of which the block is run; for all when empty."""
 
     @property
     def where(self) -> str:
@@ -64,8 +72,17 @@ def blocks_of(page: str) -> list[Block]:
         mark = MARK.search(text[: match.start()])
         code = "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
         line = text[: match.start()].count("\n") + 2
-        found.append(Block(page, line, language, code, mark[1] if mark else ""))
+        needs = tuple(mark[2].split(",")) if mark and mark[2] else ()
+        found.append(Block(page, line, language, code, mark[1] if mark else "", needs))
     return found
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed; one that is and does not import is an error of its block."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def run_block(block: Block, names: dict[str, Any]) -> None:
@@ -119,21 +136,46 @@ def test_the_blocks_of_a_page_run(page: str, workspace: Path, tmp_path: Path, mo
     monkeypatch.setenv("SEMPA_AUTO_DTYPE", "float32")
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page):
-        run_block(block, names)
+        if not block.needs:
+            run_block(block, names)
 
 
-REAL = {page: blocks for page in PAGES if (blocks := [block for block in blocks_of(page) if block.mark == "real base"])}
+REAL = {page: blocks_of(page) for page in PAGES if any(block.mark == "real base" for block in blocks_of(page))}
+CASES = [
+    (page, needs)
+    for page, blocks in REAL.items()
+    for needs in sorted({package for block in blocks for package in block.needs}) or [""]
+]
 
 
-@pytest.mark.parametrize("page", REAL)
+@pytest.mark.parametrize(("page", "needs"), CASES)
 @pytest.mark.integration
-def test_the_blocks_of_a_page_run_on_the_real_base(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_page_run_on_the_real_base(
+    page: str, needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if needs and not is_installed(needs):
+        pytest.skip(f"{needs} is not installed: make recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(USERS_CACHE))
     monkeypatch.setenv("SEMPA_AUTO_DTYPE", "float32")
     names: dict[str, Any] = {"__name__": "__main__"}
+    printed = None
     for block in REAL[page]:
-        run_block(block, names)
+        if block.needs and needs not in block.needs:
+            printed = None
+        elif block.mark == "prints":
+            assert printed in (None, block.code), block.where
+        elif block.mark == "real base":
+            with redirect_stdout(io.StringIO()) as output:
+                run_block(block, names)
+            printed = output.getvalue()
+
+
+def test_the_libraries_of_recipes_are_in_their_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    installed = {re.split("[><=]", requirement)[0] for requirement in extras["recipes"]}
+    needed = {needs for _, needs in CASES if needs}
+    assert len(needed) > 1 and needed <= installed
 
 
 @pytest.mark.parametrize(

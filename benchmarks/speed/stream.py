@@ -31,7 +31,7 @@ _BETWEEN_LOOKS = 0.05
 def measure_streams(args: argparse.Namespace) -> dict[str, Any]:
     """Encode files of real sentences, repeated as needed, each file in its own process."""
     sentences = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb")).sentences
-    _, _, libraries = run_watched(["-c", "import sempa_st.forward.sentence_transformer, sempa_st.loading"])
+    _, _, libraries = run_watched(["-c", "import sempa_st.forward.sentence_transformers, sempa_st.loading"])
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = str(save_tiny(Path(scratch, "tiny"))) if args.tiny else args.model

@@ -140,7 +140,7 @@ class Context:
         Raises:
             SempaError: If a vector is not finite.
         """
-        from sempa_st.forward.sentence_transformer import hidden_states
+        from sempa_st.forward.sentence_transformers import hidden_states
 
         store = self._store(name)
         new = store.missing(sentences)

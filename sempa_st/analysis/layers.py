@@ -17,7 +17,7 @@ from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.decoder import layers_of
-from sempa_st.forward.sentence_transformer import normalizes
+from sempa_st.forward.sentence_transformers import normalizes
 from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL, embedding_width, token_states

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.sentence_transformer import hidden_states
+from sempa_st.forward.sentence_transformers import hidden_states
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.peft_models import is_peft_model

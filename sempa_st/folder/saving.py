@@ -13,7 +13,7 @@ from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source
 from sempa_st.folder.write import copy_files, licence_files, set_base_reference, write_embedding_files
-from sempa_st.forward.sentence_transformer import normalizes
+from sempa_st.forward.sentence_transformers import normalizes
 from sempa_st.model.adapter_kinds import check_native, rewrite_tensors, write_native_settings
 from sempa_st.model.base_model import Base
 from sempa_st.model.gemma import EMBEDDED_BASE

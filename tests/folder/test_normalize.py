@@ -13,7 +13,7 @@ from helpers.tiny import sample_sentences
 import sempa_st
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.forward.sentence_transformer import hidden_states
+from sempa_st.forward.sentence_transformers import hidden_states
 from sempa_st.utils.files import write_json
 
 pytestmark = pytest.mark.names_dtype
@@ -80,3 +80,8 @@ def test_what_normalises_something_else_is_no_folder_of_ours(adapter_folder: Pat
     write_json(copy / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
     assert not ModelFolder(copy).normalizes
     assert ModelFolder(copy).format is None
+
+
+def test_libraries_that_look_at_the_name_of_the_class_know_the_model(adapter_folder: Path) -> None:
+    """BERTopic and KeyBERT take a model for one of sentence-transformers by this very look."""
+    assert "sentence_transformers" in str(type(sempa_st.load(adapter_folder, dtype="float32", device="cpu")))

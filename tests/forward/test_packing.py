@@ -20,7 +20,7 @@ from sempa_st.forward.bin_packing import fill_packs
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.last_layer import last_layer_only_at
 from sempa_st.forward.packing import can_pack, last_states_packed, states_packed
-from sempa_st.forward.sentence_transformer import SentenceTransformer as Reordering
+from sempa_st.forward.sentence_transformers import SentenceTransformer as Reordering
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sempa_st.forward import embed, packing, varlen
 from sempa_st.forward.embed import embed_rows_fast
-from sempa_st.forward.sentence_transformer import SentenceTransformer
+from sempa_st.forward.sentence_transformers import SentenceTransformer
 from sempa_st.forward.varlen import VarlenUnsupported, attention_is_exchangeable, last_states_varlen, supports_varlen
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 from sempa_st.model.templates import EMBEDDING_TEMPLATES

@@ -21,7 +21,6 @@ from sempa_st.utils.finite import check_finite, check_texts
 _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": None}
 
 
-# The same class name, since sentence-transformers writes it into model cards.
 class Saver(Protocol):
     """Writes a model to a folder in place of sentence-transformers; see :class:`sempa_st.folder.saving.FolderSaver`."""
 
@@ -32,6 +31,8 @@ class Saver(Protocol):
         """Write the model and return True, or do nothing and return False."""
 
 
+# The same class name, since sentence-transformers writes it into model cards. "sentence_transformers" is in the name of
+# this file since BERTopic and KeyBERT look for it in str(type(model)), and take another model in silence without it.
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """sentence-transformers' own class, with another order of the texts if the module packs them.
 
