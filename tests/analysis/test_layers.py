@@ -17,7 +17,7 @@ from sempa_st.analysis.layers import LayerCurve, layer_cosines, layer_curve, wit
 from sempa_st.data.sts import GradedPairs, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.forward.sentence_transformer import hidden_states
+from sempa_st.forward.sentence_transformers import hidden_states
 from sempa_st.loading import load
 from sempa_st.methods.module import MethodModule
 from sempa_st.utils.assets import asset_path

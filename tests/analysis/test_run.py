@@ -20,7 +20,7 @@ from sempa_st.analysis.data import AnalysisData
 from sempa_st.analysis.part import Part, PartResult, Table
 from sempa_st.analysis.settings import AnalysisSettings
 from sempa_st.errors import SempaError
-from sempa_st.forward.sentence_transformer import hidden_states
+from sempa_st.forward.sentence_transformers import hidden_states
 
 pytestmark = pytest.mark.names_dtype
 
