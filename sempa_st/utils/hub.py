@@ -32,7 +32,8 @@ class HubAccess:
     cache_folder: str | None = None
 
 
-_ACCESS: ContextVar[HubAccess] = ContextVar("hub_access", default=HubAccess())
+_BY_DEFAULT = HubAccess()
+_ACCESS: ContextVar[HubAccess] = ContextVar("hub_access", default=_BY_DEFAULT)
 
 
 @contextmanager
