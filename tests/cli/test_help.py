@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_every_command_shows_examples_that_its_parser_takes(run_cli: Cli, name: 
     examples = out.partition("\nexamples:\n")[2].splitlines()
     assert examples
     for example in examples:
-        program, *argv = example.split()
+        program, *argv = shlex.split(example)
         assert program == "sempa"
         assert build_parser().parse_args(argv)
 
