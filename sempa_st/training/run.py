@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from sempa_st.errors import SempaError
 from sempa_st.model.patching import attention_implementation
 from sempa_st.training.build import build_trainer
+from sempa_st.training.callbacks import PairProgress
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.inputs import RunInputs, load_inputs, report_inputs
@@ -81,7 +82,12 @@ def train(config: TrainConfig) -> TrainResult:
                 trainer.remove_callback(Checkpoints)
                 trainer.add_callback(KeptModels(writer, run_folder.models))
                 trainer.add_callback(Checkpoints(inputs.identity))
-            trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
+            try:
+                trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
+            finally:
+                for callback in trainer.callback_handler.callbacks:
+                    if isinstance(callback, PairProgress):
+                        callback.close()
             record = writer.record(trainer.state)
             _on_main_process(lambda: _finish(writer, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
