@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.base_model import Base, load_causal_lm
 from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.load_options import checked_model_kwargs, set_encode_options
 from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import embedding_rows, load_tokenizer
 from sempa_st.utils.devices import pick_device, pick_dtype
+from sempa_st.utils.hub import hub_access
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,6 +54,12 @@ def load(
     reader: str = "sempa",
     int8: bool = False,
     trainable: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_folder: str | Path | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    truncate_dim: int | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> SentenceTransformer:
     """Load a model for embedding; its decoder still generates (``load(...)[0].model.generate``).
 
@@ -69,42 +78,57 @@ def load(
             and no longer exact. It needs float32 on a CPU, and makes these the default dtype and device.
         trainable: Give the adapter's weights gradients, and no others, so that a trainer goes on from them. A model
             without an adapter is trainable in any case, with all its weights.
+        revision: Branch, tag or commit of a model on the Hub; the newest commit when None. An adapter's base is always
+            read at its newest commit.
+        token: Token for the Hub; it opens private models and private bases of adapters. As of ``SentenceTransformer``.
+        cache_folder: Folder for what is downloaded; the Hub client's own when None.
+        model_kwargs: Further arguments of the decoder's ``from_pretrained``, such as ``attn_implementation``, or
+            ``device_map`` in place of ``device``.
+        truncate_dim: Number of dimensions that ``encode`` keeps; what the folder says, or all, when None.
+        prompts: Texts to put before sentences, by name (``encode(..., prompt_name=...)``), beside the folder's own.
 
     Raises:
         SempaError: If the model cannot be found, read, or embedded with as asked.
     """
     check_known(reader, READERS, "reader")
+    arguments = checked_model_kwargs(model_kwargs, device)
     if int8:
         device, dtype = device or "cpu", "float32" if dtype == "auto" else dtype
     device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, device)
-    source = find_model(str(model), for_method=True)
-    if template and source.kind != "base" and not method:
-        raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
-    adapted = source.kind in ("sempa", "adapter") and source.folder.is_adapter
-    if base and not (adapted and reader == "sempa"):
-        raise SempaError(f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}.")
-    if method:
-        opened = _load_method(source, method, template, base, reader, torch_dtype, device)
-    else:
-        opened = _load_by_kind(source, template, base, reader, torch_dtype, device)
-    avoid_broken_sdpa(opened, device)
+    arguments["dtype"] = pick_dtype(dtype, device)
+    with hub_access(token, cache_folder):
+        source = find_model(str(model), for_method=True, revision=revision)
+        if template and source.kind != "base" and not method:
+            raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
+        adapted = source.kind in ("sempa", "adapter") and source.folder.is_adapter
+        if base and not (adapted and reader == "sempa"):
+            raise SempaError(
+                f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}."
+            )
+        if method:
+            opened = _load_method(source, method, template, base, reader, arguments, device)
+        else:
+            opened = _load_by_kind(source, template, base, reader, arguments, device)
+        digest = source_digest(source, base)
+    avoid_broken_sdpa(opened, str(opened.device))
     if int8:
         _quantize(opened)
     if trainable:
         _train_adapter(opened, as_trained=not (method or int8))
+    set_encode_options(opened, truncate_dim, prompts)
     # All that decides a vector, and nothing that differs between machines; only an "auto" dtype depends on the device.
     identity = {
-        "model": source_digest(source, base),
+        "model": digest,
         "method": method,
         "reader": reader,
-        "dtype": str(torch_dtype),
+        "dtype": str(arguments["dtype"]),
         "int8": int8,
         "template": getattr(opened[0], "template", None),
         "max_seq_length": opened.max_seq_length,
         "truncate_dim": opened.truncate_dim,
         "prompts": opened.prompts,
         "default_prompt_name": opened.default_prompt_name,
+        **({"model_kwargs": repr(model_kwargs)} if model_kwargs else {}),
     }
     opened.model_card_data.model_name = digested_name(source.name, identity)
     return opened
@@ -119,7 +143,7 @@ def _train_adapter(opened: SentenceTransformer, *, as_trained: bool) -> None:
 
 
 def _load_by_kind(
-    source: Source, template: str | None, base: str | None, reader: str, dtype: Any, device: str
+    source: Source, template: str | None, base: str | None, reader: str, arguments: dict[str, Any], device: str
 ) -> SentenceTransformer:
     """Load a model without a method; raises :class:`SempaError` if it needs one, or cannot be read by ``reader``."""
     if source.kind == "adapter":
@@ -135,12 +159,12 @@ def _load_by_kind(
             f"{source.name} is a bare base. Make a native folder of it first: sempa copy {source.name} DIR"
         )
     if source.kind == "sentence-transformers" or reader == "native":
-        return load_plain(source, dtype, device)
-    return _load_prompt_eol(source, template, base, dtype, device)
+        return load_plain(source, device=device, **arguments)
+    return _load_prompt_eol(source, template, base, arguments, device)
 
 
 def _load_prompt_eol(
-    source: Source, template: str | None, base: str | None, dtype: Any, device: str
+    source: Source, template: str | None, base: str | None, arguments: dict[str, Any], device: str
 ) -> SentenceTransformer:
     """Load a base or a SemPA folder with our module; vectors are divided by their norm unless the folder is older."""
     from sentence_transformers.base.modules import Normalize
@@ -152,13 +176,13 @@ def _load_prompt_eol(
     # Faults of the settings are found before the weights are read, which takes longer.
     origin = _base_of(source, base)
     tokenizer, name, length = embedding_tokenizer(source, origin, template)
-    model = _load_weights(source, origin, dtype)
+    model = _load_weights(source, origin, arguments)
     module = PromptEOL(model, tokenizer, template=name, max_seq_length=length, forward_rows=embed_rows_fast)
     config = settings_if_any(source.folder.path, ST_CONFIG) or {}
     normalizes = source.kind == "base" or source.folder.normalizes
     opened = SentenceTransformer(
         modules=[module, Normalize()] if normalizes else [module],
-        device=device,
+        device=_device_of(model, arguments, device),
         prompts=config.get("prompts"),
         default_prompt_name=config.get("default_prompt_name"),
         similarity_fn_name=config.get("similarity_fn_name", "cosine"),
@@ -168,7 +192,7 @@ def _load_prompt_eol(
     return opened
 
 
-def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, Any]:
+def _load_decoder(source: Source, base: str | None, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """Load the decoder of a base, a SemPA folder or a bare adapter, with all adapters on it, and its tokenizer."""
     from sempa_st.model.adapter import merge_adapters
 
@@ -178,27 +202,38 @@ def _load_decoder(source: Source, base: str | None, dtype: Any) -> tuple[Any, An
             if folder.is_activated:
                 raise SempaError(f"The adapter in {folder.path} acts from certain tokens on, which no --method has.")
         tokenizer = load_tokenizer(below.folder)
-        model = load_causal_lm(below.folder, dtype).eval()
+        model = load_causal_lm(below.folder, **arguments).eval()
         merge_adapters(model, [folder.path for folder in folders], below.name)
         return model, tokenizer
     origin = _base_of(source, base)
     tokenizer = load_tokenizer(source.folder.path, embedding_rows(origin.folder) if origin else None)
-    return _load_weights(source, origin, dtype), tokenizer
+    return _load_weights(source, origin, arguments), tokenizer
 
 
 def _base_of(source: Source, base: str | None) -> Base | None:
     return adapter_base(source.folder, base) if source.folder.is_adapter else None
 
 
-def _load_weights(source: Source, base: Base | None, dtype: Any) -> Any:
+def _device_of(model: Any, arguments: dict[str, Any], device: str) -> str:
+    # A device map has placed the model already.
+    return str(model.device) if "device_map" in arguments else device
+
+
+def _load_weights(source: Source, base: Base | None, arguments: dict[str, Any]) -> Any:
     from sempa_st.model.adapter import attach_adapter
 
-    model = load_causal_lm(base.folder if base else source.folder.path, dtype, whole=False)
+    model = load_causal_lm(base.folder if base else source.folder.path, whole=False, **arguments)
     return attach_adapter(model, source.folder.path, base.name) if base else model.eval()
 
 
 def _load_method(
-    source: Source, method: str, template: str | None, base: str | None, reader: str, dtype: Any, device: str
+    source: Source,
+    method: str,
+    template: str | None,
+    base: str | None,
+    reader: str,
+    arguments: dict[str, Any],
+    device: str,
 ) -> SentenceTransformer:
     from sempa_st.forward.sentence_transformers import SentenceTransformer
     from sempa_st.methods.module import MethodModule
@@ -207,7 +242,8 @@ def _load_method(
         raise SempaError(f"--method {method!r} brings its own texts and module. Leave out --template and --reader.")
     check_method(source, method)
     encoder = source.takes_encoder_methods
-    model, tokenizer = _load_encoder(source, dtype) if encoder else _load_decoder(source, base, dtype)
+    model, tokenizer = _load_encoder(source, arguments) if encoder else _load_decoder(source, base, arguments)
+    device = _device_of(model, arguments, device)
     return SentenceTransformer(modules=[MethodModule(model, tokenizer, method)], device=device)
 
 
@@ -223,11 +259,11 @@ def check_method(source: Source, method: str) -> None:
         raise SempaError(f"{source.name} acts under its own template only. Leave out --method {method!r}.")
 
 
-def _load_encoder(source: Source, dtype: Any) -> tuple[Any, Any]:
+def _load_encoder(source: Source, arguments: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     path = source.folder.path
-    model, info = loaded_with_info(AutoModel, path, dtype=dtype)
+    model, info = loaded_with_info(AutoModel, path, **arguments)
     with readable(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     check_whole(model, info, path)

@@ -219,3 +219,17 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
     extras = [entry for name, group in project["optional-dependencies"].items() if name != "dev" for entry in group]
     for entry in project["dependencies"] + extras:
         assert re.search(r">=[\d.]+,<[\d.]+$|==[\d.]+$", entry), entry
+
+
+def test_the_page_on_pypi_shows_pictures_and_links() -> None:
+    readme = Path("README.md").read_text()
+    assert len(readme.encode()) <= 12 * 1024
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)|<img[^>]*src=[\"']([^\"']*)", readme)
+    assert pictures
+    urls = tomllib.loads(Path("pyproject.toml").read_text())["project"]["urls"]
+    assert urls.keys() == {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
+    raw = urls["Repository"].replace("https://github.com", "https://raw.githubusercontent.com") + "/main/"
+    files = [(markdown or html).removeprefix(raw) for markdown, html in pictures]
+    files += [url.removeprefix(urls["Repository"] + "/blob/main/") for url in urls.values() if "/blob/" in url]
+    assert all(Path(file).is_file() for file in files), files
+    assert all((markdown or html).startswith(raw) for markdown, html in pictures)

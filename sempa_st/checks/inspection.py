@@ -35,13 +35,14 @@ _RELEVANT = re.compile(
 _INDEX = ".safetensors.index.json"
 
 
-def checked_folder(name: str) -> Path:
+def checked_folder(name: str, revision: str | None = None) -> Path:
     """Return the local folder of a model after :func:`check_folder`.
 
     Args:
         name: Local folder or Hub id.
+        revision: Branch, tag or commit of the Hub's repository; the newest commit when None.
     """
-    return check_folder(model_folder(name))
+    return check_folder(model_folder(name, revision=revision))
 
 
 def check_folder(folder: Path) -> Path:

@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
             "gemma3-270m sempa-gemma3-270m --output report",
             "mean:gemma3-270m sempa-gemma3-270m --only geometry,gar --sentences 1000 --output report",
         ),
+        kept=lambda args: f"Finished parts are kept in {Path(args.output, 'parts')}. Run the same command to go on.",
     )
     add_models(parser)
     parser.add_argument("--output", required=True, help="folder of the report; the same command continues it")

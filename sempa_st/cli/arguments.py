@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from sempa_st.errors import SempaError
 from sempa_st.model.gemma import EMBEDDED_BASE
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 
+NOTHING_KEPT = "Nothing was kept."
+"""What to say of an interrupted command whose output appears whole, at the end."""
+
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser whose help is coloured on a terminal, and plain text in a pipe or file."""
+    """Argument parser that names the nearest command or flag for one that it does not know.
+
+    Its help is coloured on a terminal, and plain text in a pipe or file.
+    """
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments of a command, whose own parser knows its flags; nothing is left over."""
+        self._words = sys.argv[1:] if args is None else args
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and the nearest names of what is not known, and end with exit code 2."""
+        near = [f"{match} for {word}" for word, known in self._unknown() for match in get_close_matches(word, known, 1)]
+        super().error(f"{message}; did you mean {', '.join(near)}?" if near else message)
+
+    def _unknown(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each command and flag that was given and is not known, with those that are."""
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        commands = [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
+        names = (word.partition("=")[0] for word in self._words)
+        for name in dict.fromkeys(names):
+            if name.startswith("--") and len(name) > 2:
+                if not any(flag.startswith(name) for flag in flags):
+                    yield name, flags
+            elif commands and not name.startswith("-"):
+                if name not in commands:
+                    yield name, commands
+                return  # what follows a command is its own
 
     def format_help(self) -> str:
         """Return the help text."""
@@ -51,7 +87,13 @@ class PrintCompletion(argparse.Action):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, *, examples: Sequence[str]
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    *,
+    examples: Sequence[str],
+    kept: Callable[[argparse.Namespace], str] = lambda args: NOTHING_KEPT,
 ) -> argparse.ArgumentParser:
     """Add a command to the parser, with the options that all commands have.
 
@@ -61,12 +103,13 @@ def add_command(
         run: Function that runs it.
         help: One sentence on what it does.
         examples: Arguments to show under the help, each after ``sempa NAME``.
+        kept: Says what an interrupted run has left, and how to go on.
     """
     lines = [f"  sempa {name} {example}".rstrip() for example in examples]
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=help, description=help, epilog="\n".join(["examples:", *lines])
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, kept=kept)
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors, and libraries' warnings")
     return parser
 
@@ -141,7 +184,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SempaError: If there is a layer and no method.
     """
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "debug")}
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "debug", "kept")}
     layer = options.pop("layer", None)
     if layer is not None:
         if options["method"] is None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from sempa_st.cli.arguments import add_command, add_model_options, given, positive
+from sempa_st.cli.arguments import NOTHING_KEPT, add_command, add_model_options, given, positive
 from sempa_st.errors import SempaError
 
 _STANDARD_INPUT = "-"
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
             "runs/best - --input-format jsonl --column text --output vectors.npy",
             "runs/best corpus/ --column text --engine ray --output corpus-vectors",
         ),
+        kept=_kept,
     )
     add_model_options(parser)
     parser.add_argument(
@@ -80,3 +81,11 @@ def _encode(args: argparse.Namespace) -> None:
         count, width = encode_file(input=sentences, **options)
     skipped = f", {sentences.skipped} empty rows skipped" if sentences.skipped else ""
     print(f"Wrote {count} vectors of width {width} to {args.output}{skipped}.")
+
+
+def _kept(args: argparse.Namespace) -> str:
+    from sempa_st.encoding.shard_folder import ShardFolder
+
+    folder = ShardFolder(args.output)
+    count = folder.count_finished()
+    return f"{count} shard(s) are kept in {folder.path}. Run the same command to go on." if count else NOTHING_KEPT

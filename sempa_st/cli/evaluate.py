@@ -25,6 +25,10 @@ def add(commands: Any) -> None:
             "gemma3-270m --method mean --tasks STSBenchmark --split dev --output results",
             "sempa-gemma3-270m --tasks 'MTEB(eng, v2)' --output results",
         ),
+        kept=lambda args: (
+            f"MTEB's results of finished tasks are kept in {Path(args.output, 'mteb')}. Run the same command to go on: "
+            "it takes these, and scores the seven STS tasks anew."
+        ),
     )
     add_model_options(parser)
     tasks = parser.add_argument_group("tasks and results")

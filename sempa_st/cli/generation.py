@@ -10,7 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.cli.arguments import add_base, add_batch_size, add_command, add_compute_options, add_data_dir
+from sempa_st.cli.arguments import (
+    NOTHING_KEPT,
+    add_base,
+    add_batch_size,
+    add_command,
+    add_compute_options,
+    add_data_dir,
+)
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.generation_data import FILES, parse_limits
 from sempa_st.utils.tables import table
@@ -32,6 +39,7 @@ def add(commands: Any) -> None:
             "gemma3-270m sempa-gemma3-270m --tasks mmlu,wikitext --limit mmlu=2000",
             "runs/best --output generation.json",
         ),
+        kept=lambda args: f"{NOTHING_KEPT} Scores are written when all are there; --tasks makes shorter runs.",
     )
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="SemPA folder or Hub id, or base; several are compared side by side"

@@ -22,6 +22,7 @@ def _add_push(commands: Any) -> None:
         _push,
         "Send a model to the Hugging Face Hub, after checking it as strangers will use it.",
         examples=("runs/best your-name/sempa-llama3 --dry-run", "sempa-gemma3-270m your-name/sempa --merged --private"),
+        kept=lambda args: "Large files that were sent stay on the Hub. Run the same command to go on.",
     )
     parser.add_argument("model", metavar="FOLDER", help="shipped model or SemPA folder")
     parser.add_argument("repo", metavar="REPO", help="repository of the Hub, owner/name; it is made if need be")

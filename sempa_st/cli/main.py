@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from sempa_st import __version__
 from sempa_st.cli import (
@@ -44,23 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            silence_libraries(args.debug)
+        with nullcontext() if args.debug else quiet_libraries():
             command: Callable[[argparse.Namespace], None] = args.command
             command(args)
     except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        return _report(error)
+        return _report(error, args)
     return 0
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, args: argparse.Namespace) -> int:
     """Print an error as one paragraph, in one process only, and return the exit code."""
     if isinstance(error, SempaError | OSError):
         message, code = str(error), _EXIT_BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted", _EXIT_INTERRUPTED
+        message, code = f"interrupted. {args.kept(args)}", _EXIT_INTERRUPTED
     else:
         message = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         code = _EXIT_UNEXPECTED
@@ -90,10 +90,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def silence_libraries(debug: bool) -> None:
-    """Silence the libraries' warnings and log lines in this process, unless ``debug``; errors are still shown."""
-    if debug:
-        return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries' warnings, log lines and progress bars within the block; errors and ours are still shown.
+
+    Downloads show their bars.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # for processes that are started, too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if verbosity < logging.ERROR:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

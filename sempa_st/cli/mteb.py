@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
             "available-tasks --task-types Clustering",
             "run --help",
         ),
+        kept=lambda args: "MTEB keeps the results of finished tasks; run the same command to go on.",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of mteb: a command and its options")
 

@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
             "--data sample --dev sample --set learning_rate=1e-4,2e-4 --set lora_r=8,16 --output runs/sweep",
             "--config gemma3-270m --data my_nli.csv --grid grid.yaml --search 20 --output runs/sweep",
         ),
+        kept=lambda args: f"Finished runs and checkpoints are kept in {args.output}. Run the same command to go on.",
     )
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
         _table,
         "Score methods and models on the seven STS tasks, side by side.",
         examples=("--output table", "--methods mean prompteol:layer=-2 --models runs/best --output table"),
+        kept=lambda args: f"Scores so far are kept in {Path(args.output, 'systems')}. Run the same command to go on.",
     )
     parser.add_argument(
         "--base", default=EMBEDDED_BASE, help="base that the methods are applied to (default: %(default)s)"

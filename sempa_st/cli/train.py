@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sempa_st.cli.arguments import add_command
+from sempa_st.cli.arguments import NOTHING_KEPT, add_command
 from sempa_st.training.config import TrainConfig
-from sempa_st.utils.options import add_options, read_options
+from sempa_st.utils.options import add_options, option_values, read_options
 
 TRAIN_GROUPS = {
     "model and data": (
@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
             "--config llama3-8b --data my_nli.csv --output runs/llama3",
             "--config llama3-8b --data my_nli.csv --device cuda --estimate",
         ),
+        kept=_kept,
     )
     add_options(parser, TrainConfig, groups=TRAIN_GROUPS)
     parser.add_argument("--estimate", action="store_true", help="print the memory that the run would need, and end")
@@ -70,3 +71,12 @@ def _estimate(args: argparse.Namespace) -> None:
     estimate = estimate_memory(read_options(TrainConfig, {"output": "not written", **vars(args)}))
     print(estimate.table())
     print(f"In one process, on its largest batch, the run needs {estimate.peak / 2**30:.2f} GiB besides its program.")
+
+
+def _kept(args: argparse.Namespace) -> str:
+    from sempa_st.training.run_folder import RunFolder
+
+    config = option_values(TrainConfig, vars(args))
+    if args.estimate or RunFolder(config["output"]).last_checkpoint() is None:
+        return NOTHING_KEPT
+    return "--resume goes on from the checkpoints."  # the run has said where they are

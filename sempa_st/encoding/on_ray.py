@@ -21,9 +21,12 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.utils.devices import pick_dtype
 from sempa_st.utils.extras import require
+from sempa_st.utils.hub import hub_access
 
 _MAX_BLOCKS = 4096
 """Blocks of the list of shards, which Ray hands out: few enough to be kept track of."""
+_NOT_IDENTITY = ("token", "cache_folder")
+"""Arguments of :func:`sempa_st.load` that decide no vector; a token belongs in no file."""
 
 
 class RayWorkers:
@@ -56,9 +59,15 @@ class RayWorkers:
         dtype = str(pick_dtype(options.get("dtype", "auto"), device)).removeprefix("torch.")
         self._load = {**options, "model": str(model), "device": device, "dtype": dtype}
         self.model_identity = {
-            **self._load,
-            "model": source_digest(find_model(str(model), for_method=True), options.get("base")),
+            **{name: value for name, value in self._load.items() if name not in _NOT_IDENTITY},
+            "model": self._digest(options),
+            "model_kwargs": repr(options.get("model_kwargs")),
         }
+
+    def _digest(self, options: dict[str, Any]) -> str:
+        with hub_access(options.get("token"), options.get("cache_folder")):
+            source = find_model(self._load["model"], for_method=True, revision=options.get("revision"))
+            return source_digest(source, options.get("base"))
 
     def close(self) -> None:
         """Leave the cluster, or end it, if it was joined or started here."""

@@ -67,6 +67,10 @@ class ShardFolder:
         """File with the ranges of the dimensions."""
         return self.path / _RANGES
 
+    def count_finished(self) -> int:
+        """Return the number of shards that an unfinished run has left."""
+        return len(self._finished()) if self.path.is_dir() else 0
+
     def check_output(self, *, overwrite: bool) -> None:
         """Raise :class:`SempaError` unless the output can be written, and is not there or may be replaced."""
         if self.suffix == FOLDER:

@@ -184,7 +184,7 @@ def origin_of(source: Source, base: str | None = None) -> Base:
     if base:
         raise SempaError(f"{source.name} is a whole model without a base; leave out --base {base}.")
     if source.kind == "base":
-        return resolve_base(source.name)
+        return resolve_base(source.name, source.revision)
     # A merged model is its own base, under the name of the base that it was merged from.
     record = source.folder.record or {}
     return Base(str(record.get("base") or source.name), source.folder.path)

@@ -13,13 +13,14 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base
 from sempa_st.model.adapter_kinds import check_native
 from sempa_st.model.chat_templates import check_chat_templates
+from sempa_st.utils.hub import current_access
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
 
-def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTransformer:
+def load_plain(source: Source, dtype: torch.dtype, device: str, **arguments: Any) -> SentenceTransformer:
     """Load any model of sentence-transformers, or a folder of format ``native``, by the library's own modules.
 
     The vectors of the latter leave the pooling in float32 whatever the model computes in.
@@ -28,6 +29,8 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
         source: The model.
         dtype: Type of the weights.
         device: ``cpu``, ``cuda``, ...
+        **arguments: Further arguments of the modules' ``from_pretrained``, such as ``attn_implementation``. A
+            ``device_map`` replaces the device.
 
     Raises:
         SempaError: If the folder has the format ``custom``, its weights are not complete, a chat template is not fit,
@@ -52,8 +55,15 @@ def load_plain(source: Source, dtype: torch.dtype, device: str) -> SentenceTrans
     else:
         _check_weights(folder)
     with readable(folder.path, base=base.folder if base else None):
-        model_kwargs = {"dtype": dtype, "use_safetensors": True}
-        model = SentenceTransformer(str(folder.path), device=device, model_kwargs=model_kwargs, trust_remote_code=False)
+        # The library finds an adapter's base by its name, in the same cache.
+        model = SentenceTransformer(
+            str(folder.path),
+            device=None if "device_map" in arguments else device,
+            model_kwargs={**arguments, "dtype": dtype, "use_safetensors": True},
+            trust_remote_code=False,
+            token=current_access().token,
+            cache_folder=current_access().cache_folder,
+        )
     if source.kind == "sempa":
         folder.embedding_settings(model.tokenizer)
         # A norm in 16 bits is wrong in the third decimal, and so are dot products of vectors divided by it.

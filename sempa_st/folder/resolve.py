@@ -19,6 +19,7 @@ from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
 from sempa_st.utils.files import json_digest
+from sempa_st.utils.hub import check_no_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +36,13 @@ class Source:
         folder: Its local folder.
         kind: ``sempa`` (a folder of this package), ``sentence-transformers``, or a bare ``base`` (a decoder),
             ``encoder`` or ``adapter``.
+        revision: Branch, tag or commit that was asked for, of a model on the Hub.
     """
 
     name: str
     folder: ModelFolder
     kind: Kind
+    revision: str | None = None
 
     @property
     def takes_encoder_methods(self) -> bool:
@@ -47,36 +50,40 @@ class Source:
         return self.kind in ("encoder", "sentence-transformers")
 
 
-def find_model(name: str, *, for_method: bool = False) -> Source:
+def find_model(name: str, *, for_method: bool = False, revision: str | None = None) -> Source:
     """Find a model and tell its kind.
 
     Args:
         name: The embedded base, a folder, a shipped model or a Hub id. If a name fits several, the first of this list
             is taken.
         for_method: Accept a bare encoder or adapter as well, which can be embedded with by a method only.
+        revision: Branch, tag or commit of a model on the Hub; the newest commit when None. The base of an adapter is
+            not of this revision.
 
     Raises:
-        SempaError: If the model is not found or is of no known kind.
+        SempaError: If the model is not found or is of no known kind, or a revision is given for one of this machine.
     """
+    is_shipped = name in shipped_names() and not Path(name).is_dir()
+    if name == EMBEDDED_BASE or is_shipped:
+        check_no_revision(name, revision)
     if name == EMBEDDED_BASE:
         return _base_source(name)
-    is_shipped = name in shipped_names() and not Path(name).is_dir()
-    folder = ModelFolder(shipped_model(name) if is_shipped else checked_folder(name))
+    folder = ModelFolder(shipped_model(name) if is_shipped else checked_folder(name, revision))
     if folder.format:
-        return Source(name, folder, "sempa")
+        return Source(name, folder, "sempa", revision)
     if folder.modules:
-        return Source(name, folder, "sentence-transformers")
+        return Source(name, folder, "sentence-transformers", revision)
     if folder.is_adapter:
         if for_method:
-            return Source(name, folder, "adapter")
+            return Source(name, folder, "adapter", revision)
         raise bare_adapter(name)
     if for_method and is_encoder(folder.path):
-        return Source(name, folder, "encoder")
-    return _base_source(name)
+        return Source(name, folder, "encoder", revision)
+    return _base_source(name, revision)
 
 
-def _base_source(name: str) -> Source:
-    return Source(name, ModelFolder(resolve_base(name).folder), "base")
+def _base_source(name: str, revision: str | None = None) -> Source:
+    return Source(name, ModelFolder(resolve_base(name, revision).folder), "base", revision)
 
 
 def bare_adapter(name: str) -> SempaError:

@@ -55,19 +55,20 @@ class Base:
             write_notice(folder, origin, self.folder / TERMS_FILE)
 
 
-def resolve_base(name: str) -> Base:
+def resolve_base(name: str, revision: str | None = None) -> Base:
     """Find a base model and check that it is a decoder with safetensors weights.
 
     Args:
         name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The cache folder of the embedded base counts as
             :data:`EMBEDDED_BASE`.
+        revision: Branch, tag or commit of the Hub's repository; the newest commit when None.
 
     Raises:
         SempaError: If it is not found, is not a decoder, or has no safetensors weights.
     """
     if Path(name).resolve() == embedded_folder().resolve():
         name = EMBEDDED_BASE
-    base = Base(name, embedded_base() if name == EMBEDDED_BASE else checked_folder(name))
+    base = Base(name, embedded_base() if name == EMBEDDED_BASE else checked_folder(name, revision))
     if (base.folder / "adapter_config.json").is_file():
         raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
     _check_decoder(base)
@@ -118,7 +119,7 @@ def _is_decoder(config: dict[str, Any]) -> bool:
 
 
 def load_causal_lm(
-    folder: str | Path, dtype: torch.dtype, *, whole: bool = True, load_in_4bit: bool = False, device_map: Any = None
+    folder: str | Path, dtype: torch.dtype, *, whole: bool = True, load_in_4bit: bool = False, **arguments: Any
 ) -> PreTrainedModel:
     """Load the causal language model in ``folder`` from safetensors, with its LM head.
 
@@ -127,7 +128,7 @@ def load_causal_lm(
         dtype: Type of the weights.
         whole: Refuse a model that can only be used for embedding: without an LM head, or with quantised weights.
         load_in_4bit: Quantise the linear layers to NF4 with double quantisation (arXiv 2305.14314, section 3).
-        device_map: Where accelerate puts which layers, as ``from_pretrained`` takes it; None for the CPU.
+        **arguments: Further arguments of ``from_pretrained``, such as ``device_map`` and ``attn_implementation``.
 
     Raises:
         SempaError: If its files cannot be read or do not match, or weights are missing or not finite.
@@ -136,7 +137,6 @@ def load_causal_lm(
 
     from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 
-    arguments: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -59,6 +59,10 @@ class PairProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar of a run that has ended or was interrupted, so that what is printed next has its own line."""
         if self._bar is not None:
             self._bar.close()
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from sempa_st.errors import SempaError
 from sempa_st.model.patching import attention_implementation
 from sempa_st.training.build import build_trainer
+from sempa_st.training.callbacks import PairProgress
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.inputs import RunInputs, load_inputs, report_inputs
@@ -26,6 +28,9 @@ from sempa_st.training.record import dev_scores
 from sempa_st.training.reference import cached_tensor, warn_uncached
 from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.devices import pick_device
+
+_EXPLAINED: ContextVar[bool] = ContextVar("explained", default=False)
+"""Whether an outer block says how to continue."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,12 @@ def train(config: TrainConfig) -> TrainResult:
                 trainer.remove_callback(Checkpoints)
                 trainer.add_callback(KeptModels(writer, run_folder.models))
                 trainer.add_callback(Checkpoints(inputs.identity))
-            trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
+            try:
+                trainer.train(resume_from_checkpoint=run_folder.last_checkpoint() if config.resume else None)
+            finally:
+                for callback in trainer.callback_handler.callbacks:
+                    if isinstance(callback, PairProgress):
+                        callback.close()
             record = writer.record(trainer.state)
             _on_main_process(lambda: _finish(writer, run_folder, trainer.state.best_model_checkpoint, record))
     finally:
@@ -143,15 +153,21 @@ def _on_main_process(action: Callable[[], None]) -> None:
 def explain_interruption(explain: Callable[[], str | None]) -> Iterator[None]:
     """Print how to continue when an exception interrupts training, and let the exception pass.
 
+    Of a run within a sweep nothing is printed, since it is the sweep that is continued.
+
     Args:
         explain: Called on an exception; returns the line to print, or None.
     """
+    is_outer = not _EXPLAINED.get()
+    before = _EXPLAINED.set(True)
     try:
         yield
     except BaseException:
-        if line := explain():
+        if (line := explain()) and is_outer:
             print(line, file=sys.stderr, flush=True)
         raise
+    finally:
+        _EXPLAINED.reset(before)
 
 
 def _finish(writer: ModelWriter, run_folder: RunFolder, best: str | None, record: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,74 @@ _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", "NOTICE*"]
 
 
-def model_folder(name: str, *, weights: bool = True) -> Path:
+@dataclass(frozen=True)
+class HubAccess:
+    """How models are downloaded.
+
+    Args:
+        token: Token of a user of the Hub, True for that of ``hf auth login``, False for none; the client's choice
+            when None.
+        cache_folder: Folder for copies of repositories; the client's own when None.
+    """
+
+    token: str | bool | None = None
+    cache_folder: str | None = None
+
+
+_BY_DEFAULT = HubAccess()
+_ACCESS: ContextVar[HubAccess] = ContextVar("hub_access", default=_BY_DEFAULT)
+
+
+@contextmanager
+def hub_access(token: str | bool | None, cache_folder: str | Path | None) -> Iterator[None]:
+    """Download models within the block, in this thread, as :class:`HubAccess` says: a model, and the bases below it."""
+    before = _ACCESS.set(HubAccess(token, None if cache_folder is None else str(cache_folder)))
+    try:
+        yield
+    finally:
+        _ACCESS.reset(before)
+
+
+def current_access() -> HubAccess:
+    """Return how models are downloaded here, for libraries that download by themselves."""
+    return _ACCESS.get()
+
+
+def model_folder(name: str, *, weights: bool = True, revision: str | None = None) -> Path:
     """Return the local folder of a model, unchecked: ``name`` itself, or a cached copy of the Hub repository.
 
     Args:
         name: Local folder or Hub id.
         weights: Whether to download the weights as well.
+        revision: Branch, tag or commit of the repository; the newest commit when None.
 
     Raises:
-        SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached.
+        SempaError: If ``name`` is neither a local folder nor a repository that is reachable or cached, or a local
+            folder is given with a revision.
     """
     if Path(name).is_dir():
+        check_no_revision(name, revision)
         return Path(name)
     from huggingface_hub import snapshot_download
 
     ignored = _IGNORED_FILES + ([] if weights else ["*.safetensors"])
     with _explained(f"Unknown model {name!r}: it is not a local folder"):
-        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=ignored))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=_ACCESS.get().token,
+                cache_dir=_ACCESS.get().cache_folder,
+                allow_patterns=_MODEL_FILES,
+                ignore_patterns=ignored,
+            )
+        )
+
+
+def check_no_revision(name: str, revision: str | None) -> None:
+    """Raise :class:`SempaError` if a revision is given for a model that is not on the Hub."""
+    if revision is not None:
+        raise SempaError(f"The revision {revision!r} is of a repository of the Hub, and {name} is none. Leave it out.")
 
 
 def download(name: str, folder: Path, *, revision: str | None = None) -> str:
@@ -74,7 +127,7 @@ def _explained(unknown: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise SempaError(
             f"{unknown}, and the Hub has no repository of that name that you can access. Check the name, or log in "
-            "with `hf auth login` and accept the model's terms."
+            "with `hf auth login` (or pass a token) and accept the model's terms."
         ) from error
     except RevisionNotFoundError as error:
         raise SempaError(

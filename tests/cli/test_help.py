@@ -112,3 +112,28 @@ def test_an_unknown_shell_is_refused(run_cli: Cli) -> None:
     code, out, err = run_cli("--print-completion", "cmd")
     assert (code, out) == (2, "")
     assert "choose from 'bash', 'zsh', 'tcsh'" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (["encod", "model", "x.txt"], "encode for encod"),
+        (["train", "--obective", "dpo", "--output", "x", "--base", "b", "--data", "d"], "--objective for --obective"),
+        (["train", "--obective=dpo"], "--objective for --obective"),  # beside what argparse misses
+        (["encode", "model", "x.txt", "--ouput", "v.npy"], "--output for --ouput"),
+        (["copy", "a", "b", "--merg", "--actvate"], "--activate for --actvate"),  # --merg is short for --merge
+        (["--verison"], "--version for --verison"),
+    ],
+)
+def test_the_nearest_name_is_told(run_cli: Cli, argv: list[str], near: str) -> None:
+    code, out, err = run_cli(*argv)
+    assert (code, out) == (2, "")
+    assert err.rstrip().endswith(f"; did you mean {near}?")
+
+
+def test_names_that_are_near_to_nothing(run_cli: Cli) -> None:
+    for argv in (["copy", "a", "b", "--xyzzy", "1"], ["xyzzy"]):
+        code, _, err = run_cli(*argv)
+        assert code == 2
+        assert "xyzzy" in err
+        assert "did you mean" not in err

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 TOKEN = "hf_stand_in"
 _LFS = (".safetensors", "tokenizer.json")
@@ -79,6 +81,15 @@ def running_hub() -> Iterator[Hub]:
         server.server_close()
 
 
+def talk_to(hub: Hub, patch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Let the real client of this process talk to a stand-in, as a process with ``HF_ENDPOINT`` does."""
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 class RefusalError(Exception):
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
@@ -127,8 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if repository is None:
             raise RefusalError(404, "RepoNotFound", "Repository not found")
+        if repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise RefusalError(401, "RepoNotFound", "Repository not found")
         return repository
 
     def create(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.hub import TOKEN, Hub, running_hub
+from helpers.hub import TOKEN, Hub, running_hub, talk_to
 from helpers.readers import encode_without_sempa_st
 from huggingface_hub import constants
 
@@ -32,13 +32,7 @@ def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     (tmp_path / "acme" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     with running_hub() as hub:
         hub.publish("acme/tiny", tmp_path / "acme")
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        talk_to(hub, monkeypatch, tmp_path / "cache")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("SEMPA_AUTO_DTYPE", "float32")
         yield hub
