@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from sempa_st.encoding import shard_writer
 from sempa_st.errors import SempaError
-from sempa_st.forward.sentence_transformer import SentenceTransformer
+from sempa_st.forward.sentence_transformers import SentenceTransformer
 from sempa_st.training.run import explain_interruption
 
 pytestmark = pytest.mark.names_dtype
