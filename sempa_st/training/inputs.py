@@ -210,12 +210,13 @@ def _sample(data: NliData, config: TrainConfig) -> NliData:
 
 def report_inputs(inputs: RunInputs) -> None:
     """Print what the adapter leaves out, and that there are no contradicted sentences, where it is so."""
+    left_out = inputs.left_out  # in all processes: once the model has its adapter, it cannot be found out
     if not PartialState().is_main_process:
         return
-    if inputs.left_out:
+    if left_out:
         print(
             "The adapter leaves out weights that are not linear layers of their own, or that PEFT cannot update: "
-            f"{', '.join(inputs.left_out)}.",
+            f"{', '.join(left_out)}.",
             file=sys.stderr,
         )
     if inputs.data.is_pairs:
