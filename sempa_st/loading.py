@@ -100,8 +100,7 @@ def load(
         source = find_model(str(model), for_method=True, revision=revision)
         if template and source.kind != "base" and not method:
             raise SempaError(f"{source.name} brings its own template; --template {template!r} is for bare bases only.")
-        adapted = source.kind in ("sempa", "adapter") and source.folder.is_adapter
-        if base and not (adapted and reader == "sempa"):
+        if base and (reader != "sempa" or source.kind not in ("sempa", "adapter") or not source.folder.is_adapter):
             raise SempaError(
                 f"--base {base!r} is for an adapter folder read with our module; leave it out for {model}."
             )
@@ -116,22 +115,25 @@ def load(
     if trainable:
         _train_adapter(opened, as_trained=not (method or int8))
     set_encode_options(opened, truncate_dim, prompts)
-    # All that decides a vector, and nothing that differs between machines; only an "auto" dtype depends on the device.
-    identity = {
-        "model": digest,
-        "method": method,
-        "reader": reader,
-        "dtype": str(arguments["dtype"]),
-        "int8": int8,
-        "template": getattr(opened[0], "template", None),
-        "max_seq_length": opened.max_seq_length,
-        "truncate_dim": opened.truncate_dim,
-        "prompts": opened.prompts,
-        "default_prompt_name": opened.default_prompt_name,
-        **({"model_kwargs": repr(model_kwargs)} if model_kwargs else {}),
-    }
-    opened.model_card_data.model_name = digested_name(source.name, identity)
+    asked = {"method": method, "reader": reader, "dtype": str(arguments["dtype"]), "int8": int8}
+    if model_kwargs:
+        asked["model_kwargs"] = repr(model_kwargs)
+    opened.model_card_data.model_name = digested_name(source.name, {"model": digest, **asked, **_settings_of(opened)})
     return opened
+
+
+def _settings_of(model: SentenceTransformer) -> dict[str, Any]:
+    """Return what of a model decides a vector, beside its files and how it was loaded.
+
+    Nothing of it differs between machines; only an "auto" dtype depends on the device.
+    """
+    return {
+        "template": getattr(model[0], "template", None),
+        "max_seq_length": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "prompts": model.prompts,
+        "default_prompt_name": model.default_prompt_name,
+    }
 
 
 def _train_adapter(opened: SentenceTransformer, *, as_trained: bool) -> None:

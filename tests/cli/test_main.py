@@ -199,7 +199,7 @@ def test_training_refuses_before_it_writes(run_cli: Cli, tiny_base: Path, adapte
     one = tmp_path / "one.jsonl"
     one.write_text('{"sentence1": "a", "sentence2": "b", "score": 1}\n')
     assert_refused(run_cli(*train, "--data", "sample", "--dev", one), "cannot rank a model")
-    assert_refused(run_cli(*train, "--data", "sample", "--base", adapter_folder), "is an adapter", "--merge")
+    assert_refused(run_cli(*train, "--data", "sample", "--base", adapter_folder), "is an adapter", "--from")
     assert not output.parent.exists()
     output.mkdir(parents=True)
     (output / "mine").write_text("x")

@@ -154,7 +154,7 @@ def test_other_processes_get_the_same_model(adapter_folder: Path) -> None:
     model = sempa_st.load(adapter_folder, device="cpu", int8=True)
     expected = model.encode(SENTENCES, batch_size=4)
     copied = pickle.loads(pickle.dumps(model[0]))
-    other = type(model)(modules=[copied, *model[1:]])
+    other = type(model)(modules=[copied, *list(model)[1:]])
     assert torch.equal(*(torch.from_numpy(each.encode(SENTENCES)) for each in (model, other)))
     pool = model.start_multi_process_pool(["cpu"])
     try:
