@@ -32,7 +32,7 @@ class Saver(Protocol):
 
 
 # The same class name, since sentence-transformers writes it into model cards. "sentence_transformers" is in the name of
-# this file since BERTopic and KeyBERT look for it in str(type(model)), and take another model in silence without it.
+# this file since BERTopic looks for it in str(type(model)), and takes another model in silence without it.
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """sentence-transformers' own class, with another order of the texts if the module packs them.
 

@@ -83,5 +83,5 @@ def test_what_normalises_something_else_is_no_folder_of_ours(adapter_folder: Pat
 
 
 def test_libraries_that_look_at_the_name_of_the_class_know_the_model(adapter_folder: Path) -> None:
-    """BERTopic and KeyBERT take a model for one of sentence-transformers by this very look."""
+    """BERTopic takes a model for one of sentence-transformers by this very look."""
     assert "sentence_transformers" in str(type(sempa_st.load(adapter_folder, dtype="float32", device="cpu")))
