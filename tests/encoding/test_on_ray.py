@@ -39,8 +39,11 @@ def cluster() -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(ROOT))  # of the workers, which import this package
         import ray
 
+        earlier = set(psutil.Process().children(recursive=True))  # of other tests in this process
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-        processes = psutil.Process().children(recursive=True)
+        started = set(psutil.Process().children(recursive=True)) - earlier
+        # Python's own tracker of shared memory ends with this process.
+        processes = [process for process in started if "resource_tracker" not in " ".join(process.cmdline())]
         yield
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=20)
