@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 import sempa_st
 from sempa_st.errors import SempaError
-from sempa_st.folder.digests import is_digested
+from sempa_st.folder.digests import digest_in
 from sempa_st.model.patching import attention_implementation
 
 pytestmark = pytest.mark.names_dtype
@@ -101,7 +101,7 @@ def test_arguments_for_the_decoder(adapter_folder: Path, tiny_base: Path) -> Non
     assert attention_implementation(eager[0].model.config) == "eager" != attention_implementation(plain[0].model.config)
     np.testing.assert_allclose(eager.encode(TEXTS), plain.encode(TEXTS), atol=1e-5)
     names = [model.model_card_data.model_name for model in (plain, eager)]
-    assert all(map(is_digested, names))
+    assert all(map(digest_in, names))
     assert len(set(names)) == 2
     for model, arguments in ((adapter_folder, {"reader": "native"}), (tiny_base, {"method": "mean"})):
         opened = load(model, model_kwargs={"attn_implementation": "eager"}, **arguments)

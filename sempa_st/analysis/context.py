@@ -146,10 +146,10 @@ class Context:
         new = store.missing(sentences)
         self.advance(len(sentences) - len(new))
         new.sort(key=len)
+        model: Any = hidden_states(self.load(name)) if new else None
         size = _BATCHES * self.settings.batch_size
         for start in range(0, len(new), size):
             window = new[start : start + size]
-            model = hidden_states(self.load(name))
             vectors = model.encode(window, batch_size=self.settings.batch_size, show_progress_bar=False)
             check_finite(vectors, window)
             store.add(window, np.asarray(vectors, dtype=np.float32))

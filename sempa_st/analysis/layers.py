@@ -17,7 +17,7 @@ from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.decoder import layers_of
-from sempa_st.forward.sentence_transformers import normalizes
+from sempa_st.forward.sentence_transformers import reads_prompt_eol
 from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL, embedding_width, token_states
@@ -122,11 +122,6 @@ def layer_cosines(
         if report:
             report(len(batch))
     return cosines
-
-
-def reads_prompt_eol(model: SentenceTransformer) -> bool:
-    """Whether a model is one :class:`PromptEOL` module, normalised or not, whose layers can be read."""
-    return isinstance(model[0], PromptEOL) and len(model) - normalizes(model) == 1
 
 
 def prompt_eol_of(model: SentenceTransformer) -> PromptEOL:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from sempa_st.analysis.context import Context
-from sempa_st.analysis.layers import LayerCurve, layer_curve, reads_prompt_eol, without_adapter
+from sempa_st.analysis.layers import LayerCurve, layer_curve, without_adapter
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
 from sempa_st.analysis.plotting import new_figure, style
 from sempa_st.data.sts import GradedPairs
 from sempa_st.folder.resolve import adapter_base
+from sempa_st.forward.sentence_transformers import reads_prompt_eol
 
 
 def run(context: Context) -> PartResult:

@@ -15,7 +15,7 @@ from sempa_st.encoding.shard_writer import ShardWriter
 from sempa_st.encoding.tables import input_schema, text_schema
 from sempa_st.encoding.vectors import WITH_RANGES, VectorSettings, calibrate
 from sempa_st.errors import SempaError, check_known
-from sempa_st.folder.digests import is_digested
+from sempa_st.folder.digests import digest_in
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -155,7 +155,7 @@ class _ThisProcess:
     def model_identity(self) -> str:
         """The model's name, which has a digest if this package loaded it; of others an unfinished run starts anew."""
         name = self.model.model_card_data.model_name or ""
-        return name if is_digested(name) else uuid4().hex
+        return name if digest_in(name) else uuid4().hex
 
     def calibrate(self, sentences: Sentences, settings: VectorSettings, batch_size: int) -> Any:
         """Return the ranges of :func:`sempa_st.encoding.vectors.calibrate`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -13,7 +12,7 @@ from sempa_st.errors import SempaError
 from sempa_st.evaluation.tasks import quiet
 from sempa_st.folder.card import hub_id, licence_of
 from sempa_st.folder.citation import BIBTEX, PAPER_URL
-from sempa_st.folder.digests import digested_name
+from sempa_st.folder.digests import digest_in, digested_name
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import adapter_base, find_model, source_digest
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 ORGANISATION = "sempa-st"
 """Owner in the names of shipped models: ``sempa-st/sempa-gemma3-270m``."""
 _MEBIBYTE = 2**20
-_DIGESTED = re.compile(r"local/.*-([0-9a-f]{12})")  # from folder.digests.digested_name
 _NLI_DATA = {
     "e142b52c6ee8580c30f09226d448664410c89a4bed283fdfcc7b91db955c80e0": {"SNLI", "MNLI"},
 }
@@ -140,8 +138,8 @@ def describe(model: SentenceTransformer) -> ModelMeta:
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "memory_usage_mb": round(sum(each.numel() * each.element_size() for each in parameters) / _MEBIBYTE),
     }
-    if named := _DIGESTED.fullmatch(str(meta.name)):
-        known["revision"] = named[1]
+    if digest := digest_in(str(meta.name)):
+        known["revision"] = digest
     return meta.model_copy(update=known)
 
 

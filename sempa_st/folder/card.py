@@ -99,7 +99,7 @@ def hub_id(base: Base) -> str | None:
 
 def licence_of(base: Base) -> str | None:
     """Return the licence of a base as the Hub names it: Gemma's, or what its model card says; None if it says none."""
-    return "gemma" if base.is_gemma else _licence(base).get("license")
+    return _licence(base).get("license")
 
 
 def _licence(base: Base) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _TEMPLATES = "additional_chat_templates"
 _ORIGINS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 """Settings that say from which path or repository something was loaded."""
 _WITH_ORIGINS = ("config.json", "adapter_config.json", "tokenizer_config.json")
-_DIGESTED = re.compile(r"local/.+-[0-9a-f]{12}")
+_DIGESTED = re.compile(r"local/.+-([0-9a-f]{12})")
 _LARGE = 1 << 22
 """Bytes from which on the digest of a file is kept on disk."""
 _SETTLED = 2.0
@@ -100,9 +100,10 @@ def _remembered(key: tuple[str | int, ...]) -> str:
     return digest
 
 
-def is_digested(name: str) -> bool:
-    """Return whether a model name is one of :func:`digested_name`."""
-    return _DIGESTED.fullmatch(name) is not None
+def digest_in(name: str) -> str | None:
+    """Return the digest in a model name of :func:`digested_name`, or None if it is not one."""
+    match = _DIGESTED.fullmatch(name)
+    return match[1] if match else None
 
 
 def digested_name(name: str, identity: dict[str, Any]) -> str:

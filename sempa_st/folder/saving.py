@@ -13,7 +13,7 @@ from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source
 from sempa_st.folder.write import copy_files, licence_files, set_base_reference, write_embedding_files
-from sempa_st.forward.sentence_transformers import normalizes
+from sempa_st.forward.sentence_transformers import normalizes, reads_prompt_eol
 from sempa_st.model.adapter_kinds import check_native, rewrite_tensors, write_native_settings
 from sempa_st.model.base_model import Base
 from sempa_st.model.gemma import EMBEDDED_BASE
@@ -74,9 +74,9 @@ class FolderSaver:
         Raises:
             SempaError: If the weights are in int8, or the folder cannot be written.
         """
-        module = model[0]
-        if not isinstance(module, PromptEOL) or len(model) - normalizes(model) != 1:
+        if not reads_prompt_eol(model):
             return False
+        module: Any = model[0]
         with filled_folder(path, _REPLACED) as folder:
             unchanged = self._write_weights(module, folder)
             copy_files(self.source.folder.path, folder, [ST_CONFIG, *licence_files(self.source.folder.path)])

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG
 from sempa_st.errors import SempaError
-from sempa_st.folder.formats import MODULES, POOLING, POOLING_CONFIG, SETTINGS
+from sempa_st.folder.formats import NORMALIZE, POOLING, POOLING_CONFIG, SETTINGS
+from sempa_st.folder.write import write_modules
 from sempa_st.model.prompt_eol import embedding_width, within_positions
 from sempa_st.model.server_tokenizer import tokenizer_with_template
 from sempa_st.model.templates import embedding_template
@@ -16,8 +17,12 @@ from sempa_st.utils.files import read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_MODULES = ("Transformer", "Pooling", "Normalize")
-"""Modules by their names before sentence-transformers 6, which servers look for and which it still reads."""
+_MODULES = {
+    "": "sentence_transformers.models.Transformer",
+    POOLING: "sentence_transformers.models.Pooling",
+    NORMALIZE[1]: "sentence_transformers.models.Normalize",
+}
+"""Modules by folder, under their names before sentence-transformers 6, which servers look for and it still reads."""
 
 
 def write_server_files(
@@ -62,17 +67,10 @@ def write_server_files(
     }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / SETTINGS, {"max_seq_length": length, "do_lower_case": False})
-    (folder / POOLING).mkdir(exist_ok=True)
+    for path in _MODULES:
+        (folder / path).mkdir(exist_ok=True)
     write_json(folder / POOLING_CONFIG, _pooling(embedding_width(model.config)))
-    paths = ("", POOLING, "2_Normalize")
-    (folder / paths[-1]).mkdir(exist_ok=True)
-    write_json(
-        folder / MODULES,
-        [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for index, (path, name) in enumerate(zip(paths, _MODULES, strict=True))
-        ],
-    )
+    write_modules(folder, list(_MODULES.items()))
 
 
 def _pooling(width: int) -> dict[str, Any]:

@@ -82,12 +82,17 @@ def write_embedding_files(
     if normalize:
         modules.append((NORMALIZE[len(modules) - 1], NORMALIZE_TYPE))
         _write_normalize(folder / modules[-1][0])
+    write_modules(folder, modules)
+    if not (folder / ST_CONFIG).exists():
+        write_json(folder / ST_CONFIG, _sentence_transformers_config())
+
+
+def write_modules(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
+    """Write the list of modules that sentence-transformers loads, each with its folder and its type."""
     write_json(
         folder / MODULES,
         [{"idx": index, "name": str(index), "path": path, "type": kind} for index, (path, kind) in enumerate(modules)],
     )
-    if not (folder / ST_CONFIG).exists():
-        write_json(folder / ST_CONFIG, _sentence_transformers_config())
 
 
 def _write_pooling(folder: Path, width: int) -> None:

@@ -159,6 +159,11 @@ def normalizes(model: sentence_transformers.SentenceTransformer) -> bool:
     return isinstance(model[-1], Normalize)
 
 
+def reads_prompt_eol(model: sentence_transformers.SentenceTransformer) -> bool:
+    """Whether a model is one :class:`PromptEOL` module, normalised or not, and nothing else."""
+    return isinstance(model[0], PromptEOL) and len(model) - normalizes(model) == 1
+
+
 def hidden_states(model: sentence_transformers.SentenceTransformer) -> sentence_transformers.SentenceTransformer:
     """Return a model whose vectors are the pooled hidden states of ``model``, not divided by their norm.
 

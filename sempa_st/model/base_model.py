@@ -148,7 +148,7 @@ def load_causal_lm(
     model, info = loaded_with_info(AutoModelForCausalLM, folder, dtype=dtype, **arguments)
     if whole and (stored or (getattr(model, "is_quantized", False) and not load_in_4bit)):
         raise SempaError(
-            f"The weights in {folder} are quantised ({quantisation(folder)}), and training and merging need "
+            f"The weights in {folder} are quantised ({stored}), and training and merging need "
             "unquantised ones. Use the original model, or a dequantised copy."
         )
     check_whole(named_decoder(model), info, folder, head=whole)
