@@ -17,9 +17,10 @@ from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.decoder import layers_of
+from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.forward.sentence_transformers import reads_prompt_eol
 from sempa_st.model.patching import edited
-from sempa_st.model.peft_models import is_peft_model
+from sempa_st.model.peft_models import alora_on_last, is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL, embedding_width, token_states
 from sempa_st.model.token_rows import pad_rows
 
@@ -143,27 +144,40 @@ def without_adapter(model: SentenceTransformer) -> AbstractContextManager[Any] |
 
 
 def _last_token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the last token's hidden state at each layer, of shape (layers, batch, hidden), in float32."""
-    device = module.decoder.device
-    last = attention_mask.sum(dim=1) - 1
-    rows = torch.arange(len(last))
-    with _all_hidden_states(module.decoder) as found:
-        states = token_states(module, input_ids.to(device), attention_mask.to(device))
+    """Return the last token's hidden state at each layer, of shape (layers, batch, hidden), in float32.
+
+    Where the decoder allows it, what the rows begin with alike runs once, and no padding runs.
+    """
+    decoder = module.decoder
+    with _all_hidden_states(decoder) as found:
+        # An adapter of the suffix counts its tokens from the end of a row.
+        if not module.num_suffix_tokens and can_pack(decoder, int(attention_mask.sum(dim=1).max())):
+            with alora_on_last(module.model, None):
+                packed = states_packed(decoder, unpadded(input_ids, attention_mask))
+            last = torch.stack([indices[-1] for indices in packed.indices])
+            states = packed.states[last]
+        else:
+            whole = token_states(module, input_ids.to(decoder.device), attention_mask.to(decoder.device))
+            width = whole.shape[1]
+            last = torch.arange(len(whole)) * width + attention_mask.sum(dim=1) - 1
+            states = whole.flatten(0, 1)[last]
+    # A prefix that all rows share runs in a call of its own, before the one with the last tokens.
+    prefix = sum(hidden[0].shape[:2].numel() for hidden in found[:-1])
     # Some decoders list their last layer without the final norm.
-    inner = [layer[rows, last] for layer in found[1:-1]]
-    return torch.stack([*inner, states[rows, last]]).float()
+    inner = [layer.flatten(0, 1)[last - prefix] for layer in found[-1][1:-1]]
+    return torch.stack([*inner, states]).float()
 
 
 @contextmanager
-def _all_hidden_states(decoder: Any) -> Iterator[list[Tensor]]:
-    """Let a decoder return its hidden states; they are in the list that is yielded after its call."""
-    found: list[Tensor] = []
+def _all_hidden_states(decoder: Any) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Let a decoder return its hidden states; those of each call are in the list that is yielded."""
+    found: list[tuple[Tensor, ...]] = []
 
     def ask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "output_hidden_states": True}
 
     def keep(output: Any) -> Any:
-        found.extend(output.hidden_states)
+        found.append(output.hidden_states)
         return output
 
     with edited(decoder, before=ask, after=keep):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,15 +51,7 @@ def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
     if config.has_reference:
         check_repeatable(inputs.model)
     with _bars_if_long(len(inputs.data.triplets)), explain_dropout():
-        alone = list(config.objective_weights) if not config.kl else []
-        # TRL would take the base for the reference, and not the adapter that training starts from.
-        if alone == ["dpo"] and not inputs.start:
-            trainer: DevScoreTrainer = _dpo_trainer(inputs, arguments)
-        # sentence-transformers' trainer would copy the model to each GPU of a device map.
-        elif alone == ["contrastive"] and config.neutral == "none" and config.device_map == "none":
-            trainer = _contrastive_trainer(inputs, arguments)
-        else:
-            trainer = _alignment_trainer(inputs, arguments)
+        trainer = _MAKERS[config.library](inputs, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Checkpoints(inputs.identity))
     trainer.add_callback(PairProgress(triplets_per_step, len(inputs.data.triplets)))
@@ -134,6 +126,14 @@ def _alignment_trainer(inputs: RunInputs, arguments: dict[str, Any]) -> Alignmen
         train_dataset=Dataset.from_dict({"index": list(range(len(inputs.data.triplets)))}),
         data_collator=Collator(inputs.data.triplets, makers),
     )
+
+
+_MAKERS: dict[str | None, Callable[[RunInputs, dict[str, Any]], DevScoreTrainer]] = {
+    "trl": _dpo_trainer,
+    "sentence-transformers": _contrastive_trainer,
+    None: _alignment_trainer,
+}
+"""Function that makes the trainer, by :attr:`TrainConfig.library`."""
 
 
 @contextmanager

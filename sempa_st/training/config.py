@@ -248,6 +248,18 @@ class TrainConfig:
         return self.kl > 0 or self.objective_weights.keys() != {"contrastive"}
 
     @property
+    def library(self) -> str | None:
+        """Library whose trainer runs: ``trl``, ``sentence-transformers``, or None for this package's own."""
+        alone = list(self.objective_weights) if not self.kl else []
+        # TRL would take the base for the reference, and not the adapter that training starts from.
+        if alone == ["dpo"] and not self.from_:
+            return "trl"
+        # sentence-transformers' trainer would copy the model to each GPU of a device map.
+        if alone == ["contrastive"] and self.neutral == "none" and self.device_map == "none":
+            return "sentence-transformers"
+        return None
+
+    @property
     def column_names(self) -> dict[str, str]:
         """The data's own name of each column that it calls otherwise."""
         return parse_columns(self.columns)

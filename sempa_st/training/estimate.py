@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from sempa_st.data.nli import Triplet, load_nli
+from sempa_st.data.nli import Triplet
 from sempa_st.data.passages import PASSAGE_TOKENS
 from sempa_st.data.preferences import ranked_answers
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
@@ -33,14 +34,18 @@ from sempa_st.training.batches import AnswerInputs, sentence_of
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dropout import disable_dropout
 from sempa_st.training.forward import full_logits, last_states
+from sempa_st.training.inputs import load_data
 from sempa_st.training.losses import reference_kl
 from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES
 from sempa_st.training.saved_bytes import Emulation, PeakOfSaved, distinct_bytes
+from sempa_st.training.start import open_start
 from sempa_st.utils.devices import pick_device, pick_dtype
 from sempa_st.utils.tables import table
 
 _Head = Callable[[Tensor], Iterator[Tensor]]
 _FLOAT32 = 4
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: 4 bits, a scale of 8 bits for 64 of them, and one of 32 bits for 256 of those."""
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32_768
 """Size of the tiles of logits in which TRL's LM head computes log-probabilities for ``dpo``. Seen in trl 1.16."""
 _TILE_RESULTS = 6
@@ -88,14 +93,18 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     Raises:
         SempaError: On invalid settings, data or base.
     """
-    device = pick_device(config.device)
-    step = _Step(config, device)
+    if config.from_:
+        config, base, *_ = open_start(config)
+        folder = base.folder
+    else:
+        folder = settings_folder(config.base)
+    step = _Step(config, folder, pick_device(config.device))
     model = step.model
     tensors = [*model.parameters(), *model.buffers()]
     trained = distinct_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     activations = step.peak(tensors)
     return MemoryEstimate(
-        weights=distinct_bytes(tensors),
+        weights=distinct_bytes(tensors) - (saved_by_4bit(model) if config.load_in_4bit else 0),
         gradients=trained,
         optimiser=2 * trained,
         activations=activations,
@@ -108,11 +117,11 @@ class _Step:
 
     Args:
         config: Settings of the run.
+        folder: Folder with the settings and the tokenizer of its base.
         device: Device type to train on, which decides types and kernels.
     """
 
-    def __init__(self, config: TrainConfig, device: str) -> None:
-        folder = settings_folder(config.base)
+    def __init__(self, config: TrainConfig, folder: Path, device: str) -> None:
         settings = load_config(folder)
         compute = pick_dtype(config.dtype, device)
         self._config = replace(
@@ -134,16 +143,15 @@ class _Step:
         )
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer.chat_template = chat_template(config.chat_format, self._tokenizer)
-        triplets = load_nli(config.data, skip_bad_rows=config.skip_bad_rows).triplets
+        data = load_data(config)
         self._vocabulary = int(base.get_output_embeddings().weight.shape[0])
         self._answer_tokens = 0
         self._results = 0 if device == "cuda" else _TILE_RESULTS
         self._compute = compute
-        self._triplets = sorted(triplets, key=_length, reverse=True)[: config.batch_size]
-        objectives = list(config.objective_weights)
-        self._by_library = not config.kl and (
-            objectives == ["dpo"] or (objectives == ["contrastive"] and config.neutral == "none")
-        )
+        self._triplets = sorted(data.triplets, key=_length, reverse=True)[: config.batch_size]
+        negatives = [] if data.is_pairs else ["contradicted"]
+        self._compared = ["entailed", *negatives, *([] if config.neutral == "none" else ["neutral"])]
+        self._by_library = config.library is not None
         # Of this package's own trainer, only a CPU's forward pass is under autocast.
         has_autocast = compute != torch.float32 and (self._by_library or device == "cpu")
         self._emulation = Emulation(compute if has_autocast else None)
@@ -193,9 +201,7 @@ class _Step:
 
     def _sentences(self) -> list[list[str]]:
         """Return the sentences of each forward pass: sentence-transformers' trainer runs a column at a time."""
-        config, roles = self._config, ["premise"]
-        if "contrastive" in config.objective_weights:
-            roles += ["entailed", "contradicted"] + ["neutral"] * (config.neutral != "none")
+        roles = ["premise", *(self._compared if "contrastive" in self._config.objective_weights else [])]
         columns = [[sentence_of(triplet, role) for triplet in self._triplets] for role in roles]
         return columns if self._by_library else [[text for column in columns for text in column]]
 
@@ -246,6 +252,20 @@ class _Step:
         tokens = min(_TILE_TOKENS, self._answer_tokens) if self._by_library else 0
         results = self._results * min(_TILE_VOCABULARY, self._vocabulary) * _FLOAT32
         return tokens * (_TILE_VOCABULARY * self._compute.itemsize + results)
+
+
+def saved_by_4bit(model: Any) -> int:
+    """Return the bytes that NF4 with double quantisation (arXiv 2305.14314, section 3) saves of a model's weights.
+
+    Args:
+        model: Model whose linear layers but the LM head will be quantised.
+    """
+    head = model.get_output_embeddings()
+    saved = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name:
+            saved += module.weight.nbytes - round(module.weight.numel() * _NF4_BYTES)
+    return saved
 
 
 def _length(triplet: Triplet) -> int:

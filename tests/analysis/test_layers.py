@@ -113,14 +113,30 @@ def test_batches_change_nothing_but_the_memory(pairs: GradedPairs, base: Any, mo
     assert sizes == [len(pairs)]
     monkeypatch.setattr(layers, "_BATCH_BYTES", 4 * 32 * 4 * 300)  # 300 tokens of 32 floats in 4 states
     parts: list[int] = []
-    shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(layers, "token_states", lambda *args: shapes.append(args[1].shape) or real(*args))
+    shapes: list[torch.Size] = []
+
+    def pad_rows(*args: Any) -> Any:
+        rows = real(*args)
+        shapes.append(rows["input_ids"].shape)
+        return rows
+
+    monkeypatch.setattr(layers, "pad_rows", pad_rows)
     np.testing.assert_allclose(layer_cosines(model, pairs, report=parts.append), whole, atol=1e-6)
     assert sum(parts) == len(pairs)
     assert max(math.prod(shape) for shape in shapes) <= 300
 
 
-real = layers.token_states
+real = layers.pad_rows
+
+
+@pytest.mark.parametrize("name", ["base", "gemma", "adapted"])
+def test_packs_change_nothing(
+    name: str, pairs: GradedPairs, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(name)
+    packed = layer_cosines(model, pairs)
+    monkeypatch.setattr(layers, "can_pack", lambda *args: False)
+    np.testing.assert_allclose(layer_cosines(model, pairs), packed, atol=1e-5)
 
 
 def test_settings_of_the_model_count(pairs: GradedPairs, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

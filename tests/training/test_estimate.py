@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.rows import write_rows
-from helpers.tiny import make_config
+from helpers.tiny import finish_adapter, make_config, make_llama, make_tokenizer, save_base
 from torch.profiler import ProfilerActivity, profile
 
 from sempa_st.data.nli import load_nli
@@ -72,6 +72,42 @@ def test_the_estimate_is_what_a_step_takes(tiny_base: Path, tmp_path: Path, sett
     buffers = sum(buffer.nbytes for buffer in trainer.generator().buffers())
     assert estimate.weights == sum(parameter.nbytes for parameter in parameters) + buffers
     assert estimate.activations == pytest.approx(counted_peak(trainer, tmp_path / "trace.json"), rel=0.15)
+
+
+def test_the_start_of_a_run_decides_its_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    settings = {"objective": "contrastive", "batch_size": 8}
+    start = finish_adapter(tmp_path / "start", tiny_base, make_llama(), r=2)
+    again = estimate_memory(
+        make_config(tiny_base, tmp_path / "model", **settings, from_=str(start), max_seq_length=160)
+    )
+    expected = make_config(tiny_base, tmp_path / "model", **settings, lora_r=2, max_seq_length=160)
+    assert again == estimate_memory(expected)
+
+
+def test_pairs_under_names_of_their_own_take_less(tiny_base: Path, tmp_path: Path) -> None:
+    triplets = load_nli("sample").triplets
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": t.premise, "answer": t.entailed} for t in triplets])
+    settings = {"objective": "contrastive", "batch_size": 8}
+    config = make_config(
+        tiny_base, tmp_path / "model", **settings, data=str(pairs), columns="anchor=question,positive=answer"
+    )
+    with_negatives = estimate_memory(make_config(tiny_base, tmp_path / "model", **settings))
+    assert estimate_memory(config).activations < 0.8 * with_negatives.activations
+
+
+def test_weights_in_4_bits_are_counted_as_bitsandbytes_stores_them(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", make_llama(hidden=256), make_tokenizer())
+    settings = {"objective": "contrastive", "batch_size": 8, "dtype": "float32"}
+    config = make_config(base, tmp_path / "model", **settings, load_in_4bit=True)
+    model = load_inputs(config, "cpu").model
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            stored += state.absmax.nbytes + state.state2.absmax.nbytes
+    whole = estimate_memory(make_config(base, tmp_path / "model", **settings)).weights
+    plain = sum(parameter.nbytes for parameter in make_llama(hidden=256).parameters())
+    assert whole - estimate_memory(config).weights == pytest.approx(plain - stored, rel=0.01)
 
 
 def test_checkpointed_activations_take_less(tiny_base: Path, tmp_path: Path) -> None:
