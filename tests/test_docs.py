@@ -30,7 +30,7 @@ from helpers.tiny import finish_adapter, make_gemma, make_llama, make_tokenizer,
 
 from sempa_st.cli import main
 from sempa_st.data.rows import read_rows
-from sempa_st.model.gemma import embedded_folder
+from sempa_st.model.embedded import embedded_folder
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import cache_folder
 

@@ -30,7 +30,7 @@ from sempa_st.data.sts import local_files, read_pairs
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
 from sempa_st.model.base_model import resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.utils.files import read_json, write_json

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sempa_st.data.sts import local_files, read_pairs
 from sempa_st.folder.resolve import find_model
 from sempa_st.model.base_model import resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.tokenizer import load_tokenizer, save_tokenizer
 from sempa_st.utils.devices import pick_dtype
 

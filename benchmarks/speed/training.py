@@ -23,7 +23,7 @@ from sempa_st.data.preferences import preference_rows
 from sempa_st.errors import SempaError
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import load_causal_lm, resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from sempa_st.errors import SempaError
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.devices import DTYPES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.cli.arguments import add_command
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.training.config import TrainConfig
 from sempa_st.utils.tables import table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sempa_st.cli.arguments import add_batch_size, add_command, add_compute_options, add_data_dir
 from sempa_st.errors import SempaError
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.utils.tables import table
 
 _ALL = "all"

@@ -18,7 +18,7 @@ from sempa_st.folder.resolve import adapter_base, find_model, source_digest
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
 from sempa_st.loading import load
 from sempa_st.model.base_model import Base, load_config
-from sempa_st.model.gemma import EMBEDDED_HUB_ID
+from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH, embedding_width
 from sempa_st.utils.extras import require
 
@@ -55,9 +55,11 @@ class Decoder:
     width: int
     licence: str | None
 
-
-EMBEDDED_DECODER = Decoder(EMBEDDED_HUB_ID, 268_098_176, 262_144, 640, "gemma")
-"""The embedded base, which need not be installed where the metadata is read."""
+    @classmethod
+    def embedded(cls, name: str) -> Decoder:
+        """Return what is known of an embedded base, which need not be installed where the metadata is read."""
+        base = EMBEDDED_BASES[name]
+        return cls(base.hub_id, base.parameters, base.vocabulary, base.width, base.licence)
 
 
 def register_shipped() -> None:
@@ -99,7 +101,7 @@ def shipped_meta(name: str) -> ModelMeta:
         name: One of :func:`sempa_st.folder.shipped.shipped_names`.
     """
     folder = ModelFolder(SHIPPED_MODELS / name)
-    return _meta(f"{ORGANISATION}/{name}", name, folder, EMBEDDED_DECODER, folder.digest)
+    return _meta(f"{ORGANISATION}/{name}", name, folder, Decoder.embedded(folder.base), folder.digest)
 
 
 def local_meta(model: str) -> ModelMeta:

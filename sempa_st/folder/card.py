@@ -10,8 +10,9 @@ from sempa_st.data.sts import MTEB_DATASETS, STS_TASKS
 from sempa_st.errors import SempaError, first_line
 from sempa_st.folder.citation import BIBTEX
 from sempa_st.folder.layout import ModelFolder
+from sempa_st.folder.write import write_notices
 from sempa_st.model.base_model import Base
-from sempa_st.model.gemma import EMBEDDED_BASE, EMBEDDED_HUB_ID
+from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import write_text
@@ -29,7 +30,7 @@ _COLUMNS = {"STS-B": "STSBenchmark", **{task: task for task in STS_TASKS}}
 def write_card(
     folder: Path, name: str, base: Base, record: dict[str, Any] | None, *, served: str | None = None
 ) -> None:
-    """Write the model card (``README.md``) of a finished folder, and the notices that Gemma's terms require.
+    """Write the model card (``README.md``) of a finished folder, and the notices that the base's licence requires.
 
     Args:
         folder: Model folder; all its other files are written.
@@ -39,7 +40,7 @@ def write_card(
         served: Name of the template that the tokenizer applies by itself, in a copy for servers.
     """
     write_text(folder / CARD, card_text(ModelFolder(folder), name, base, record, served=served))
-    base.write_notices(folder)
+    write_notices(base, folder)
 
 
 def card_text(
@@ -93,7 +94,8 @@ def check_card(folder: Path) -> None:
 
 def hub_id(base: Base) -> str | None:
     """Return the Hub id of a base, or None for a local folder."""
-    name = EMBEDDED_HUB_ID if base.name == EMBEDDED_BASE else base.name
+    embedded = EMBEDDED_BASES.get(base.name)
+    name = embedded.hub_id if embedded else base.name
     return name if name.count("/") == 1 and not Path(name).exists() else None
 
 

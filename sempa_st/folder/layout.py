@@ -22,7 +22,7 @@ from sempa_st.folder.formats import (
     TRANSFORMER_TYPE,
 )
 from sempa_st.model.chat_templates import check_embedding_template
-from sempa_st.model.gemma import EMBEDDED_BASE, embedded_folder
+from sempa_st.model.embedded import EMBEDDED_BASES, embedded_called
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE
@@ -106,7 +106,7 @@ class ModelFolder:
         """Name or folder of the adapter's base; empty for a whole model.
 
         The adapter's settings may name a folder that is gone, as on another machine. The run record then has a portable
-        name: that of the embedded base, a Hub id, or the last part of the folder's path, which counts without a record
+        name: that of an embedded base, a Hub id, or the last part of the folder's path, which counts without a record
         too. A folder of that name beside this one is taken, since the two may have been moved together.
         """
         if self.adapter_settings is None:
@@ -115,11 +115,11 @@ class ModelFolder:
         if not Path(reference).is_absolute() or Path(reference).is_dir():
             return reference
         last = Path(reference).name
-        name = str((self.record or {}).get("base") or (EMBEDDED_BASE if last == embedded_folder().name else last))
+        name = str((self.record or {}).get("base") or embedded_called(last) or last)
         beside = self.path.resolve().parent / name
         if "/" not in name and (beside / CONFIG).is_file():
             return str(beside)
-        return name if "/" in name or name == EMBEDDED_BASE else reference
+        return name if "/" in name or name in EMBEDDED_BASES else reference
 
     @cached_property
     def record(self) -> dict[str, Any] | None:

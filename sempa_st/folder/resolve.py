@@ -14,7 +14,7 @@ from sempa_st.folder.formats import MODULES, SETTINGS
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import shipped_model, shipped_names
 from sempa_st.model.base_model import Base, is_encoder, resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.prompt_eol import DEFAULT_MAX_SEQ_LENGTH
 from sempa_st.model.templates import DEFAULT_TEMPLATE, embedding_template
 from sempa_st.model.tokenizer import embedding_rows, install_template, load_tokenizer
@@ -54,7 +54,7 @@ def find_model(name: str, *, for_method: bool = False, revision: str | None = No
     """Find a model and tell its kind.
 
     Args:
-        name: The embedded base, a folder, a shipped model or a Hub id. If a name fits several, the first of this list
+        name: An embedded base, a folder, a shipped model or a Hub id. If a name fits several, the first of this list
             is taken.
         for_method: Accept a bare encoder or adapter as well, which can be embedded with by a method only.
         revision: Branch, tag or commit of a model on the Hub; the newest commit when None. The base of an adapter is
@@ -64,9 +64,9 @@ def find_model(name: str, *, for_method: bool = False, revision: str | None = No
         SempaError: If the model is not found or is of no known kind, or a revision is given for one of this machine.
     """
     is_shipped = name in shipped_names() and not Path(name).is_dir()
-    if name == EMBEDDED_BASE or is_shipped:
+    if name in EMBEDDED_BASES or is_shipped:
         check_no_revision(name, revision)
-    if name == EMBEDDED_BASE:
+    if name in EMBEDDED_BASES:
         return _base_source(name)
     folder = ModelFolder(shipped_model(name) if is_shipped else checked_folder(name, revision))
     if folder.format:
@@ -170,7 +170,7 @@ def adapters_over_base(folder: ModelFolder, base: str | None = None) -> tuple[li
     while True:
         name, base = base or folders[-1].base, None
         with _explain_base_of(folders[-1]):
-            below = None if name == EMBEDDED_BASE else ModelFolder(checked_folder(name))
+            below = None if name in EMBEDDED_BASES else ModelFolder(checked_folder(name))
             if below is None or not below.is_adapter:
                 return folders, resolve_base(name)
         if below in folders:

@@ -12,11 +12,11 @@ from sempa_st.folder.copying import write_record
 from sempa_st.folder.formats import RUN_RECORD, ST_CONFIG
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source
-from sempa_st.folder.write import copy_files, licence_files, set_base_reference, write_embedding_files
+from sempa_st.folder.write import copy_files, licence_files, set_base_reference, write_embedding_files, write_notices
 from sempa_st.forward.sentence_transformers import normalizes, reads_prompt_eol
 from sempa_st.model.adapter_kinds import check_native, rewrite_tensors, write_native_settings
 from sempa_st.model.base_model import Base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, full_names, is_peft_model
 from sempa_st.model.prompt_eol import SOURCES, PromptEOL, save_model
 from sempa_st.utils.files import filled_folder, read_json, write_json, write_text
@@ -49,7 +49,7 @@ class FolderSaver:
             SempaError: If the base of the model's adapter is a local folder.
         """
         name = self.base.name
-        if is_peft_model(model[0].model) and name != EMBEDDED_BASE and not hub_id(self.base):
+        if is_peft_model(model[0].model) and name not in EMBEDDED_BASES and not hub_id(self.base):
             raise SempaError(
                 f"The adapter's base {name} is a folder that nobody else has. Push a merged copy (sempa copy "
                 "FOLDER DIR --merge), or load the model with base=HUB_ID."
@@ -95,7 +95,7 @@ class FolderSaver:
                 write_card(folder, name, self.base, record)
             elif card:
                 write_text(folder / "README.md", _changed_card(model, name, self.base))
-            self.base.write_notices(folder)
+            write_notices(self.base, folder)
         return True
 
     def _write_weights(self, module: PromptEOL, folder: Path) -> bool:

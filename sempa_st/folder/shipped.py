@@ -1,4 +1,4 @@
-"""Shipped models: small adapter folders in the package, completed in the cache folder from the embedded base."""
+"""Shipped models: small adapter folders in the package, completed in the cache folder from their embedded base."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.card import write_card
 from sempa_st.folder.formats import MODULES, RUN_RECORD
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.folder.write import set_base_reference, write_embedding_files
+from sempa_st.folder.write import set_base_reference, write_embedding_files, write_notices
 from sempa_st.model.adapter import attach_adapter
 from sempa_st.model.base_model import Base, load_causal_lm, load_config, resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import install_template, load_tokenizer
@@ -45,11 +45,11 @@ def shipped_model(name: str) -> Path:
         SempaError: If there is no shipped model of this name, or its base is not installed.
     """
     check_known(name, shipped_names(), "shipped model")
+    packed = SHIPPED_MODELS / name
     try:
-        base = resolve_base(EMBEDDED_BASE)
+        base = resolve_base(ModelFolder(packed).base)
     except SempaError as error:
         raise SempaError(f"The model {name!r} needs its base. {error}") from error
-    packed = SHIPPED_MODELS / name
     target = cache_folder() / "models" / f"{name}-{_digest(packed, base)[:12]}"
     return build_once(target, MODULES, lambda folder: _complete(packed, base, folder))
 
@@ -87,7 +87,7 @@ def _complete(packed: Path, base: Base, folder: Path) -> None:
 def pack_model(
     folder: str | Path, target: str | Path, *, results: list[dict[str, Any]] | None = None, overwrite: bool = False
 ) -> Path:
-    """Write the small folder that the package ships, from a trained model on the embedded base.
+    """Write the small folder that the package ships, from a trained model on an embedded base.
 
     The adapter's weights are rounded to bfloat16. The small folder is then completed in a scratch folder and loaded,
     and is kept only if the settings and the rounded weights are unchanged.
@@ -100,7 +100,7 @@ def pack_model(
         overwrite: Replace ``target`` if it exists.
 
     Raises:
-        SempaError: If ``folder`` holds no trained adapter on the embedded base, or the completed folder differs.
+        SempaError: If ``folder`` holds no trained adapter on an embedded base, or the completed folder differs.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -109,19 +109,19 @@ def pack_model(
     if not model.is_adapter or not model.format:
         raise SempaError(f"{folder} is no adapter folder of this package. Expected one that `sempa train` wrote.")
     record = _record(model)
-    record = portable_record({**record, "base": EMBEDDED_BASE, "config": {**record["config"], "base": EMBEDDED_BASE}})
-    record |= {"results": results} if results else {}
     base = resolve_base(model.base)
-    if base.name != EMBEDDED_BASE:
-        raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on {EMBEDDED_BASE!r}.")
+    if base.name not in EMBEDDED_BASES:
+        raise SempaError(f"{folder} is an adapter on {base.name!r}. Expected one on: {', '.join(EMBEDDED_BASES)}.")
+    record = portable_record({**record, "base": base.name, "config": {**record["config"], "base": base.name}})
+    record |= {"results": results} if results else {}
     check_not_inside(target, [model.path, base.folder])
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(model.path / ADAPTER_WEIGHTS).items()}
     with atomic_folder(target, overwrite=overwrite) as packed, tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(model.path / ADAPTER_CONFIG, packed / ADAPTER_CONFIG)
-        set_base_reference(packed, EMBEDDED_BASE)
+        set_base_reference(packed, base.name)
         write_json(packed / RUN_RECORD, record)
         save_file(rounded, packed / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        base.write_notices(packed)
+        write_notices(base, packed)
         complete = Path(scratch)
         _complete(packed, base, complete)
         _check_same(model, ModelFolder(complete), base, rounded)

@@ -25,11 +25,15 @@ from sempa_st.folder.formats import (
     check_format,
 )
 from sempa_st.folder.layout import ModelFolder
+from sempa_st.model.base_model import Base
+from sempa_st.model.embedded import EMBEDDED_BASES
+from sempa_st.model.gemma import TERMS_FILE, write_notice
 from sempa_st.model.peft_models import ADAPTER_CONFIG
 from sempa_st.model.prompt_eol import copy_sources, embedding_width, transformer_config, within_positions
 from sempa_st.model.tokenizer import padding_side, save_tokenizer
 from sempa_st.utils.files import write_json
 from sempa_st.utils.names import check_entry, inside
+from sempa_st.utils.portable import portable_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -133,6 +137,20 @@ def set_invocation(folder: Path, tokens: Sequence[int] | None) -> None:
 def _set_in_adapter(folder: Path, name: str, value: Any) -> None:
     settings = read_settings(folder, ADAPTER_CONFIG)
     write_json(folder / ADAPTER_CONFIG, {**settings, name: value})
+
+
+def write_notices(base: Base, folder: Path) -> None:
+    """Write the files that a base's licence requires: Gemma's notice and terms; of another base, copies of its own.
+
+    Args:
+        base: Base that the model was derived from.
+        folder: Model folder.
+    """
+    if base.is_gemma:
+        embedded = EMBEDDED_BASES.get(base.name)
+        write_notice(folder, embedded.origin if embedded else portable_name(base.name), base.folder / TERMS_FILE)
+    else:
+        copy_files(base.folder, folder, licence_files(base.folder))
 
 
 def licence_files(folder: Path) -> list[str]:

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.checks.inspection import CONFIG, check_folder, checked_folder, read_settings
 from sempa_st.checks.library_errors import quantisation, readable
 from sempa_st.errors import SempaError
-from sempa_st.model.gemma import (
-    EMBEDDED_BASE,
-    EMBEDDED_ORIGIN,
-    TERMS_FILE,
-    embedded_base,
-    embedded_folder,
-    write_notice,
-)
+from sempa_st.model.embedded import EMBEDDED_BASES, embedded_at, embedded_base
 from sempa_st.utils.hub import model_folder
-from sempa_st.utils.portable import portable_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +22,7 @@ class Base:
     """A base model in a local folder.
 
     Args:
-        name: Name as the user gave it: a Hub id, a folder or :data:`EMBEDDED_BASE`.
+        name: Name as the user gave it: a Hub id, a folder or one of :data:`EMBEDDED_BASES`.
         folder: Local folder with its weights and tokenizer.
     """
 
@@ -40,7 +32,7 @@ class Base:
     @property
     def reference(self) -> str:
         """Value for ``base_model_name_or_path``: a Hub id unchanged, a folder as an absolute path."""
-        is_folder = self.name == EMBEDDED_BASE or Path(self.name).is_dir()
+        is_folder = self.name in EMBEDDED_BASES or Path(self.name).is_dir()
         return str(self.folder.resolve()) if is_folder else self.name
 
     @property
@@ -48,27 +40,20 @@ class Base:
         """Whether Gemma's terms of use apply to models derived from it."""
         return str(read_settings(self.folder, CONFIG).get("model_type", "")).startswith("gemma")
 
-    def write_notices(self, folder: Path) -> None:
-        """Write the files that the base's licence requires into ``folder``: Gemma's notice and terms, else none."""
-        if self.is_gemma:
-            origin = EMBEDDED_ORIGIN if self.name == EMBEDDED_BASE else portable_name(self.name)
-            write_notice(folder, origin, self.folder / TERMS_FILE)
-
 
 def resolve_base(name: str, revision: str | None = None) -> Base:
     """Find a base model and check that it is a decoder with safetensors weights.
 
     Args:
-        name: :data:`EMBEDDED_BASE`, a local folder, or a Hub id. The cache folder of the embedded base counts as
-            :data:`EMBEDDED_BASE`.
+        name: One of :data:`EMBEDDED_BASES`, a local folder, or a Hub id. The cache folder of an embedded base counts
+            as its name.
         revision: Branch, tag or commit of the Hub's repository; the newest commit when None.
 
     Raises:
         SempaError: If it is not found, is not a decoder, or has no safetensors weights.
     """
-    if Path(name).resolve() == embedded_folder().resolve():
-        name = EMBEDDED_BASE
-    base = Base(name, embedded_base() if name == EMBEDDED_BASE else checked_folder(name, revision))
+    name = embedded_at(Path(name)) or name
+    base = Base(name, embedded_base(name) if name in EMBEDDED_BASES else checked_folder(name, revision))
     if (base.folder / "adapter_config.json").is_file():
         raise SempaError(f"The base {name!r} is an adapter. Merge it first: sempa copy {name} DIR --merge")
     _check_decoder(base)
@@ -89,7 +74,7 @@ def settings_folder(name: str) -> Path:
     Raises:
         SempaError: If it is not found or is not a decoder.
     """
-    if name == EMBEDDED_BASE or Path(name).is_dir():
+    if name in EMBEDDED_BASES or Path(name).is_dir():
         return resolve_base(name).folder
     base = Base(name, check_folder(model_folder(name, weights=False)))
     _check_decoder(base)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from sempa_st.data.nli import parse_columns
 from sempa_st.data.preferences import DEFAULT_PARAPHRASE, PARAPHRASE_TEMPLATES, paraphrase_template
 from sempa_st.errors import SempaError
 from sempa_st.model.chat_formats import CHAT_FORMATS
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
+from sempa_st.training.number_lists import parse_layers, parse_widths
 from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
 from sempa_st.utils.files import lone_surrogates
-from sempa_st.utils.options import option, split_list
+from sempa_st.utils.options import option
 
 ACTIVATIONS = ("always", "sentence", "template")
 TUNINGS = ("lora", "full")
@@ -28,8 +28,6 @@ _MAX_NUMBER = 2**31 - 1
 """Largest number that all libraries accept as a seed and as a number of steps, examples or tokens."""
 _MAX_CHARACTERS = 4096
 _MAX_RANK = 4096
-_WIDTH = re.compile(r"[1-9][0-9]{0,5}")
-_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 @dataclass
@@ -267,16 +265,7 @@ class TrainConfig:
     @property
     def embedding_widths(self) -> list[int]:
         """Widths that are trained, the largest first; empty for the full width alone."""
-        if not self.matryoshka_dims:
-            return []
-        entries = split_list(self.matryoshka_dims)
-        widths = sorted({int(entry) for entry in entries if _WIDTH.fullmatch(entry)}, reverse=True)
-        if len(widths) < len(entries):
-            raise SempaError(
-                f"matryoshka_dims is {self.matryoshka_dims!r:.80}. Expected different whole numbers above 0, such as "
-                "640,320,160,80."
-            )
-        return widths
+        return parse_widths(self.matryoshka_dims)
 
     @property
     def folder_format(self) -> str:
@@ -288,16 +277,4 @@ class TrainConfig:
     @property
     def adapted_layers(self) -> list[int] | None:
         """Indices of the decoder layers to adapt, or None for all."""
-        if not self.lora_layers:
-            return None
-        layers: set[int] = set()
-        for entry in split_list(self.lora_layers) if len(self.lora_layers) <= _MAX_CHARACTERS else [""]:
-            match = _LAYERS.fullmatch(entry)
-            span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-            if not span:
-                raise SempaError(
-                    f"lora_layers is {self.lora_layers!r:.80}. Expected numbers and ranges of layers below 10000, such "
-                    "as 0,4,6-17."
-                )
-            layers.update(span)
-        return sorted(layers)
+        return parse_layers(self.lora_layers)

@@ -12,7 +12,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
 from sempa_st.folder.shipped import shipped_names
 from sempa_st.model.base_model import Base, resolve_base
-from sempa_st.model.gemma import EMBEDDED_BASE
+from sempa_st.model.embedded import EMBEDDED_BASE, EMBEDDED_BASES
 from sempa_st.model.templates import EMBEDDING_TEMPLATES, embedding_template
 from sempa_st.model.tokenizer import install_template, load_tokenizer, prefix_tokens, suffix_tokens
 from sempa_st.training.config import TrainConfig
@@ -60,7 +60,7 @@ def find_start(config: TrainConfig) -> tuple[Base, Source | None]:
 
 
 def _is_adapter(name: str) -> bool:
-    return name != EMBEDDED_BASE and ModelFolder(Path(name)).is_adapter
+    return name not in EMBEDDED_BASES and ModelFolder(Path(name)).is_adapter
 
 
 def open_start(config: TrainConfig) -> tuple[TrainConfig, Base, PreTrainedTokenizerBase, Start | None]:

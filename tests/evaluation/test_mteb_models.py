@@ -19,7 +19,7 @@ import sempa_st
 import sempa_st.mteb
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import encode_cache
-from sempa_st.evaluation.mteb_models import EMBEDDED_DECODER, as_encoder
+from sempa_st.evaluation.mteb_models import Decoder, as_encoder
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -48,7 +48,7 @@ def test_the_metadata_of_a_shipped_model_is_complete(name: str) -> None:
     meta = mteb.get_model_meta(f"sempa-st/{name}")
     assert {field for field, value in meta.model_dump().items() if value in (None, [], set(), "")} <= MAY_BE_UNKNOWN
     adapter = load_file_sizes(SHIPPED_MODELS / name / "adapter_model.safetensors")
-    assert meta.n_parameters == EMBEDDED_DECODER.parameters + adapter
+    assert meta.n_parameters == Decoder.embedded("gemma3-270m").parameters + adapter
     assert meta.memory_usage_mb == round(4 * meta.n_parameters / 2**20)
     assert (meta.embed_dim, meta.max_tokens, meta.license) == (640, 512, "gemma")
     assert meta.adapted_from == "google/gemma-3-270m"

@@ -29,7 +29,7 @@ import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.gemma import embedded_folder
+from sempa_st.model.embedded import embedded_folder
 from sempa_st.utils.files import read_json, write_json
 
 pytestmark = pytest.mark.names_dtype

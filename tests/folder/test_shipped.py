@@ -39,7 +39,7 @@ from sempa_st.folder.copying import copy_model
 from sempa_st.folder.resolve import find_model
 from sempa_st.folder.shipped import pack_model, shipped_model, shipped_names
 from sempa_st.folder.write import write_embedding_files
-from sempa_st.model.gemma import embedded_folder
+from sempa_st.model.embedded import embedded_folder
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template, load_tokenizer, suffix_tokens
 from sempa_st.training.config import TrainConfig
@@ -257,7 +257,7 @@ def test_packing_refuses_what_cannot_ship(root: Path, tmp_path: Path, adapter_fo
         pack_model(adapter_folder, target)
     other = finish_adapter(tmp_path / "other", tiny_base, make_llama())
     (other / "sempa_run.json").write_text(json.dumps(record_of()))
-    with pytest.raises(SempaError, match=r"is an adapter on .*tiny-llama.* Expected one on 'gemma3-270m'"):
+    with pytest.raises(SempaError, match=r"is an adapter on .*tiny-llama.* Expected one on: gemma3-270m, smollm2-135m"):
         pack_model(other, target)
     odd = train_nothing(tmp_path / "odd", embedded_folder(), activated=False)
     (odd / "sempa_run.json").write_text(json.dumps(record_of(template="pretended-cot", max_seq_length=99)))

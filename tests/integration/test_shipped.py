@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sempa_st
 from sempa_st.data.sts import read_pairs
 from sempa_st.folder.copying import copy_model
-from sempa_st.model.gemma import embedded_base
+from sempa_st.model.embedded import embedded_base
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.assets import asset_path
 

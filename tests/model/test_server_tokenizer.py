@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sempa_st.errors import SempaError
-from sempa_st.model.gemma import embedded_base
+from sempa_st.model.embedded import embedded_base
 from sempa_st.model.server_tokenizer import tokenizer_with_template
 from sempa_st.model.templates import EMBEDDING_TEMPLATES, embedding_template
 from sempa_st.model.tokenizer import install_template, load_tokenizer, template_ids
