@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.files import write_text
+from sempa_st.utils.options import split_list
 from sempa_st.utils.portable import portable_name
 
 CARD = "README.md"
@@ -25,6 +26,16 @@ _WIDGET = {
 }
 _COLUMNS = {"STS-B": "STSBenchmark", **{task: task for task in STS_TASKS}}
 """Columns of a table of results that are STS test sets, with MTEB's names."""
+
+
+_OBJECTIVES = {
+    "dpo": "preference optimisation of whole sentences against the base, the objective of SemPA",
+    "listwise": "a ranking of whole sentences against the base",
+    "one-word": "a preference of single words against the base",
+    "one-word-listwise": "a choice of single words against the base",
+    "contrastive": "contrastive learning, InfoNCE, which is the baseline of SemPA and not its objective",
+}
+"""What each objective is, for the first line of a card."""
 
 
 def write_card(
@@ -62,12 +73,21 @@ def card_text(
         activated=model.is_activated,
         generator_class="AutoPeftModelForCausalLM" if model.is_adapter else "AutoModelForCausalLM",
         record=record,
+        trained_by=_trained_by(record["config"]) if record else "",
         max_seq_length=model.max_seq_length,
         gemma=base.is_gemma,
         licence=licence_of(base),
         bibtex=BIBTEX,
     )
     return str(card)
+
+
+def _trained_by(config: Mapping[str, Any]) -> str:
+    """Return the objective of a run, and its KL term, in words."""
+    names = [entry.partition(":")[0] for entry in split_list(str(config["objective"]))]
+    named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in names]
+    kl, text = config.get("kl"), "ordinary text" if config.get("kl_text") else "its premises"
+    return " and ".join(named) + (f", tied to its base by a KL term on {text}" if kl else "")
 
 
 def check_card(folder: Path) -> None:

@@ -43,6 +43,22 @@ def test_the_metadata_of_a_shipped_card(name: str) -> None:
     assert dev == ([] if "averaged" in record else [pytest.approx(best, abs=1e-4)])
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_first_line_says_which_objective_trained_it(name: str) -> None:
+    config = json.loads((SHIPPED_MODELS / name / "sempa_run.json").read_text())["config"]
+    first = (SHIPPED_MODELS / name / "README.md").read_text().split(f"# {name}\n\n")[1].partition("\n")[0]
+    assert first.startswith(f"Trained by `{config['objective']}` (")
+    assert ("KL term on ordinary text" in first) == bool(config["kl"])
+
+
+def test_a_weighted_sum_is_named_by_its_parts(adapter_folder: Path, tiny_base: Path) -> None:
+    record = json.loads((SHIPPED_MODELS / "sempa-gemma3-270m-activated" / "sempa_run.json").read_text())
+    record["config"]["objective"] = "dpo:0.3, contrastive:1"
+    text = card_text(ModelFolder(adapter_folder), "x", Base("acme/tiny", tiny_base), record)
+    assert "\n# x\n\nTrained by `dpo` (preference optimisation of whole sentences" in text
+    assert ") and `contrastive` (contrastive learning" in text
+
+
 def test_the_card_says_who_to_cite_and_what_it_is_not_for() -> None:
     text = (SHIPPED_MODELS / "sempa-gemma3-270m" / "README.md").read_text()
     assert BIBTEX in text
