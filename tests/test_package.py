@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -226,10 +227,21 @@ def test_the_page_on_pypi_shows_pictures_and_links() -> None:
     assert len(readme.encode()) <= 12 * 1024
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)|<img[^>]*src=[\"']([^\"']*)", readme)
     assert pictures
-    urls = tomllib.loads(Path("pyproject.toml").read_text())["project"]["urls"]
+    project = tomllib.loads(Path("pyproject.toml").read_text())
+    urls = project["project"]["urls"]
     assert urls.keys() == {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
     raw = urls["Repository"].replace("https://github.com", "https://raw.githubusercontent.com") + "/main/"
     files = [(markdown or html).removeprefix(raw) for markdown, html in pictures]
     files += [url.removeprefix(urls["Repository"] + "/blob/main/") for url in urls.values() if "/blob/" in url]
     assert all(Path(file).is_file() for file in files), files
     assert all((markdown or html).startswith(raw) for markdown, html in pictures)
+    page = str(metadata.metadata("sempa-st").get_payload())  # of the last installation
+    assert "](https://github.com/sempa-st/sempa-st/blob/main/docs/" in page
+    assert not re.search(r"\]\((docs|benchmarks)/", page)
+    (change,) = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(change["pattern"], change["replacement"], readme))
+    blob = urls["Repository"] + "/blob/main/"
+    pages = [link.removeprefix(blob).partition("#")[0] for link in links if link.startswith(blob)]
+    assert len(pages) > 20
+    assert all(Path(page).exists() for page in pages), pages
+    assert all(re.match("https://|#", link) for link in links)
