@@ -2,9 +2,9 @@
 
     python -m benchmarks.large_base --shape llama3-8b --config llama3-8b --device cuda --data-dir DIR --output FILE.json
 
-Weights are made on the device, so that no model is downloaded; the tokenizer is that of an embedded base. Steps are those
-of the configuration with one forward pass each: the first one, which allocates, does not count. On a CPU the memory is the
-process's peak, and nothing of that size runs in reasonable time: ``--shape tiny`` is there to try the program.
+Weights are made on the device, so that no model is downloaded; the tokenizer is that of an embedded base. Steps are
+those of the configuration with one forward pass each: the first one, which allocates, does not count. On a CPU the
+memory is the process's peak, and nothing of that size runs in reasonable time: ``--shape tiny`` is there to try it.
 """
 
 from __future__ import annotations
