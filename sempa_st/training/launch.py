@@ -62,7 +62,8 @@ def whole(trained: Any, decoder: Any) -> Iterator[None]:
     """Let a decoder be called by itself within the block, in a model that FSDP2 has sharded.
 
     FSDP2 gathers the weights of a layer as the layer is called, and those that are in no layer (the final norm) as the
-    whole model is called. The dev score calls the decoder alone.
+    whole model is called. The dev score calls the decoder alone, after the first step: FSDP2 wants the whole model to
+    be called before a part of it.
 
     Args:
         trained: The model as it was given to FSDP2, or any other.

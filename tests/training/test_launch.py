@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import sharded
 from helpers.tiny import make_config
 
 from sempa_st.errors import SempaError
@@ -77,3 +79,20 @@ def test_accelerate_launch_on_cpus_is_refused(tiny_base: Path, tmp_path: Path) -
     assert launched.returncode != 0
     assert launched.stderr.count("told to start several processes") == 1
     assert not list(tmp_path.glob("model*"))
+
+
+def test_the_decoder_of_a_sharded_model_gives_the_states_of_the_whole_one(tmp_path: Path) -> None:
+    """FSDP2 itself, on two CPUs: the dev score's forward pass between and after steps."""
+    output = tmp_path / "states.pt"
+    arguments = f"-m torch.distributed.run --standalone --nproc_per_node 2 {Path(sharded.__file__)} {output}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(sharded.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(
+        [sys.executable, *arguments.split()], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert launched.returncode == 0, launched.stderr
+    found = torch.load(output)
+    model = sharded.tuned_model()
+    for states in found:
+        sharded.step(model)
+        torch.testing.assert_close(states, sharded.states(model))
+    assert not torch.allclose(*found)
