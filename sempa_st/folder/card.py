@@ -73,7 +73,7 @@ def card_text(
         activated=model.is_activated,
         generator_class="AutoPeftModelForCausalLM" if model.is_adapter else "AutoModelForCausalLM",
         record=record,
-        trained_by=_trained_by(record["config"]) if record else "",
+        trained_by=_trained_by(record) if record else "",
         max_seq_length=model.max_seq_length,
         gemma=base.is_gemma,
         licence=licence_of(base),
@@ -82,10 +82,11 @@ def card_text(
     return str(card)
 
 
-def _trained_by(config: Mapping[str, Any]) -> str:
+def _trained_by(record: Mapping[str, Any]) -> str:
     """Return the objective of a run, and its KL term, in words."""
-    names = [entry.partition(":")[0] for entry in split_list(str(config["objective"]))]
+    names = [entry.partition(":")[0] for entry in split_list(str(record["objective"]))]
     named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in names]
+    config = record["config"]
     kl, text = config.get("kl"), "ordinary text" if config.get("kl_text") else "its premises"
     return " and ".join(named) + (f", tied to its base by a KL term on {text}" if kl else "")
 

@@ -53,7 +53,7 @@ def test_the_first_line_says_which_objective_trained_it(name: str) -> None:
 
 def test_a_weighted_sum_is_named_by_its_parts(adapter_folder: Path, tiny_base: Path) -> None:
     record = json.loads((SHIPPED_MODELS / "sempa-gemma3-270m-activated" / "sempa_run.json").read_text())
-    record["config"]["objective"] = "dpo:0.3, contrastive:1"
+    record["objective"] = "dpo:0.3, contrastive:1"
     text = card_text(ModelFolder(adapter_folder), "x", Base("acme/tiny", tiny_base), record)
     assert "\n# x\n\nTrained by `dpo` (preference optimisation of whole sentences" in text
     assert ") and `contrastive` (contrastive learning" in text
