@@ -52,7 +52,7 @@ def _check_base(model: ModelFolder) -> None:
     if model.is_adapter and (reference.count("/") != 1 or Path(reference).exists()):
         raise SempaError(
             f"The adapter names its base {reference!r}, which nobody else has. Push the whole model with --merged, or "
-            f"a copy over a base of the Hub: sempa copy {model.path.name} DIR --base HUB_ID"
+            "a copy over a base of the Hub: sempa copy FOLDER DIR --base HUB_ID"
         )
 
 
