@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sempa_st.analysis.context import Context
 from sempa_st.analysis.curve import RunCurve, run_curves, size_curves
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
-from sempa_st.analysis.plotting import COLOURS, new_figure, style
+from sempa_st.analysis.plotting import new_figure, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,19 +47,20 @@ def run(context: Context) -> PartResult:
             Table("runs", "The checkpoint that each run kept (higher is better).", columns, runs, 2),
             Table("curve", "Every checkpoint.", ("run", "triplets seen", "dev", ""), points, 2),
         ],
-        pictures=[_picture(curves)],
+        pictures=[_picture(curves, context.models)],
         notes=notes,
     )
 
 
-def _picture(curves: Sequence[RunCurve]) -> Picture:
+def _picture(curves: Sequence[RunCurve], models: Iterable[str]) -> Picture:
     known = [curve for curve in curves if curve.average is not None]
     figure = new_figure(11 if known else 7, 4.8)
     panels = figure.subplots(1, 2 if known else 1, squeeze=False, sharex=True)[0]
-    draw_curves(panels[0], curves)
+    draw_curves(panels[0], curves, models)
     if known:
+        looks = styles((curve.name for curve in curves), models)
         for curve in known:
-            panels[1].plot(curve.samples[curve.kept], curve.average, linestyle="", **style(curves.index(curve)))
+            panels[1].plot(curve.samples[curve.kept], curve.average, linestyle="", **looks[curve.name])
         panels[1].margins(y=0.3)
         _label(panels[1], "mean of the seven STS sets, Spearman x 100", curves)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", fontsize=9, ncols=2)
@@ -67,16 +68,22 @@ def _picture(curves: Sequence[RunCurve]) -> Picture:
     return Picture("curve", caption, figure)
 
 
-def draw_curves(axes: Axes, curves: Sequence[RunCurve]) -> None:
+def draw_curves(axes: Axes, curves: Sequence[RunCurve], models: Iterable[str] = ()) -> None:
     """Draw the dev score of runs over the triplets seen, the kept one of several checkpoints in a ring, and the bases.
 
     Runs that differ in the number of triplets alone are joined by a grey line through their kept checkpoints.
+
+    Args:
+        axes: Axes to draw on.
+        curves: The runs.
+        models: Names of the report's models, for their colours.
     """
-    for index, curve in enumerate(curves):
-        axes.plot(curve.samples, curve.scores, label=curve.name, **style(index))
+    looks = styles((curve.name for curve in curves), models)
+    for curve in curves:
+        axes.plot(curve.samples, curve.scores, label=curve.name, **looks[curve.name])
         if len(curve.samples) == 1:
             continue
-        ring: dict[str, Any] = {"markersize": 12, "fillstyle": "none", "color": COLOURS[index % len(COLOURS)]}
+        ring: dict[str, Any] = {"markersize": 12, "fillstyle": "none", "color": looks[curve.name]["color"]}
         axes.plot(curve.samples[curve.kept], curve.scores[curve.kept], "o", **ring)
     for base in {round(curve.base): curve.base for curve in curves}.values():
         axes.axhline(base, linestyle=":", color="grey", linewidth=1)

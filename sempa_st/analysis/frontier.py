@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.analysis.curve import run_curve
-from sempa_st.analysis.plotting import style
+from sempa_st.analysis.plotting import styles
 from sempa_st.analysis.records import Records, unique
 from sempa_st.errors import SempaError
 
@@ -127,16 +127,19 @@ def _documents(scores: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
     return sorted({(score["task"], score["n"], score["shots"]) for score in scores})
 
 
-def draw_frontier(axes: Axes, points: Sequence[FrontierPoint], label: str) -> None:
+def draw_frontier(axes: Axes, points: Sequence[FrontierPoint], label: str, models: Iterable[str] = ()) -> None:
     """Draw the STS score over the rise of the perplexity, with the bar of 2 per cent and the base's score.
 
     Args:
         axes: Axes to draw on.
         points: Points with a rise.
         label: What the STS score is.
+        models: Names of the report's models, for their colours.
     """
-    for number, point in enumerate(points):
-        axes.scatter(point.rise, point.sts, s=90, label=point.name, edgecolors="white", linewidths=0.5, **style(number))  # type: ignore[arg-type]
+    looks = styles((point.name for point in points), models)
+    for point in points:
+        look = {"s": 90, "edgecolors": "white", "linewidths": 0.5, **looks[point.name]}
+        axes.scatter(point.rise, point.sts, label=point.name, **look)  # type: ignore[arg-type]
     axes.axvline(BAR, linestyle="--", color="grey", linewidth=1)
     for base in (point for point in points if point.is_base):
         axes.axhline(base.sts, linestyle=":", color="grey", linewidth=1)

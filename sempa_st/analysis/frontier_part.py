@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
 from sempa_st.analysis.context import Context
@@ -29,7 +29,7 @@ def run(context: Context) -> PartResult:
     return PartResult(
         values={"sts": label, "points": [asdict(point) for point in points]},
         tables=[Table("frontier", "Embeddings (higher is better) against generation.", columns, rows, 2)],
-        pictures=[_picture(drawn, label)] if drawn else [],
+        pictures=[_picture(drawn, label, context.models)] if drawn else [],
         notes=notes,
     )
 
@@ -46,9 +46,9 @@ def _points(context: Context) -> tuple[str, list[FrontierPoint]]:
     return frontier_points(replace(records, runs=own | records.runs))
 
 
-def _picture(points: Sequence[FrontierPoint], label: str) -> Picture:
+def _picture(points: Sequence[FrontierPoint], label: str, models: Iterable[str]) -> Picture:
     figure = new_figure(7, 4.5 + 0.2 * len(points))
-    draw_frontier(figure.subplots(), points, label)
+    draw_frontier(figure.subplots(), points, label, models)
     return Picture("frontier", "STS over the rise of the perplexity; towards the upper left is better.", figure)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from sempa_st.analysis.context import Context
 from sempa_st.analysis.layers import LayerCurve, layer_curve, without_adapter
 from sempa_st.analysis.part import Part, PartResult, Picture, Table
-from sempa_st.analysis.plotting import new_figure, style
+from sempa_st.analysis.plotting import new_figure, styles
 from sempa_st.data.sts import GradedPairs
 from sempa_st.folder.resolve import adapter_base
 from sempa_st.forward.sentence_transformers import reads_prompt_eol
@@ -45,7 +45,7 @@ def run(context: Context) -> PartResult:
             for curve in curves
         },
         tables=[Table("layers", "Spearman x 100 by layer (higher is better).", columns, rows, 2)],
-        pictures=[_picture(curves)],
+        pictures=[_picture(curves, context.models)],
         notes=notes,
     )
 
@@ -75,14 +75,15 @@ def _cell(curve: LayerCurve, layer: int) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def _picture(curves: Sequence[LayerCurve]) -> Picture:
+def _picture(curves: Sequence[LayerCurve], models: Iterable[str]) -> Picture:
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure()
     axes = figure.subplots()
-    for index, curve in enumerate(curves):
+    looks = styles((curve.name for curve in curves), models)
+    for curve in curves:
         line = "--" if curve.name.endswith("adapter off") else "-"
-        axes.plot(range(1, len(curve.scores) + 1), curve.scores, line, label=curve.name, **style(index))
+        axes.plot(range(1, len(curve.scores) + 1), curve.scores, line, label=curve.name, **looks[curve.name])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer (the last one with the final norm)")
     axes.set_ylabel("Spearman x 100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,20 @@ def style(index: int) -> dict[str, Any]:
     """Return colour and marker of a series, as keyword arguments of ``Axes.plot`` and ``Axes.scatter``."""
     turn = index // len(COLOURS)  # so that the ninth differs from the first
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + turn) % len(MARKERS)]}
+
+
+def styles(names: Iterable[str], models: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return the style of each series by its name; a model has that of its place, in every picture of a report.
+
+    Args:
+        names: Names of the series in a picture.
+        models: Names of all models of the report, in order.
+
+    >>> styles(["b"], ["a", "b"])["b"] == style(1)
+    True
+    """
+    order = dict.fromkeys([*models, *names])
+    return {name: style(index) for index, name in enumerate(order)}
 
 
 def new_figure(width: float = 7.0, height: float = 4.5) -> Figure:

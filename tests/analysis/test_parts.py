@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -18,6 +19,8 @@ import sempa_st
 from sempa_st.analysis.curve import run_curve
 from sempa_st.analysis.curve_part import draw_curves, spaced
 from sempa_st.analysis.data import AnalysisData
+from sempa_st.analysis.frontier import FrontierPoint, draw_frontier
+from sempa_st.analysis.plotting import COLOURS
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import read_json, write_json
 
@@ -133,6 +136,20 @@ def test_the_picture_of_the_curve() -> None:
     assert [(1000, 70.0)] in lines
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "200", "1,000", "2,000"]
+
+
+def test_a_model_has_one_colour_in_every_picture() -> None:
+    """Of three models, the first has no run record and no generation score."""
+    models = ["mean:base", "base", "trained"]
+    axes = Figure().subplots()
+    draw_curves(axes, [run_curve(name, record_with(100, 65.0)) for name in ("trained", "other")], models)
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    axes = Figure().subplots()
+    draw_frontier(axes, [FrontierPoint(name, 70.0, 50.0, 1.0, None, False) for name in models[1:]], "dev", models)
+    points = {found.get_label(): to_hex(found.get_facecolor()[0]).upper() for found in axes.collections}
+    assert colours["trained"] == points["trained"] == COLOURS[2]
+    assert points["base"] == COLOURS[1]
+    assert colours["other"] == COLOURS[3]
 
 
 def test_ticks_keep_their_distance() -> None:
