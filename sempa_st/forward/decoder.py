@@ -117,9 +117,13 @@ def layers_of(decoder: Any) -> nn.ModuleList:
 
 
 def last_layer_of(decoder: Any) -> nn.Module | None:
-    """Return the last layer, or None for a decoder that names its layers differently (GPT-2)."""
+    """Return the last layer.
+
+    None for a decoder that names its layers differently (GPT-2), or runs a layer more than once (HRM-Text).
+    """
     layers = _layers(decoder)
-    return None if layers is None else layers[-1]
+    depth = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
+    return None if layers is None or len(layers) != depth else layers[-1]
 
 
 def _layers(decoder: Any) -> nn.ModuleList | None:

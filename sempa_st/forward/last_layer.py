@@ -12,6 +12,8 @@ from sempa_st.model.patching import edited
 
 _PER_TOKEN = ("position_ids", "position_embeddings")
 """Arguments of a layer that have one entry per token, in their second dimension."""
+_OTHERS = ("hidden_states", "attention_mask", "cache_position")
+"""Other arguments with tensors; the last one is for the cache alone."""
 _DENSE_MASK_DIMS = 4
 """Dimensions of a mask of queries by keys."""
 
@@ -44,8 +46,8 @@ def last_layer_only_at(layer: nn.Module, index: Tensor) -> AbstractContextManage
         second call   queries                    q2       q5      attend to all keys above
                       output                     h2       h5      attention output, MLP
 
-    A layer that is called in another way than Llama's (a cache and a mask of queries by keys, both by name) runs whole,
-    and its output is cut.
+    A layer that is called in another way than Llama's (a cache and a mask of queries by keys, both by name, and no
+    tensors besides Llama's) runs whole, and its output is cut.
 
     Args:
         layer: The last layer, without gradient checkpointing.
@@ -61,6 +63,8 @@ def last_layer_only_at(layer: nn.Module, index: Tensor) -> AbstractContextManage
         mask = kwargs.get("attention_mask")
         if len(args) > 1 or states is None or len(caches) != 1 or mask is None or mask.dim() != _DENSE_MASK_DIMS:
             return args, kwargs
+        if any(_has_tensors(value) for name, value in kwargs.items() if name not in (*_PER_TOKEN, *_OTHERS)):
+            return args, kwargs  # they may have an entry per token, as the scales of queries in BEAM
         try:
             layer.forward(*args, **{**kwargs, **caches})
         except _KeysValuesDone:
@@ -79,6 +83,10 @@ def last_layer_only_at(layer: nn.Module, index: Tensor) -> AbstractContextManage
         return (_at(output[0], index), *output[1:]) if isinstance(output, tuple) else _at(output, index)
 
     return edited(layer, before=before, after=after)
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in (value if isinstance(value, tuple) else (value,)))
 
 
 def _at(tensors: Any, index: Tensor) -> Any:

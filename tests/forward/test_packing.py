@@ -14,6 +14,7 @@ import torch
 from helpers.families import FAMILIES, make_causal_lm
 from helpers.tiny import make_llama, make_tokenizer
 from sentence_transformers import SentenceTransformer
+from transformers import CONFIG_MAPPING
 
 from sempa_st.forward.batching import min_batch_characters
 from sempa_st.forward.bin_packing import fill_packs
@@ -116,6 +117,19 @@ def test_a_last_layer_with_positional_arguments_runs_whole() -> None:
         found = layer(states, None)
     states_of = [output[0] if isinstance(output, tuple) else output for output in (whole, found)]
     torch.testing.assert_close(states_of[1], states_of[0][[0, 1], [4, 1]][:, None], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["beam", "hrm_text"])
+def test_a_last_layer_that_has_more_arguments_or_runs_again_runs_whole(family: str) -> None:
+    """BEAM gives its layers a scale for each query; HRM-Text runs its layers several times."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    decoder, rows = make_decoder(family), make_rows([40, 3, 1, 22, 30], 4)
+    assert can_pack(decoder, 44)
+    with torch.no_grad():
+        alone = torch.stack([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0, -1] for row in rows])
+        torch.testing.assert_close(last_states_packed(decoder, rows), alone, rtol=1e-4, atol=1e-4)
+    assert torch.pdist(alone).min() > 0.1
 
 
 def test_layers_of_another_kind_are_not_packed() -> None:

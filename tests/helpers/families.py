@@ -18,6 +18,11 @@ SIZES = {
     "head_dim": 8,
 }
 OTHERS = {
+    "beam": {
+        "num_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
+        "sliding_window": 64,
+    },
+    "hrm_text": {"num_key_value_heads": None, "num_hidden_layers": 2, "embedding_scale": 1.0},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1},
     "falcon": {"head_dim": None},  # it computes that itself
     "falcon:alibi": {"head_dim": None, "alibi": True},
