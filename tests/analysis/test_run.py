@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import re
 import weakref
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 
 import sempa_st
@@ -18,6 +20,7 @@ from sempa_st.analysis import registry
 from sempa_st.analysis.context import Context, find_models
 from sempa_st.analysis.data import AnalysisData
 from sempa_st.analysis.part import Part, PartResult, Table
+from sempa_st.analysis.report import write_report
 from sempa_st.analysis.settings import AnalysisSettings
 from sempa_st.errors import SempaError
 from sempa_st.forward.sentence_transformers import hidden_states
@@ -116,6 +119,22 @@ def test_the_report_and_its_files(
     assert page.loaded == []
     rows = list(csv.reader((tmp_path / "out" / "parts" / "first" / "first.csv").open()))
     assert rows == [["model", "x", "y"], [tiny_base.name, "0.5", ""]]
+
+
+def test_a_text_that_rows_begin_with_covers_them_all(tmp_path: Path) -> None:
+    """As pandas reads the table, every row is whole again."""
+    rows = [["A <cat>.", "x", 0.5], ["A <cat>.", "y", 1.0], ["Why?", "x", None], *[["long", "z", 2]] * 9]
+    table = {"name": "t", "caption": "c", "columns": ["sentence", "model", "n"], "rows": rows, "decimals": 1}
+    result = {"name": "p", "title": "P", "tables": [table], "pictures": [], "notes": []}
+    run = {"command": "c", "created": "now", "versions": {}, "hardware": {"cpu": "x", "cpu_count": 1}}
+    summary = {"models": ["m"], "data": "d", "settings": {}, "run": run}
+    write_report(tmp_path / "report.html", [result], tmp_path, summary)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("A &lt;cat&gt;.") == 1
+    assert page.count(">long<") == 9  # a cell of nine rows may be out of sight
+    (found,) = pandas.read_html(io.StringIO(page), keep_default_na=False)
+    expected = [["A <cat>.", "x", "0.5"], ["A <cat>.", "y", "1.0"], ["Why?", "x", ""], *[["long", "z", "2"]] * 9]
+    assert found.astype(str).to_numpy().tolist() == expected
 
 
 @pytest.mark.parametrize(
