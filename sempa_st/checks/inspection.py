@@ -29,9 +29,11 @@ _MAX_DEPTH = 8
 _FILE_SUFFIXES = (".json", ".safetensors", ".jinja")
 """Suffixes of names that must be files, not folders."""
 _RELEVANT = re.compile(
-    r"(?!optimizer|training_args)(.*\.(json|safetensors|jinja|model|tiktoken|html)|(vocab|merges)\.txt|NOTICE.*)"
+    r"(?!optimizer|training_args)(.*\.(json|safetensors|jinja|model|tiktoken|html)|(vocab|merges)\.txt)"
 )
 """Names of the files that libraries open or that a copy includes; all other files are ignored."""
+LICENCE_FILE = re.compile(r"(licen[cs]e|notice|copying|use_policy|gemma_terms)", re.IGNORECASE)
+"""Beginning of the names of files that say under which terms a model may be used."""
 _INDEX = ".safetensors.index.json"
 
 
@@ -112,7 +114,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _relevant_entries(folder: Path, directory: Path) -> list[Path]:
-    return [path for path in _entries(folder, directory) if _RELEVANT.fullmatch(path.name)]
+    entries = _entries(folder, directory)
+    return [path for path in entries if _RELEVANT.fullmatch(path.name) or LICENCE_FILE.match(path.name)]
 
 
 def _child_folders(folder: Path, directory: Path) -> list[Path]:

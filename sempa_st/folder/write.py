@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.checks.inspection import CONFIG, read_settings
+from sempa_st.checks.inspection import CONFIG, LICENCE_FILE, read_settings
 from sempa_st.errors import SempaError
 from sempa_st.folder.formats import (
     ACTIVATED_MODEL_TYPE,
@@ -37,9 +36,6 @@ from sempa_st.utils.portable import portable_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-
-_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy|gemma_terms)", re.IGNORECASE)
 
 
 def write_embedding_files(
@@ -155,7 +151,7 @@ def write_notices(base: Base, folder: Path) -> None:
 
 def licence_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that say under which terms its content may be used."""
-    return sorted(path.name for path in folder.iterdir() if _LICENCE.match(path.name) and path.is_file())
+    return sorted(path.name for path in folder.iterdir() if LICENCE_FILE.match(path.name) and path.is_file())
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:

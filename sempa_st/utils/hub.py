@@ -15,7 +15,8 @@ from sempa_st.utils.extras import require
 
 _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights in other formats
 # Weights in safetensors only: loading pickled weights can run code.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", "NOTICE*"]
+_LICENCE_FILES = ["NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", *_LICENCE_FILES]
 
 
 @dataclass(frozen=True)

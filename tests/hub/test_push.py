@@ -30,6 +30,7 @@ def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A stand-in with a base under a licence, which the client of this process talks to."""
     shutil.copytree(tiny_base, tmp_path / "acme")
     (tmp_path / "acme" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    (tmp_path / "acme" / "LICENSE").write_text("Apache License")
     with running_hub() as hub:
         hub.publish("acme/tiny", tmp_path / "acme")
         talk_to(hub, monkeypatch, tmp_path / "cache")
@@ -63,6 +64,7 @@ def test_push_and_pull(run_cli: Cli, hub: Hub, folder: Path, tmp_path: Path) -> 
     card = repository.files["README.md"].decode()
     assert 'SentenceTransformer("me/tiny")' in card
     assert "license: apache-2.0" in card
+    assert repository.files["LICENSE"] == b"Apache License"  # the base's own
     code, out, err = run_cli("pull", "me/tiny", tmp_path / "pulled")
     assert code == 0, err
     assert repository.sha in out
