@@ -93,7 +93,8 @@ def make_base(folder: Path, shape: str, tokenizer: str, device: str) -> Path:
     ids = {name: getattr(source, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **ids), dtype=torch.bfloat16)
+        config = LlamaConfig(**sizes, **ids)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     save_tokenizer(source, folder)
     return folder
