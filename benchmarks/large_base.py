@@ -10,27 +10,26 @@ memory is the process's peak, and nothing of that size runs in reasonable time: 
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 import sempa_st
+from benchmarks.speed.training import steps_alone
 from sempa_st.data.nli import load_nli
 from sempa_st.model.base_model import resolve_base
 from sempa_st.model.embedded import EMBEDDED_BASES
 from sempa_st.model.tokenizer import load_tokenizer, save_tokenizer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
-from sempa_st.training.dev_score import DevScorer
 from sempa_st.training.inputs import load_inputs
-from sempa_st.training.run_folder import RunFolder
 from sempa_st.utils.files import write_json
 from sempa_st.utils.options import read_options
 from sempa_st.utils.run_info import run_info
@@ -102,14 +101,8 @@ def make_base(folder: Path, shape: str, tokenizer: str, device: str) -> Path:
 
 def measure_training(config: TrainConfig) -> dict[str, Any]:
     """Run the steps of ``config.max_triplets``; return seconds and peak memory, the reference pass apart."""
-    work = RunFolder(config.output)
-    work.checkpoints.mkdir(parents=True, exist_ok=True)
     device = str(config.device)
-    with (
-        mock.patch.dict("os.environ", {"SEMPA_CACHE_DIR": f"{config.output}.cache"}),
-        # What a checkpoint's score costs is no part of a step.
-        mock.patch.object(DevScorer, "__call__", return_value=0.0),
-    ):
+    with steps_alone(Path(config.output), Path(f"{config.output}.cache")) as work:
         inputs = load_inputs(config, device)
         started = time.perf_counter()
         trainer = build_trainer(inputs, work)
@@ -167,6 +160,7 @@ class _StepTimes(TrainerCallback):  # type: ignore[misc]
 
 
 def _reset_peak(device: str) -> None:
+    gc.collect()  # a model that is done with is held by cycles
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

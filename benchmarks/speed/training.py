@@ -6,7 +6,8 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,28 @@ def ours(**settings: Any) -> Callable[[NliData, Path], Timed]:
             base=EMBEDDED_BASE, data="sample", dev="sample", output=str(output), warmup_ratio=0.0, **_COMMON, **settings
         )
         parts = replace(load_inputs(config, "cpu"), data=data)
-        work = RunFolder(output)
-        work.checkpoints.mkdir(parents=True, exist_ok=True)
-        with (
-            mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(scratch / "cache")}),
-            # What a checkpoint's score costs is no part of a step.
-            mock.patch.object(DevScorer, "__call__", return_value=0.0),
-        ):
+        with steps_alone(output, scratch / "cache") as work:
             started = time.perf_counter()
             return _timed(build_trainer(parts, work), started)
 
     return run
+
+
+@contextmanager
+def steps_alone(output: Path, cache: Path) -> Iterator[RunFolder]:
+    """Train within the block without dev scores, which are no part of a step, and without the user's cached reference.
+
+    Args:
+        output: Output folder of the run.
+        cache: Folder to use as the cache.
+    """
+    work = RunFolder(output)
+    work.checkpoints.mkdir(parents=True, exist_ok=True)
+    with (
+        mock.patch.dict(os.environ, {"SEMPA_CACHE_DIR": str(cache)}),
+        mock.patch.object(DevScorer, "__call__", return_value=0.0),
+    ):
+        yield work
 
 
 def _timed(trainer: Any, started: float) -> Timed:

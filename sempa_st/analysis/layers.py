@@ -17,7 +17,8 @@ from sempa_st.data.sts import GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import group_by_length
 from sempa_st.forward.decoder import layers_of
-from sempa_st.forward.packing import can_pack, states_packed, unpadded
+from sempa_st.forward.embed import can_pack_rows
+from sempa_st.forward.packing import states_packed, unpadded
 from sempa_st.forward.sentence_transformers import reads_prompt_eol
 from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import alora_on_last, is_peft_model
@@ -150,8 +151,7 @@ def _last_token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Ten
     """
     decoder = module.decoder
     with _all_hidden_states(decoder) as found:
-        # An adapter of the suffix counts its tokens from the end of a row.
-        if not module.num_suffix_tokens and can_pack(decoder, int(attention_mask.sum(dim=1).max())):
+        if can_pack_rows(module, int(attention_mask.sum(dim=1).max())):
             with alora_on_last(module.model, None):
                 packed = states_packed(decoder, unpadded(input_ids, attention_mask))
             last = torch.stack([indices[-1] for indices in packed.indices])

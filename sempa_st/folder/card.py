@@ -84,11 +84,15 @@ def card_text(
 
 def _trained_by(record: Mapping[str, Any]) -> str:
     """Return the objective of a run, and its KL term, in words."""
-    names = [entry.partition(":")[0] for entry in split_list(str(record["objective"]))]
-    named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in names]
+    named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in _objectives(record)]
     config = record["config"]
     kl, text = config.get("kl"), "ordinary text" if config.get("kl_text") else "its premises"
     return " and ".join(named) + (f", tied to its base by a KL term on {text}" if kl else "")
+
+
+def _objectives(record: Mapping[str, Any]) -> list[str]:
+    """Return the names in the objective of a run, without their weights."""
+    return [entry.partition(":")[0] for entry in split_list(str(record["objective"]))]
 
 
 def check_card(folder: Path) -> None:
@@ -159,7 +163,7 @@ def _metadata(model: ModelFolder, name: str, base: Base, record: dict[str, Any] 
             "feature-extraction",
             "text-generation",
             *(["lora", "peft"] if model.is_adapter else []),
-            *(["sempa", *(part.partition(":")[0] for part in record["objective"].split(","))] if record else []),
+            *(["sempa", *_objectives(record)] if record else []),
         ],
         widget=[_WIDGET],
         model_name=name.rpartition("/")[2],

@@ -12,6 +12,14 @@ from sempa_st.model.peft_models import alora_on_last
 from sempa_st.model.prompt_eol import PromptEOL, embed_rows
 
 
+def can_pack_rows(module: PromptEOL, longest: int) -> bool:
+    """Whether rows of a module may run in packs; see :func:`~sempa_st.forward.packing.can_pack`.
+
+    An adapter of the suffix counts its tokens from the end of a row, so each sequence needs its own.
+    """
+    return not module.num_suffix_tokens and can_pack(module.decoder, longest)
+
+
 class FastForward:
     """The ``forward_rows`` of a :class:`PromptEOL` for inference: the first strategy that runs its decoder.
 
@@ -33,7 +41,7 @@ class FastForward:
 
     def packs_batches(self, module: PromptEOL) -> bool:
         """Whether sequences of a batch share prefixes, so that a batch should hold sequences that begin alike."""
-        return not module.num_suffix_tokens and can_pack(module.decoder, 1)
+        return can_pack_rows(module, 1)
 
 
 embed_rows_fast = FastForward()

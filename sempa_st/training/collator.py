@@ -86,13 +86,18 @@ def make_batch_makers(
     return makers
 
 
-def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> EmbeddingInputs:
-    objectives = config.objective_weights.keys()
-    candidates = (
+def candidate_roles(config: TrainConfig, data: NliData) -> tuple[str, ...]:
+    """Return the fields of a triplet that the in-batch objectives choose from."""
+    return (
         "entailed",
         *(() if data.is_pairs else ("contradicted",)),
         *(() if config.neutral == "none" else ("neutral",)),
     )
+
+
+def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> EmbeddingInputs:
+    objectives = config.objective_weights.keys()
+    candidates = candidate_roles(config, data)
     compared = candidates if "contrastive" in objectives else ()
     return EmbeddingInputs(
         module,

@@ -10,7 +10,7 @@ from sempa_st.errors import SempaError
 from sempa_st.model.chat_formats import CHAT_FORMATS
 from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
-from sempa_st.training.number_lists import parse_layers, parse_widths
+from sempa_st.training.number_lists import MAX_CHARACTERS, parse_layers, parse_widths
 from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
@@ -26,7 +26,6 @@ REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 _MAX_NUMBER = 2**31 - 1
 """Largest number that all libraries accept as a seed and as a number of steps, examples or tokens."""
-_MAX_CHARACTERS = 4096
 _MAX_RANK = 4096
 
 
@@ -155,10 +154,10 @@ class TrainConfig:
             if (
                 isinstance(value, str)
                 and name != "lora_layers"
-                and (len(value) > _MAX_CHARACTERS or "\0" in value or lone_surrogates(value))
+                and (len(value) > MAX_CHARACTERS or "\0" in value or lone_surrogates(value))
             ):
                 raise SempaError(
-                    f"{name} is {value!a:.80}. Expected text of {_MAX_CHARACTERS} characters at most, without NUL or "
+                    f"{name} is {value!a:.80}. Expected text of {MAX_CHARACTERS} characters at most, without NUL or "
                     "lone surrogates."
                 )
             if isinstance(value, int | float) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:

@@ -31,6 +31,7 @@ from sempa_st.model.templates import embedding_template
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.model.tokenizer import install_template, load_tokenizer
 from sempa_st.training.batches import AnswerInputs, sentence_of
+from sempa_st.training.collator import candidate_roles
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dropout import disable_dropout
 from sempa_st.training.forward import full_logits, last_states
@@ -149,8 +150,7 @@ class _Step:
         self._results = 0 if device == "cuda" else _TILE_RESULTS
         self._compute = compute
         self._triplets = sorted(data.triplets, key=_length, reverse=True)[: config.batch_size]
-        negatives = [] if data.is_pairs else ["contradicted"]
-        self._compared = ["entailed", *negatives, *([] if config.neutral == "none" else ["neutral"])]
+        self._candidates = candidate_roles(config, data)
         self._by_library = config.library is not None
         # Of this package's own trainer, only a CPU's forward pass is under autocast.
         has_autocast = compute != torch.float32 and (self._by_library or device == "cpu")
@@ -201,7 +201,7 @@ class _Step:
 
     def _sentences(self) -> list[list[str]]:
         """Return the sentences of each forward pass: sentence-transformers' trainer runs a column at a time."""
-        roles = ["premise", *(self._compared if "contrastive" in self._config.objective_weights else [])]
+        roles = ["premise", *(self._candidates if "contrastive" in self._config.objective_weights else ())]
         columns = [[sentence_of(triplet, role) for triplet in self._triplets] for role in roles]
         return columns if self._by_library else [[text for column in columns for text in column]]
 

@@ -7,7 +7,8 @@ import re
 from sempa_st.errors import SempaError
 from sempa_st.utils.options import split_list
 
-_MAX_CHARACTERS = 4096
+MAX_CHARACTERS = 4096
+"""Length of the longest text that a setting takes."""
 _WIDTH = re.compile(r"[1-9][0-9]{0,5}")
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
@@ -44,7 +45,7 @@ def parse_layers(text: str) -> list[int] | None:
     if not text:
         return None
     layers: set[int] = set()
-    for entry in split_list(text) if len(text) <= _MAX_CHARACTERS else [""]:
+    for entry in split_list(text) if len(text) <= MAX_CHARACTERS else [""]:
         match = _LAYERS.fullmatch(entry)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:

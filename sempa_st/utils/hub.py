@@ -14,8 +14,8 @@ from sempa_st.errors import SempaError, first_line
 from sempa_st.utils.extras import require
 
 _IGNORED_FILES = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # the same weights in other formats
-# Weights in safetensors only: loading pickled weights can run code.
 _LICENCE_FILES = ["NOTICE*", "LICEN[CS]E*", "COPYING*", "USE_POLICY*"]
+# Weights in safetensors only: loading pickled weights can run code.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "*.html", *_LICENCE_FILES]
 
 

@@ -135,7 +135,7 @@ def test_packs_change_nothing(
 ) -> None:
     model = request.getfixturevalue(name)
     packed = layer_cosines(model, pairs)
-    monkeypatch.setattr(layers, "can_pack", lambda *args: False)
+    monkeypatch.setattr(layers, "can_pack_rows", lambda *args: False)
     np.testing.assert_allclose(layer_cosines(model, pairs), packed, atol=1e-5)
 
 
