@@ -34,8 +34,11 @@ _OBJECTIVES = {
     "one-word": "a preference of single words against the base",
     "one-word-listwise": "a choice of single words against the base",
     "contrastive": "contrastive learning, InfoNCE, which is the baseline of SemPA and not its objective",
+    "retrieval": "a preference among all sentences of a batch, in both directions",
 }
 """What each objective is, for the first line of a card."""
+_KL_TEXTS = {"": "its premises", "template": "its own sentences under the template"}
+"""What the KL term read, by the setting ``kl_text``; any other value is a file."""
 
 
 def write_card(
@@ -86,8 +89,8 @@ def _trained_by(record: Mapping[str, Any]) -> str:
     """Return the objective of a run, and its KL term, in words."""
     named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in _objectives(record)]
     config = record["config"]
-    kl, text = config.get("kl"), "ordinary text" if config.get("kl_text") else "its premises"
-    return " and ".join(named) + (f", tied to its base by a KL term on {text}" if kl else "")
+    text = _KL_TEXTS.get(str(config.get("kl_text")), "ordinary text")
+    return " and ".join(named) + (f", tied to its base by a KL term on {text}" if config.get("kl") else "")
 
 
 def _objectives(record: Mapping[str, Any]) -> list[str]:

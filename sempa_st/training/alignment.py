@@ -9,8 +9,9 @@ From batch to scalar, in three files:
       AlignmentTrainer.compute_loss              alignment.py   sums the objectives by weight
         last_states, word_logits,                forward.py     runs the model: hidden states, logits,
         answer_log_probabilities                                log-probabilities
-          in_batch_loss, one_word_loss,          losses.py      scores candidates; each loss is a call of
-          ranked_answers_loss, reference_kl                     plackett_luce_loss, but for the KL term
+          in_batch_loss, retrieval_loss,         losses.py      scores candidates; each loss is a call of
+          one_word_loss, ranked_answers_loss,                   plackett_luce_loss, but for the KL term
+          reference_kl
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from sempa_st.training.losses import (
     one_word_loss,
     ranked_answers_loss,
     reference_kl,
+    retrieval_loss,
     similarity_score,
     word_score,
 )
+from sempa_st.training.objectives import SIMILARITY_OBJECTIVES
 
 
 class AlignmentTrainer(DevScoreTrainer, Trainer):
@@ -59,13 +62,13 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the weighted sum of the objectives and of the KL term on ordinary text."""
+        """Return the weighted sum of the objectives and of the KL term."""
         loss = torch.zeros((), device=self.args.device)
         if "input_ids" in inputs:
             loss = loss + self._embedding_loss(inputs)
         if "answer_mask" in inputs:
             loss = loss + self._answer_loss(inputs)
-        if "plain_input_ids" in inputs:
+        if "kl_mask" in inputs:
             loss = loss + self._config.kl * self._kl(inputs)
         return (loss, {}) if return_outputs else loss
 
@@ -84,22 +87,29 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
         return loss
 
     def _embedding_loss(self, batch: Batch) -> Tensor:
-        """Return the sum of ``one-word``, ``one-word-listwise`` and ``contrastive``, as far as they are trained."""
+        """Return the weighted sum of the objectives of the embedding, as far as they are trained."""
         size = len(batch["same_premise"])
         # If only suffix tokens are adapted, the prefix cache also gives the reference; otherwise it is in the batch.
         from_cache = size if "words" in batch and "reference_states" not in batch else 0
         states, reference_states = last_states(self._module, batch["input_ids"], batch["attention_mask"], from_cache)
         reference_states = batch.get("reference_states", reference_states)
-        premises, *compared = states.split(size)
         loss = states.new_zeros(())
         if "words" in batch:
-            loss = loss + self._word_loss(batch, premises, reference_states)
-        if weight := self._weights.get("contrastive"):
-            widths: list[Any] = [*self._config.embedding_widths] or [None]
+            loss = loss + self._word_loss(batch, states[:size], reference_states)
+        widths: list[Any] = [*self._config.embedding_widths] or [None]
+        for name in self._weights.keys() & set(SIMILARITY_OBJECTIVES):
             for width in widths:
-                scores = similarity_score(premises, torch.cat(compared), self._config.temperature, width)
-                loss = loss + weight / len(widths) * self._record(self._in_batch(scores, batch))
+                result = self._similarity_loss(name, states, batch, width)
+                loss = loss + self._weights[name] / len(widths) * self._record(result)
         return loss
+
+    def _similarity_loss(self, name: str, states: Tensor, batch: Batch, width: int | None) -> ObjectiveLoss:
+        size, temperature = len(batch["same_premise"]), self._config.temperature
+        if name == "contrastive":
+            return self._in_batch(similarity_score(states[:size], states[size:], temperature, width), batch)
+        scores = similarity_score(states[: 2 * size], states, temperature, width)
+        own = batch["texts"], batch["same_premise"], batch["has_neutral"]
+        return retrieval_loss(scores, *own, neutral=self._config.neutral)
 
     def _word_loss(self, batch: Batch, states: Tensor, reference_states: Tensor) -> Tensor:
         beta, weights = self._config.word_beta, self._weights
@@ -124,9 +134,9 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
         return self._weights[name] * self._record(ranked_answers_loss(policy, reference, counts, self._config.beta))
 
     def _kl(self, batch: Batch) -> Tensor:
-        """Return the KL divergence at random positions of ordinary text."""
-        inputs = {"input_ids": batch["plain_input_ids"], "attention_mask": batch["plain_attention_mask"]}
-        positions = inputs["attention_mask"].nonzero()
+        """Return the KL divergence at random positions of the KL term's text."""
+        inputs = {"input_ids": batch["kl_input_ids"], "attention_mask": batch["kl_attention_mask"]}
+        positions = batch["kl_mask"].nonzero()
         sample = torch.randperm(len(positions))[: self._config.kl_positions]
         rows_and_columns = positions[sample.to(positions.device)].unbind(1)
 

@@ -43,6 +43,7 @@ class EmbeddingInputs:
         ``input_ids`` and ``attention_mask``, of shape (roles * batch, seq_len), hold the first sentence field of all
         triplets, then the next one; the bags are ordered in the same way. The others are
 
+        - ``texts`` (roles * batch,): a number for each sentence, the same for equal ones,
         - ``same_premise`` (batch, batch): True for two different triplets with the same premise,
         - ``has_neutral`` (batch,): False for a triplet without a neutral sentence,
 
@@ -58,7 +59,13 @@ class EmbeddingInputs:
         premises = [triplet.premise for triplet in triplets]
         same = [[first == second and i != j for j, second in enumerate(premises)] for i, first in enumerate(premises)]
         has_neutral = [triplet.neutral is not None for triplet in triplets]
-        batch: Batch = {**padded, "same_premise": torch.tensor(same), "has_neutral": torch.tensor(has_neutral)}
+        numbers = {sentence: number for number, sentence in enumerate(sentences)}
+        batch: Batch = {
+            **padded,
+            "texts": torch.tensor([numbers[sentence] for sentence in sentences]),
+            "same_premise": torch.tensor(same),
+            "has_neutral": torch.tensor(has_neutral),
+        }
         if self.bagger is not None:
             batch |= self._bags(triplets, self.bagger)
         return batch

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,9 +18,15 @@ from sempa_st.data.passages import PASSAGE_TOKENS, Passages
 from sempa_st.data.preferences import ranked_answers
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.token_rows import pad_rows
+from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
 from sempa_st.training.batches import AnswerInputs, Batch, EmbeddingInputs
-from sempa_st.training.config import TrainConfig
-from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, WORD_OBJECTIVES
+from sempa_st.training.config import KL_TEMPLATE, TrainConfig
+from sempa_st.training.objectives import (
+    EMBEDDING_OBJECTIVES,
+    SEQUENCE_OBJECTIVES,
+    SIMILARITY_OBJECTIVES,
+    WORD_OBJECTIVES,
+)
 from sempa_st.training.reference import reference_answers, reference_identity, reference_states
 from sempa_st.training.word_bags import WordBags, document_frequencies
 
@@ -82,7 +91,7 @@ def make_batch_makers(
         makers.append(lambda indices, _: answers(indices))
         makers.append(_lookup(reference_answers(config, answers, module, identity)))
     if config.kl:
-        makers.append(_plain_text(config, tokenizer, passages, len(data.triplets)))
+        makers.append(kl_batches(config, tokenizer, module, passages, len(data.triplets)))
     return makers
 
 
@@ -98,7 +107,7 @@ def candidate_roles(config: TrainConfig, data: NliData) -> tuple[str, ...]:
 def _embedding_inputs(config: TrainConfig, data: NliData, module: PromptEOL) -> EmbeddingInputs:
     objectives = config.objective_weights.keys()
     candidates = candidate_roles(config, data)
-    compared = candidates if "contrastive" in objectives else ()
+    compared = candidates if objectives & set(SIMILARITY_OBJECTIVES) else ()
     return EmbeddingInputs(
         module,
         ("premise", *compared),
@@ -126,10 +135,27 @@ def _lookup(tensors: Mapping[str, Tensor]) -> BatchMaker:
     return lambda indices, _: {name: tensor[list(indices)] for name, tensor in tensors.items()}
 
 
+def kl_batches(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    module: PromptEOL,
+    passages: Passages | None,
+    num_triplets: int,
+) -> BatchMaker:
+    """Return the maker of the KL term's tensors; arguments as for :func:`make_batch_makers`.
+
+    ``kl_input_ids`` and ``kl_attention_mask``, of shape (sequences, seq_len), are padded on the right. ``kl_mask``, of
+    the same shape, is True at the positions to sample from.
+    """
+    if config.kl_text == KL_TEMPLATE:
+        return _kl_sentences(config, module)
+    return _plain_text(config, tokenizer, passages, num_triplets)
+
+
 def _plain_text(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, passages: Passages | None, num_triplets: int
 ) -> BatchMaker:
-    """Return a maker of padded batches of ordinary text, ``plain_input_ids`` and ``plain_attention_mask``.
+    """Return a maker of batches of ordinary text for the KL term.
 
     These are the batch's premises, or as many passages as it takes to hold ``kl_positions`` tokens. The position of the
     batch's first triplet in the data decides where passages start in the text, so that a whole epoch covers all of it.
@@ -143,6 +169,34 @@ def _plain_text(
             first = indices[0] * count // num_triplets
             selected = range(first, first + math.ceil(config.kl_positions / PASSAGE_TOKENS))
             token_ids = [passages.token_ids[index % count] for index in selected]
-        return {f"plain_{name}": tensor for name, tensor in pad_rows(tokenizer, token_ids, "right").items()}
+        padded = pad_rows(tokenizer, token_ids, "right")
+        return {**_named_for_kl(padded), "kl_mask": padded["attention_mask"].bool()}
 
     return make
+
+
+def _kl_sentences(config: TrainConfig, module: PromptEOL) -> BatchMaker:
+    """Return a maker of batches of sentences under the embedding template for the KL term.
+
+    These are as many of the batch's sentences as it takes to hold ``kl_positions`` positions. The positions are those
+    at which the model predicts a token of the sentence, or the token after it. Left out are the template's suffix, from
+    which the embedding is read, and its prefix, which is the same in all.
+    """
+    tokenizer = module.tokenizer
+    prefix, suffix = (len(ids(tokenizer, config.template)) for ids in (prefix_tokens, suffix_tokens))
+
+    def make(_: Sequence[int], triplets: Sequence[Triplet]) -> Batch:
+        sentences = [text for t in triplets for text in (t.premise, t.entailed, t.contradicted) if text]
+        rows = module.token_rows(sentences)
+        ends = list(accumulate(len(row) - prefix - suffix + 1 for row in rows))
+        count = bisect_left(ends, config.kl_positions) + 1
+        padded = pad_rows(tokenizer, rows[:count], "right")
+        columns = torch.arange(padded["input_ids"].shape[1])
+        lengths = padded["attention_mask"].sum(dim=1, keepdim=True)
+        return {**_named_for_kl(padded), "kl_mask": (columns >= prefix - 1) & (columns < lengths - suffix)}
+
+    return make
+
+
+def _named_for_kl(padded: Mapping[str, Tensor]) -> Batch:
+    return {f"kl_{name}": tensor for name, tensor in padded.items()}

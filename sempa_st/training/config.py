@@ -11,7 +11,12 @@ from sempa_st.model.chat_formats import CHAT_FORMATS
 from sempa_st.model.embedded import EMBEDDED_BASE
 from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
 from sempa_st.training.number_lists import MAX_CHARACTERS, parse_layers, parse_widths
-from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, parse_objective
+from sempa_st.training.objectives import (
+    EMBEDDING_OBJECTIVES,
+    SEQUENCE_OBJECTIVES,
+    SIMILARITY_OBJECTIVES,
+    parse_objective,
+)
 from sempa_st.training.word_bags import WORD_FORMS, WORD_TOKENS
 from sempa_st.utils.devices import DTYPES
 from sempa_st.utils.files import lone_surrogates
@@ -22,6 +27,8 @@ TUNINGS = ("lora", "full")
 FORMATS = ("auto", "native", "custom")
 NEUTRAL = ("none", "negative", "second")
 WORD_WEIGHTS = ("uniform", "idf")
+KL_TEMPLATE = "template"
+"""The ``kl_text`` that stands for the batch's own sentences under the embedding template."""
 REPORTERS = ("none", "tensorboard", "trackio", "wandb")
 DEVICE_MAPS = ("none", "auto", "balanced", "sequential")
 _MAX_NUMBER = 2**31 - 1
@@ -48,7 +55,8 @@ class TrainConfig:
     output: str = option("", "output folder of the model")
     objective: str = option(
         "dpo",
-        "dpo, listwise, one-word, one-word-listwise, contrastive, or a weighted sum (dpo:0.3,one-word-listwise:1)",
+        "dpo, listwise, one-word, one-word-listwise, contrastive, retrieval, or a weighted sum "
+        "(dpo:0.3,one-word-listwise:1)",
     )
     activation: str = option(
         "always",
@@ -77,17 +85,21 @@ class TrainConfig:
         "uniform", "weights of words: uniform, or idf in the training data", choices=WORD_WEIGHTS
     )
     stop_words: bool = option(True, "ignore stop words in the one-word objectives")
-    temperature: float = option(0.05, "temperature of the objective contrastive")
+    temperature: float = option(0.05, "temperature of the objectives contrastive and retrieval")
     matryoshka_dims: str = option(
-        "", "widths that the objective contrastive trains, such as 640,320,160,80 (default: the embedding's own alone)"
+        "", "widths that contrastive and retrieval train, such as 640,320,160,80 (default: the embedding's own alone)"
     )
     neutral: str = option(
         "none",
         "neutral sentences in the in-batch objectives: none, negative, or second (ranked)",
         choices=NEUTRAL,
     )
-    kl: float = option(0.0, "weight of the KL term that keeps the model close to the base on ordinary text; 0 for none")
-    kl_text: str = option("", "text file for the KL term, split into passages of 128 tokens (default: the premises)")
+    kl: float = option(0.0, "weight of the KL term that keeps the model close to the base; 0 for none")
+    kl_text: str = option(
+        "",
+        "text of the KL term: a text file, split into passages of 128 tokens, or template, for the batch's own "
+        "sentences under the embedding template (default: the premises as plain text)",
+    )
     kl_positions: int = option(128, "number of token positions that the KL term samples per forward pass")
     learning_rate: float = option(1e-4, "peak learning rate")
     warmup_ratio: float = option(0.05, "fraction of the steps with linear warm-up; cosine decay follows")
@@ -188,10 +200,10 @@ class TrainConfig:
         weights = self.objective_weights
         if len(weights.keys() & set(SEQUENCE_OBJECTIVES)) > 1:
             raise SempaError(f"The objective {self.objective!r} contains both dpo and listwise. Expected one of them.")
-        if self.embedding_widths and "contrastive" not in weights:
+        if self.embedding_widths and not weights.keys() & set(SIMILARITY_OBJECTIVES):
             raise SempaError(
                 f"matryoshka_dims is {self.matryoshka_dims!r}, and the objective {self.objective!r} compares no "
-                "embeddings, so nothing would train these widths. Expected contrastive among the objectives."
+                f"embeddings, so nothing would train these widths. Expected one of: {', '.join(SIMILARITY_OBJECTIVES)}."
             )
         if self.tuning == "full" and (self.from_ or self.load_in_4bit):
             raise SempaError(
@@ -242,7 +254,7 @@ class TrainConfig:
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the model with its base."""
-        return self.kl > 0 or self.objective_weights.keys() != {"contrastive"}
+        return self.kl > 0 or not self.objective_weights.keys() <= set(SIMILARITY_OBJECTIVES)
 
     @property
     def library(self) -> str | None:
@@ -255,6 +267,11 @@ class TrainConfig:
         if alone == ["contrastive"] and self.neutral == "none" and self.device_map == "none":
             return "sentence-transformers"
         return None
+
+    @property
+    def kl_file(self) -> str:
+        """Text file of the KL term; empty if its text is the batch's own."""
+        return "" if self.kl_text == KL_TEMPLATE else self.kl_text
 
     @property
     def column_names(self) -> dict[str, str]:

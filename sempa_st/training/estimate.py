@@ -31,13 +31,13 @@ from sempa_st.model.templates import embedding_template
 from sempa_st.model.token_rows import pad_rows
 from sempa_st.model.tokenizer import install_template, load_tokenizer
 from sempa_st.training.batches import AnswerInputs, sentence_of
-from sempa_st.training.collator import candidate_roles
+from sempa_st.training.collator import candidate_roles, kl_batches
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dropout import disable_dropout
 from sempa_st.training.forward import full_logits, last_states
 from sempa_st.training.inputs import load_data
 from sempa_st.training.losses import reference_kl
-from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES
+from sempa_st.training.objectives import EMBEDDING_OBJECTIVES, SEQUENCE_OBJECTIVES, SIMILARITY_OBJECTIVES
 from sempa_st.training.saved_bytes import Emulation, PeakOfSaved, distinct_bytes
 from sempa_st.training.start import open_start
 from sempa_st.utils.devices import pick_device, pick_dtype
@@ -197,11 +197,12 @@ class _Step:
         if objectives & set(SEQUENCE_OBJECTIVES):
             yield self._answers("listwise" in objectives)
         if self._config.kl:
-            yield self._plain_text()
+            yield self._kl()
 
     def _sentences(self) -> list[list[str]]:
         """Return the sentences of each forward pass: sentence-transformers' trainer runs a column at a time."""
-        roles = ["premise", *(self._candidates if "contrastive" in self._config.objective_weights else ())]
+        compares = self._config.objective_weights.keys() & set(SIMILARITY_OBJECTIVES)
+        roles = ["premise", *(self._candidates if compares else ())]
         columns = [[sentence_of(triplet, role) for triplet in self._triplets] for role in roles]
         return columns if self._by_library else [[text for column in columns for text in column]]
 
@@ -222,16 +223,15 @@ class _Step:
 
         return states, head
 
-    def _plain_text(self) -> tuple[Tensor, _Head]:
-        config = self._config
-        if config.kl_text:
+    def _kl(self) -> tuple[Tensor, _Head]:
+        config, triplets = self._config, self._triplets
+        if config.kl_file:
             ids = torch.zeros(ceil(config.kl_positions / PASSAGE_TOKENS), PASSAGE_TOKENS, dtype=torch.long)
+            count = min(config.kl_positions, ids.numel())
         else:
-            rows = [
-                self._tokenizer(triplet.premise)["input_ids"][: config.max_seq_length] for triplet in self._triplets
-            ]
-            ids = pad_rows(self._tokenizer, rows, "right")["input_ids"]
-        count = min(config.kl_positions, ids.numel())
+            make = kl_batches(config, self._tokenizer, self._module, None, len(triplets))
+            batch = make(range(len(triplets)), triplets)
+            ids, count = batch["kl_input_ids"], min(config.kl_positions, int(batch["kl_mask"].sum()))
 
         def head(states: Tensor) -> Iterator[Tensor]:
             logits = full_logits(self._module.causal_lm, states.flatten(0, 1).index_select(0, _index(count)))

@@ -115,22 +115,27 @@ def cap_logits(causal_lm: PreTrainedModel, logits: Tensor) -> Tensor:
 
 
 def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return log pi(y | x) of whole answers; the LM head runs on answer positions only.
+    """Return log pi(y | x) of whole answers, of shape (batch * num_answers,); see :func:`answer_token_logps`."""
+    token_logps, answer_of_token = answer_token_logps(causal_lm, batch)
+    return token_logps.new_zeros(len(batch["answer_mask"])).index_add(0, answer_of_token, token_logps)
+
+
+def answer_token_logps(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each answer token; the LM head runs on answer positions only.
 
     Args:
         causal_lm: Model with an LM head.
         batch: A batch of :class:`sempa_st.training.batches.AnswerInputs`.
 
     Returns:
-        Sum over the tokens of each answer, of shape (batch * num_answers,).
+        Log-probabilities, and the number of the answer that each token belongs to, both of shape (tokens,).
     """
     input_ids = batch["answer_input_ids"]
     states = shared_states(causal_lm.base_model, input_ids, batch["answer_attention_mask"])
     mask = batch["answer_mask"][:, 1:]  # the state at a position predicts the next token
     logits = full_logits(causal_lm, states[:, :-1][mask])
     token_logps = -functional.cross_entropy(logits, input_ids[:, 1:][mask], reduction="none")
-    answer_of_token = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-    return token_logps.new_zeros(len(mask)).index_add(0, answer_of_token, token_logps)
+    return token_logps, torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
 
 
 def full_logits(causal_lm: PreTrainedModel, states: Tensor) -> Tensor:

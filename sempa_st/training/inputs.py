@@ -122,7 +122,7 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     data = _sample(load_data(config), config)
     pairs = dev_pairs(config.dev, config.data_dir)
     config, base, embedder, start = open_start(config)
-    files = [name for name in (config.data, config.dev, config.kl_text) if name]
+    files = [name for name in (config.data, config.dev, config.kl_file) if name]
     if Path(config.chat_format).is_file():
         files.append(config.chat_format)
     folders = [base.folder, *([start.folder.path] if start else [])]
@@ -140,7 +140,7 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
         scorer.module(model)
     except ValueError as error:
         raise SempaError(str(error)) from error
-    passages = read_passages(config.kl_text, tokenizer) if config.kl_text else None
+    passages = read_passages(config.kl_file, tokenizer) if config.kl_file else None
     return RunInputs(config, device, base, data, tokenizer, model, scorer, passages, start)
 
 

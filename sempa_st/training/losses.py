@@ -193,8 +193,60 @@ def in_batch_loss(scores: Tensor, same_premise: Tensor, has_neutral: Tensor, *, 
     return ObjectiveLoss(loss, margins.masked_fill(margins.isposinf(), 0.0))
 
 
+def retrieval_loss(
+    scores: Tensor, texts: Tensor, same_premise: Tensor, has_neutral: Tensor, *, neutral: str
+) -> ObjectiveLoss:
+    """Pick each sentence of an entailed pair, given the other, among all sentences of the batch (``retrieval``).
+
+    The model is a policy that answers a sentence with another one, pi(y | x) = exp s(x, y) / sum_z exp s(x, z), and the
+    preferred answer is the other sentence of the pair:
+
+        loss = - 1/2 ( log pi(y+_i | x_i) + log pi(x_i | y+_i) )
+
+    Candidates are the triplet's other sentences and all sentences of the other triplets, but for repetitions of x or of
+    the preferred answer. In a batch of two, with 1 for the preferred answer, . for the others and a blank for what is
+    no candidate:
+
+                 x_1   x_2  y+_1  y+_2  y-_1  y-_2
+        x_1             .     1     .     .     .
+        x_2       .           .     1     .     .
+        y+_1      1     .           .     .     .
+        y+_2      .     1     .           .     .
+
+    Args:
+        scores: s of all premises and all entailed sentences (rows) with all premises, entailed, contradicted and,
+            unless ``neutral`` is ``none``, neutral sentences (columns), of shape (2 * batch, 4 * batch),
+            (2 * batch, 3 * batch) or, for pairs alone, (2 * batch, 2 * batch).
+        texts: Numbers of the sentences, the same for equal ones, of shape (columns,).
+        same_premise: As for :func:`in_batch_loss`; no sentence of such a triplet is a candidate.
+        has_neutral: As for :func:`in_batch_loss`.
+        neutral: ``none``, ``negative`` or ``second``; the second choice of a premise and of an entailed sentence alike.
+    """
+    size = len(same_premise)
+    own = torch.arange(size, device=scores.device)
+    partner = torch.cat([own + size, own])[:, None]
+    absent = same_premise.repeat(2, scores.shape[1] // size)
+    pair = torch.stack([texts[: 2 * size], texts[partner.squeeze(1)]], dim=1)
+    repeated = (texts[None, :, None] == pair[:, None]).any(dim=2)
+    absent = (absent | repeated).scatter(1, partner, False)
+    ranking = partner
+    if neutral != "none":
+        absent[:, 3 * size :] |= ~has_neutral
+    if neutral == "second":
+        second = (own + 3 * size).repeat(2)
+        missing = absent[torch.arange(2 * size, device=scores.device), second]
+        ranking = torch.cat([partner, second.masked_fill(missing, -1)[:, None]], dim=1)
+    loss = plackett_luce_loss(scores, ranking, absent)
+    entailed = scores[own, own + size]
+    if scores.shape[1] > 2 * size:
+        return ObjectiveLoss(loss, (entailed - scores[own, own + 2 * size]).detach())
+    others = scores.masked_fill(absent.scatter(1, partner, True), -torch.inf)[:size].amax(1)
+    margins = (entailed - others).detach()
+    return ObjectiveLoss(loss, margins.masked_fill(margins.isposinf(), 0.0))
+
+
 def reference_kl(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return KL(pi_ref || pi), averaged over positions of ordinary text.
+    """Return KL(pi_ref || pi), averaged over positions of a text.
 
     Args:
         policy: Float32 logits of shape (positions, vocab_size).

@@ -11,7 +11,9 @@ SEQUENCE_OBJECTIVES = ("dpo", "listwise")
 """Objectives that compare whole answers to a paraphrase prompt."""
 WORD_OBJECTIVES = ("one-word", "one-word-listwise")
 """Objectives that compare words at the template's last position."""
-EMBEDDING_OBJECTIVES = (*WORD_OBJECTIVES, "contrastive")
+SIMILARITY_OBJECTIVES = ("contrastive", "retrieval")
+"""Objectives that compare embeddings."""
+EMBEDDING_OBJECTIVES = (*WORD_OBJECTIVES, *SIMILARITY_OBJECTIVES)
 """Objectives of the hidden state at the template's last position, which is the embedding."""
 OBJECTIVES = (*SEQUENCE_OBJECTIVES, *EMBEDDING_OBJECTIVES)
 

@@ -21,8 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 import sempa_st
 import sempa_st.training.reference
+from sempa_st.data.nli import load_nli
 from sempa_st.data.rows import read_rows
 from sempa_st.folder.layout import ModelFolder
+from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
 from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.build import build_trainer
 from sempa_st.training.config import TrainConfig
@@ -41,6 +43,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "listwise": {"objective": "listwise"},
     "contrastive": {"objective": "contrastive"},
     "mixed": MIXED,
+    "retrieval": {"objective": "retrieval", "learning_rate": 1e-2},
+    "tied under the template": {"objective": "one-word-listwise", "kl": 0.1, "kl_text": "template"},
     "all at once": {
         "objective": "listwise:0.5,one-word,one-word-listwise,contrastive:0.1",
         "neutral": "second",
@@ -48,10 +52,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "word_weights": "idf",
     },
 }
+ENDS = (prefix_tokens, suffix_tokens)
 START = {
     "one-word": math.log(2),
     "one-word-listwise": math.log(8),
     "activated": math.log(8),
+    "tied under the template": math.log(8),
     "mixed": 0.3 * math.log(2) + math.log(8),
 }
 """First loss, where policy and reference are the same: all candidates are equally likely."""
@@ -113,8 +119,8 @@ def test_the_objective_is_learnt(run: Runs, name: str) -> None:
         for figure in ("reward_accuracy", "reward_margin"):
             assert sum(step[figure] for step in last) > sum(step[figure] for step in first)
         assert sum(step["reward_accuracy"] for step in last) > 6 * 0.8
-    assert ("kl" in steps[-1]) == (name == "mixed")
-    if name == "mixed":
+    assert ("kl" in steps[-1]) == ("kl" in RUNS[name])
+    if "kl" in RUNS[name]:
         assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
         assert steps[-1]["kl"] > 1e-3
 
@@ -130,6 +136,32 @@ def test_the_adapter_moved_and_the_base_did_not(run: Runs, name: str, tiny_base:
     assert abs(vectors[0] - vectors[1]).max() > 1e-3
     fresh = make_llama().state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in load_file(tiny_base / "model.safetensors").items())
+
+
+def test_the_kl_term_under_the_template_is_torchs_divergence_on_the_sentences_tokens(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    config = config_of("tied under the template", tiny_base, data, tmp_path / "model", kl_positions=10_000)
+    trainer = build_trainer(load_inputs(config, "cpu"), RunFolder(tmp_path / "model"))
+    assert isinstance(trainer, AlignmentTrainer)
+    tuned = trainer.generator()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = []
+    for triplet in load_nli(config.data).triplets[:4]:
+        for sentence in (triplet.premise, triplet.entailed, triplet.contradicted):
+            (tokens,) = trainer._module.token_rows([sentence])
+            before, after = (len(tokenizer_tokens(trainer._module.tokenizer, "prompteol")) for tokenizer_tokens in ENDS)
+            with torch.no_grad():
+                policy = tuned(torch.tensor([tokens])).logits[0, before - 1 : len(tokens) - after]
+                with tuned.disable_adapter():
+                    reference = tuned(torch.tensor([tokens])).logits[0, before - 1 : len(tokens) - after]
+            logs = [torch.log_softmax(logits, dim=-1) for logits in (policy, reference)]
+            expected += torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1).tolist()
+    batch = trainer.data_collator([{"index": index} for index in range(4)])
+    assert trainer._kl(batch).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert sum(expected) / len(expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -54,6 +54,7 @@ def counted_peak(trainer: Any, path: Path) -> int:
         {"objective": "dpo"},
         {"objective": "contrastive"},
         {"objective": "contrastive", "kl": 1.0},
+        {"objective": "contrastive", "kl": 1.0, "kl_text": "template"},
         {"objective": "contrastive", "tuning": "full"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

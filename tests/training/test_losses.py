@@ -15,6 +15,7 @@ from sempa_st.training.losses import (
     plackett_luce_loss,
     ranked_answers_loss,
     reference_kl,
+    retrieval_loss,
     similarity_score,
     word_score,
 )
@@ -159,6 +160,57 @@ def test_in_batch_loss_ignores_equal_premises_and_missing_neutrals(neutral: str)
         ranking = [row, 2 * rows + row] if neutral == "second" and known[row] else [row]
         expected -= math.log(ranking_probability(scores[row].tolist(), ranking, absent)) / rows
     assert float(outcome.loss) == pytest.approx(expected, abs=1e-5)
+
+
+def test_retrieval_loss_of_cosines_is_sentence_transformers_loss_of_either_direction() -> None:
+    premises, entailed, contradicted = (numbers(4, 8, seed=seed) for seed in range(3))
+    everything = torch.cat([premises, entailed, contradicted])
+    scores = similarity_score(everything[:8], everything, temperature=0.05)
+    nothing = torch.zeros(4, 4, dtype=torch.bool)
+    outcome = retrieval_loss(scores, torch.arange(12), nothing, nothing[0], neutral="none")
+    theirs = MultipleNegativesRankingLoss(
+        torch.nn.Identity(),  # type: ignore[arg-type]
+        scale=20.0,
+        directions=("query_to_doc", "query_to_query"),
+    )
+    expected = [
+        theirs.compute_loss_from_embeddings([*pair, contradicted], torch.empty(0))
+        for pair in ([premises, entailed], [entailed, premises])
+    ]
+    assert float(outcome.loss) == pytest.approx(float(sum(expected)) / 2, abs=1e-6)
+    cosines = [torch.nn.functional.cosine_similarity(premises, other) for other in (entailed, contradicted)]
+    torch.testing.assert_close(outcome.margins, 20 * (cosines[0] - cosines[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("roles", "neutral"), [(2, "none"), (3, "none"), (4, "negative"), (4, "second")])
+def test_retrieval_loss_leaves_out_repetitions_and_sentences_of_equal_premises(roles: int, neutral: str) -> None:
+    texts = [list("xyxz"), list("aabc"), list("defa"), list("ghij")][:roles]  # by role, then by triplet
+    flat = [text for role in texts for text in role]
+    known = [True, False, True, True]
+    scores = numbers(8, len(flat))
+    same = torch.tensor([[p == q and i != j for j, q in enumerate(texts[0])] for i, p in enumerate(texts[0])])
+    numbers_of = torch.tensor([flat.index(text) for text in flat])
+    outcome = retrieval_loss(scores, numbers_of, same, torch.tensor(known), neutral=neutral)
+    expected = 0.0
+    for row in range(8):
+        index, partner = row % 4, (row + 4) % 8
+        absent = [
+            column
+            for column, text in enumerate(flat)
+            if column != partner
+            and (
+                text in (flat[row], flat[partner])
+                or (column % 4 != index and texts[0][column % 4] == texts[0][index])
+                or (column >= 12 and not known[column % 4])
+            )
+        ]
+        ranking = [partner, 12 + index] if neutral == "second" and known[index] else [partner]
+        expected -= math.log(ranking_probability(scores[row].tolist(), ranking, absent)) / 8
+    assert float(outcome.loss) == pytest.approx(expected, abs=1e-5)
+    if roles == 2:
+        assert outcome.margins[3] == pytest.approx(float(scores[3, 7] - scores[3, [0, 1, 2, 4, 5, 6]].max()))
+    else:
+        assert outcome.margins[3] == pytest.approx(float(scores[3, 7] - scores[3, 11]))
 
 
 def test_reference_kl_is_torchs_divergence() -> None:
