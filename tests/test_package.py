@@ -31,6 +31,7 @@ LAYERS = [
     {"training", "loading", "prompt_eol"},
     {"evaluation", "encoding", "hub"},
     {"analysis", "mteb"},
+    {"serve"},
     {"cli"},
     {"__main__"},
 ]

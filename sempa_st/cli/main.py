@@ -20,6 +20,7 @@ from sempa_st.cli import (
     generation,
     hub,
     mteb,
+    serve,
     sweep,
     table,
     tokens,
@@ -85,7 +86,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="print a shell's completion script, to be sourced by it",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, sweep, encode, evaluate, compare, table, generation, mteb, analyze, tokens, copy, hub, demo):
+    for command in (
+        train,
+        sweep,
+        encode,
+        serve,
+        evaluate,
+        compare,
+        table,
+        generation,
+        mteb,
+        analyze,
+        tokens,
+        copy,
+        hub,
+        demo,
+    ):
         command.add(commands)
     return parser
 

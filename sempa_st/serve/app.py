@@ -1,0 +1,273 @@
+"""The HTTP application: the routes of OpenAI's API that one model answers, and what a server shows of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
+from sentence_transformers import SentenceTransformer
+from starlette.exceptions import HTTPException
+
+from sempa_st import __version__
+from sempa_st.analysis.tokens import aligned_tokens
+from sempa_st.errors import SempaError, first_line
+from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.serve.config import ServeConfig
+from sempa_st.serve.device import EMBEDDING, DeviceTurns
+from sempa_st.serve.embedder import Embedder, QueueFullError
+from sempa_st.serve.generation import Generation
+from sempa_st.serve.guard import Guard
+from sempa_st.serve.metrics import CONTENT_TYPE, Metrics
+from sempa_st.serve.protocol import EmbeddingRequest, RequestError, embedding_response, input_texts, shortened
+from sempa_st.utils.assets import asset_path
+
+_RETRY_AFTER = 1
+_LONG = 20_000
+"""Characters, or numbers, from which on work moves off the thread that all requests share."""
+
+
+class TokensRequest(BaseModel):
+    """Body of ``POST /aligned-tokens``."""
+
+    input: list[str]
+    k: int = 10
+
+
+class Service:
+    """A loaded model with the queues in front of it, and the answers to requests.
+
+    Args:
+        config: Settings of the server.
+        model: What :func:`sempa_st.load` returned.
+        name: Name of the model in requests.
+    """
+
+    def __init__(self, config: ServeConfig, model: SentenceTransformer, name: str) -> None:
+        self.config, self.model, self.name = config, model, name
+        self.started = int(time.time())
+        self.metrics = Metrics()
+        self.turns = DeviceTurns()
+        self.embedder = Embedder(
+            model,
+            self.turns,
+            max_queue=config.max_queue,
+            max_wait=config.max_wait,
+            observe=self.metrics.batch.observe,
+        )
+        self.metrics.add_gauge("sempa_queue_texts", "Texts that wait", lambda: self.embedder.waiting)
+        self.width = int(model.get_embedding_dimension() or 0)
+        self.generation = self._generation()
+
+    def _generation(self) -> Generation | None:
+        module = self.model[0]
+        if not isinstance(module, PromptEOL) or self.config.int8:
+            return None
+        return Generation(
+            self.name,
+            module.causal_lm,
+            module.tokenizer,
+            self.turns,
+            self.metrics,
+            chat_format=self.config.chat_format,
+            running=self.config.max_generations,
+            max_tokens=self.config.max_tokens,
+            max_context=self.config.max_context,
+        )
+
+    def close(self) -> None:
+        """Answer what was accepted, and end the threads."""
+        self.embedder.close()
+        if self.generation:
+            self.generation.close()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model as ``/v1/models`` lists it, with what it can do."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "sempa-st",
+            "dimensions": self.width,
+            "generates": self.generation is not None,
+            "chats": self.generation is not None and self.generation.chats,
+        }
+
+    def check_model(self, name: Any) -> None:
+        """Raise :class:`RequestError` unless a request names this server's model."""
+        if name != self.name:
+            raise RequestError(
+                404,
+                f"The model {name!r:.100} does not exist. This server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def embed(self, request: EmbeddingRequest) -> Response:
+        """Answer a request to ``/v1/embeddings``."""
+        self.check_model(request.model)
+        if request.dimensions is not None and request.dimensions > self.width:
+            raise RequestError(
+                400,
+                f"dimensions is {request.dimensions}. Expected {self.width} at most, the width of this model.",
+                param="dimensions",
+            )
+        texts = input_texts(request.input, self.model.tokenizer)
+        if len(texts) > self.config.max_inputs:
+            raise RequestError(
+                400, f"input has {len(texts)} texts. Expected {self.config.max_inputs} at most.", param="input"
+            )
+        tokens = await _off_loop(sum(map(len, texts)), self._count_tokens, texts)
+        self.metrics.tokens.labels("prompt").inc(tokens)
+        vectors = await self._vectors(texts)
+
+        def answer() -> JSONResponse:
+            cut = shortened(vectors, request.dimensions)
+            return JSONResponse(embedding_response(cut, request.encoding_format, self.name, tokens))
+
+        return await _off_loop(vectors.size, answer)
+
+    def _count_tokens(self, texts: list[str]) -> int:
+        return sum(map(len, self.model.tokenizer(texts)["input_ids"]))
+
+    async def _vectors(self, texts: list[str]) -> Any:
+        try:
+            future = self.embedder.submit(texts)
+        except QueueFullError:
+            raise RequestError(
+                429,
+                f"{self.embedder.waiting} texts wait, and {self.config.max_queue} may. Try again later.",
+                retry_after=_RETRY_AFTER,
+            ) from None
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.config.timeout)
+        except TimeoutError:
+            raise RequestError(
+                503, f"The request waited {self.config.timeout:g} s. Try again later.", retry_after=_RETRY_AFTER
+            ) from None
+
+    def tokens(self, request: TokensRequest) -> dict[str, Any]:
+        """Answer a request to ``/aligned-tokens``; runs on a thread of its own."""
+        texts = input_texts(request.input, self.model.tokenizer)
+        if len(texts) > self.config.max_inputs:
+            raise RequestError(400, f"input has {len(texts)} texts. Expected {self.config.max_inputs} at most.")
+        try:
+            with self.turns.turn(EMBEDDING):
+                found = aligned_tokens(self.model, texts, k=request.k)
+        except SempaError as error:
+            raise RequestError(400, str(error)) from error
+        return {"data": [[{"text": token.text, "logit": token.logit} for token in own] for own in found]}
+
+
+async def _off_loop(size: int, run: Callable[..., Any], *args: Any) -> Any:
+    """Run something at once if it is small, and on another thread otherwise."""
+    return run(*args) if size < _LONG else await asyncio.to_thread(run, *args)
+
+
+def build_app(service: Service) -> FastAPI:
+    """Return the application of a service, which it closes when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    # No pages of FastAPI's own: they load scripts from elsewhere.
+    app = FastAPI(title="sempa-st", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_error_handlers(app)
+    _add_own_routes(app, service)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        return await service.embed(body)
+
+    @app.post("/v1/completions")
+    async def completions(body: dict[str, Any]) -> Any:
+        return await _generation_of(service, body).complete(body, uuid.uuid4().hex)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: dict[str, Any]) -> Any:
+        return await _generation_of(service, body).chat(body, uuid.uuid4().hex)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.describe()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.describe()
+
+    config = service.config
+    routes = tuple(str(getattr(route, "path", "")) for route in app.routes)
+    app.add_middleware(
+        Guard,
+        metrics=service.metrics,
+        routes=routes,
+        host=config.host,
+        api_key=config.api_key,
+        max_body=config.max_body,
+    )
+    return app
+
+
+def _generation_of(service: Service, body: dict[str, Any]) -> Generation:
+    service.check_model(body.get("model"))
+    if service.generation is None:
+        raise RequestError(400, f"{service.name} does not generate text here. Use /v1/embeddings.")
+    return service.generation
+
+
+def _add_own_routes(app: FastAPI, service: Service) -> None:
+    page = asset_path("serve.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": service.name, "queue": service.embedder.waiting}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.post("/aligned-tokens")
+    def tokens(body: TokensRequest) -> dict[str, Any]:
+        return service.tokens(body)
+
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the form of OpenAI's API."""
+
+    @app.exception_handler(RequestError)
+    async def own(request: Request, error: RequestError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return RequestError(400, f"The body is no JSON: {first['ctx']['error']}.").response()
+        where = [str(part) for part in first["loc"] if part != "body"]
+        param = where[0] if where else None
+        return RequestError(422, f"{param or 'The body'} is invalid: {first['msg']}.", param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return RequestError(error.status_code, f"{error.detail}: {request.method} {request.url.path}").response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return RequestError(500, f"{type(error).__name__}: {first_line(error)}").response()

@@ -1,0 +1,130 @@
+"""``sempa serve`` as a process: its start, its end, and what stops it from starting."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers.server import activated_adapter
+from helpers.tiny import sample_sentences
+
+from sempa_st.errors import SempaError
+from sempa_st.serve.config import ServeConfig
+
+pytestmark = pytest.mark.names_dtype
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    return activated_adapter(tmp_path_factory.mktemp("models") / "tiny-activated", tiny_base)
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the command; yields the process and its address."""
+    command = [sys.executable, "-m", "sempa_st", "serve", str(folder), "--dtype", "float32", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(
+            r"Serving tiny-activated on (http://127\.0\.0\.1:\d+) \(embeddings, completions, chat\)", line
+        )
+        assert found, (line, process.stderr.read() if process.stderr and process.poll() is not None else "")
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def embed(url: str, text: str) -> list[float]:
+    request = urllib.request.Request(
+        f"{url}/v1/embeddings",
+        json.dumps({"model": "tiny-activated", "input": text}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as answer:
+        return list(json.load(answer)["data"][0]["embedding"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_loses_no_accepted_request(folder: Path, number: signal.Signals) -> None:
+    answers: list[object] = []
+    with serving(folder) as (process, url):
+        assert len(embed(url, "A cat.")) == 32
+
+        def work(text: str) -> None:
+            try:
+                answers.append(embed(url, text))
+            except OSError as error:
+                answers.append(error)
+
+        threads = [threading.Thread(target=work, args=(text * 20,)) for text in sample_sentences()[:40]]
+        for thread in threads:
+            thread.start()
+        while not answers:
+            pass
+        process.send_signal(number)
+        for thread in threads:
+            thread.join(60)
+        assert process.wait(60) == 0
+        assert process.stderr is not None and process.stderr.read() == ""
+    # A connection that was refused was never accepted; one that was accepted has its answer.
+    refused = [a for a in answers if isinstance(a, OSError)]
+    assert all("refused" in str(error) or "reset" in str(error) for error in refused), refused
+    assert len(answers) == 40 and len(answers) > len(refused)
+
+
+def test_a_taken_port_is_one_paragraph(folder: Path, run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, error = run_cli("serve", folder, "--dtype", "float32", "--device", "cpu", "--port", port)
+    assert code == 2 and error.count("\n") == 1
+    assert f"127.0.0.1:{port} cannot be listened on" in error
+
+
+def test_a_model_that_cannot_be_loaded_is_one_paragraph(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, error = run_cli("serve", tmp_path / "nothing", "--dtype", "float32")
+    assert code == 2 and error.count("\n") == 1 and not out
+    assert "nothing" in error
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServeConfig().api_key == ""
+    monkeypatch.setenv("SEMPA_API_KEY", "secret")
+    assert ServeConfig().api_key == "secret"
+    assert ServeConfig(api_key="other").api_key == "other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 70000}, "port is 70000"),
+        ({"max_queue": 0}, "max_queue is 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"max_wait": 2.0}, "max_wait is 2.0"),
+        ({"api_key": "käse"}, "no HTTP header can carry"),
+        ({"dtype": "int4"}, "Unknown dtype 'int4'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(SempaError, match=re.escape(message)):
+        ServeConfig(**settings)  # type: ignore[arg-type]
