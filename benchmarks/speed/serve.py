@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--native", metavar="FOLDER", help="the model as a native folder, for infinity_emb")
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args()
-    pairs = read_pairs(local_files(args.data_dir, "dev")["STSBenchmark"])
-    texts = sorted({text for pair in pairs for text in (pair.sentence1, pair.sentence2)})
+    pairs = read_pairs(local_files(args.data_dir, "STSBenchmark", "dev", "mteb"))
+    texts = sorted({*pairs.first, *pairs.second})
     random.Random(0).shuffle(texts)
     with ExitStack() as stack:
         servers = {name: stack.enter_context(started(command, port)) for name, command, port in commands(args)}

@@ -70,6 +70,7 @@ CASES = {
         "train",
     ),
     ("trl", "demo --output OUT"): ("Training needs the trl package", "train"),
+    ("fastapi", "serve BASE --port 0"): ("sempa serve needs the fastapi package", "serve"),
     ("matplotlib", "analyze BASE --output OUT"): ("An analysis needs the matplotlib package", "plots"),
 }
 """The message, and the extra to install, by the package that is missing and the command."""
