@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sentence_transformers import SentenceTransformer
 from starlette.exceptions import HTTPException
 
@@ -20,6 +21,7 @@ from sempa_st import __version__
 from sempa_st.analysis.tokens import aligned_tokens
 from sempa_st.errors import SempaError, first_line
 from sempa_st.model.prompt_eol import PromptEOL
+from sempa_st.model.token_rows import tokenize
 from sempa_st.serve.config import ServeConfig
 from sempa_st.serve.device import EMBEDDING, DeviceTurns
 from sempa_st.serve.embedder import Embedder, QueueFullError
@@ -27,18 +29,19 @@ from sempa_st.serve.generation import Generation
 from sempa_st.serve.guard import Guard
 from sempa_st.serve.metrics import CONTENT_TYPE, Metrics
 from sempa_st.serve.protocol import EmbeddingRequest, RequestError, embedding_response, input_texts, shortened
+from sempa_st.serve.threads import off_loop, while_connected
 from sempa_st.utils.assets import asset_path
 
 _RETRY_AFTER = 1
-_LONG = 20_000
-"""Characters, or numbers, from which on work moves off the thread that all requests share."""
+_MAX_TOKEN_TEXTS = 16
+"""Texts of a request for aligned tokens, which has the device to itself."""
 
 
 class TokensRequest(BaseModel):
     """Body of ``POST /aligned-tokens``."""
 
-    input: list[str]
-    k: int = 10
+    input: Any
+    k: Annotated[int, Field(ge=1, le=100)] = 10
 
 
 class Service:
@@ -63,6 +66,7 @@ class Service:
             observe=self.metrics.batch.observe,
         )
         self.metrics.add_gauge("sempa_queue_texts", "Texts that wait", lambda: self.embedder.waiting)
+        self.tokenizer = copy.deepcopy(model.tokenizer)  # the other's state belongs to the thread that embeds
         self.width = int(model.get_embedding_dimension() or 0)
         self.generation = self._generation()
 
@@ -119,12 +123,7 @@ class Service:
                 f"dimensions is {request.dimensions}. Expected {self.width} at most, the width of this model.",
                 param="dimensions",
             )
-        texts = input_texts(request.input, self.model.tokenizer)
-        if len(texts) > self.config.max_inputs:
-            raise RequestError(
-                400, f"input has {len(texts)} texts. Expected {self.config.max_inputs} at most.", param="input"
-            )
-        tokens = await _off_loop(sum(map(len, texts)), self._count_tokens, texts)
+        texts, tokens = await off_loop(_size(request.input), self._read, request.input)
         self.metrics.tokens.labels("prompt").inc(tokens)
         vectors = await self._vectors(texts)
 
@@ -132,14 +131,16 @@ class Service:
             cut = shortened(vectors, request.dimensions)
             return JSONResponse(embedding_response(cut, request.encoding_format, self.name, tokens))
 
-        return await _off_loop(vectors.size, answer)
+        return await off_loop(vectors.size, answer)
 
-    def _count_tokens(self, texts: list[str]) -> int:
-        return sum(map(len, self.model.tokenizer(texts)["input_ids"]))
+    def _read(self, value: Any) -> tuple[list[str], int]:
+        """Return the texts of a request, and the number of their tokens."""
+        texts = input_texts(value, self.tokenizer, self.config.max_inputs)
+        return texts, sum(len(ids) for ids, _ in tokenize(self.tokenizer, texts, add_special_tokens=True))
 
     async def _vectors(self, texts: list[str]) -> Any:
         try:
-            future = self.embedder.submit(texts)
+            queued = self.embedder.submit(texts)
         except QueueFullError:
             raise RequestError(
                 429,
@@ -147,17 +148,17 @@ class Service:
                 retry_after=_RETRY_AFTER,
             ) from None
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.config.timeout)
+            return await asyncio.wait_for(asyncio.wrap_future(queued.future), self.config.timeout)
         except TimeoutError:
             raise RequestError(
                 503, f"The request waited {self.config.timeout:g} s. Try again later.", retry_after=_RETRY_AFTER
             ) from None
+        finally:
+            queued.abandoned = True  # whatever is left of it now, nobody waits for
 
-    def tokens(self, request: TokensRequest) -> dict[str, Any]:
+    def aligned(self, request: TokensRequest) -> dict[str, Any]:
         """Answer a request to ``/aligned-tokens``; runs on a thread of its own."""
-        texts = input_texts(request.input, self.model.tokenizer)
-        if len(texts) > self.config.max_inputs:
-            raise RequestError(400, f"input has {len(texts)} texts. Expected {self.config.max_inputs} at most.")
+        texts = input_texts(request.input, self.tokenizer, _MAX_TOKEN_TEXTS)
         try:
             with self.turns.turn(EMBEDDING):
                 found = aligned_tokens(self.model, texts, k=request.k)
@@ -166,9 +167,11 @@ class Service:
         return {"data": [[{"text": token.text, "logit": token.logit} for token in own] for own in found]}
 
 
-async def _off_loop(size: int, run: Callable[..., Any], *args: Any) -> Any:
-    """Run something at once if it is small, and on another thread otherwise."""
-    return run(*args) if size < _LONG else await asyncio.to_thread(run, *args)
+def _size(value: Any) -> int:
+    """Return about how much there is to read in a request's ``input``."""
+    if isinstance(value, str | list):
+        return len(value) + sum(len(item) for item in value if isinstance(item, str | list))
+    return 0
 
 
 def build_app(service: Service) -> FastAPI:
@@ -185,16 +188,16 @@ def build_app(service: Service) -> FastAPI:
     _add_own_routes(app, service)
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> Response:
-        return await service.embed(body)
+    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+        return cast(Response, await while_connected(request, service.embed(body)))
 
     @app.post("/v1/completions")
-    async def completions(body: dict[str, Any]) -> Any:
-        return await _generation_of(service, body).complete(body, uuid.uuid4().hex)
+    async def completions(request: Request, body: dict[str, Any]) -> Any:
+        return await while_connected(request, _generation_of(service, body).complete(body, uuid.uuid4().hex))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: dict[str, Any]) -> Any:
-        return await _generation_of(service, body).chat(body, uuid.uuid4().hex)
+    async def chat_completions(request: Request, body: dict[str, Any]) -> Any:
+        return await while_connected(request, _generation_of(service, body).chat(body, uuid.uuid4().hex))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -240,12 +243,20 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
+    one_at_a_time = asyncio.Lock()
+
     @app.post("/aligned-tokens")
-    def tokens(body: TokensRequest) -> dict[str, Any]:
-        return service.tokens(body)
+    async def tokens(body: TokensRequest) -> dict[str, Any]:
+        if one_at_a_time.locked():
+            raise RequestError(429, "Another request for tokens runs. Try again later.", retry_after=_RETRY_AFTER)
+        async with one_at_a_time:
+            return await asyncio.to_thread(service.aligned, body)
 
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -43,14 +43,17 @@ class ServeConfig:
     dtype: str = option("auto", "dtype of the weights", choices=DTYPES)
     device: str | None = option(None, "device such as cpu or cuda (default: the best available)")
     int8: bool = option(False, "multiply 8-bit integers on a CPU: faster, not exact, and for embedding alone")
-    max_queue: int = option(1024, "texts that may wait; more are refused with status 429")
+    max_queue: int = option(2048, "texts that may wait; more are refused with status 429")
     max_inputs: int = option(2048, "texts of one request")
     max_body: int = option(8 * 2**20, "bytes of one request")
     max_generations: int = option(4, "generations at a time; as many more may wait")
     max_tokens: int = option(1024, "most tokens that one generation may ask for")
     max_context: int = option(4096, "most tokens of a prompt and its answer together")
     max_wait: float = option(0.003, "seconds to wait for more texts when requests come close together")
-    timeout: float = option(300.0, "seconds after which a request that still waits is refused")
+    timeout: float = option(
+        300.0,
+        "seconds that a request for embeddings may take, and that a server waits for its requests when it ends",
+    )
 
     def __post_init__(self) -> None:
         check_known(self.dtype, DTYPES, "dtype")

@@ -26,17 +26,36 @@ class QueueFullError(Exception):
 
 
 @dataclass(eq=False)
-class _Request:
-    """The texts of a request; ``vectors`` fills up in any order."""
+class Request:
+    """The texts of a request.
+
+    Attributes:
+        texts: The texts.
+        future: The result, of shape (texts, dimensions).
+        abandoned: Set this when nobody waits for the result any more; texts that have not begun are then left out.
+    """
 
     texts: list[str]
-    future: Future[NDArray[np.float32]]
-    vectors: list[NDArray[np.float32] | None] = field(default_factory=list)
-    begun: int = 0
-    done: int = 0
+    future: Future[NDArray[np.float32]] = field(default_factory=Future)
+    abandoned: bool = False
+    _vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    _begun: int = 0
 
-    def __post_init__(self) -> None:
-        self.vectors = [None] * len(self.texts)
+    @property
+    def remaining(self) -> int:
+        """Number of texts that have not begun."""
+        return len(self.texts) - self._begun
+
+    def next_text(self) -> int:
+        """Begin the next text, and return its index."""
+        self._begun += 1
+        return self._begun - 1
+
+    def add(self, index: int, vector: NDArray[np.float32]) -> None:
+        """Note the vector of a text; the last one completes the result."""
+        self._vectors[index] = vector
+        if len(self._vectors) == len(self.texts) and not self.future.done():
+            self.future.set_result(np.stack([self._vectors[number] for number in range(len(self.texts))]))
 
 
 class Embedder:
@@ -63,7 +82,7 @@ class Embedder:
         self._max_wait = max_wait
         self._observe = observe
         self._condition = threading.Condition()
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[Request] = deque()
         self._waiting = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sempa-embedder", daemon=True)
@@ -74,20 +93,20 @@ class Embedder:
         """Number of texts that wait."""
         return self._waiting
 
-    def submit(self, texts: list[str]) -> Future[NDArray[np.float32]]:
-        """Queue the texts of a request; the result has the shape (texts, dimensions).
+    def submit(self, texts: list[str]) -> Request:
+        """Queue the texts of a request. An empty queue takes a request of any size.
 
         Raises:
             QueueFullError: If they do not fit into the queue.
         """
-        future: Future[NDArray[np.float32]] = Future()
+        request = Request(texts)
         with self._condition:
-            if self._closed or self._waiting + len(texts) > self._max_queue:
+            if self._closed or (self._waiting and self._waiting + len(texts) > self._max_queue):
                 raise QueueFullError
-            self._requests.append(_Request(texts, future))
+            self._requests.append(request)
             self._waiting += len(texts)
             self._condition.notify()
-        return future
+        return request
 
     def close(self) -> None:
         """Take no more requests, answer those that wait, and end the thread."""
@@ -114,45 +133,38 @@ class Embedder:
                 self._turns.release()
             crowded = len({id(request) for request, _ in batch}) > 1
 
-    def _gather(self) -> list[tuple[_Request, int]]:
+    def _gather(self) -> list[tuple[Request, int]]:
         """Take the next texts from the queue: (request, index of its text)."""
         limit = _MAX_TEXTS_BESIDE_GENERATION if self._turns.is_wanted(GENERATION) else _MAX_TEXTS
-        batch: list[tuple[_Request, int]] = []
+        batch: list[tuple[Request, int]] = []
         characters = 0
         with self._condition:
             while self._requests and len(batch) < limit and characters < _MAX_CHARACTERS:
                 request = self._requests.popleft()
-                if request.begun == 0 and not request.future.set_running_or_notify_cancel():
-                    self._waiting -= len(request.texts)  # the client is gone
+                if request.abandoned or request.future.done():
+                    self._waiting -= request.remaining
                     continue
-                batch.append((request, request.begun))
-                characters += len(request.texts[request.begun])
-                request.begun += 1
+                index = request.next_text()
                 self._waiting -= 1
-                if request.begun < len(request.texts):
+                batch.append((request, index))
+                characters += len(request.texts[index])
+                if request.remaining:
                     self._requests.append(request)
         return batch
 
-    def _embed(self, batch: list[tuple[_Request, int]]) -> None:
+    def _embed(self, batch: list[tuple[Request, int]]) -> None:
         self._observe(len(batch))
         try:
-            vectors = self._model.encode(
-                [request.texts[index] for request, index in batch], batch_size=_MAX_TEXTS, show_progress_bar=False
-            )
-        except Exception as error:  # whatever it is, it is the answer to these requests, and the thread goes on
-            self._fail({id(request): request for request, _ in batch}.values(), error)
+            vectors = self._encode([request.texts[index] for request, index in batch])
+        except Exception as error:  # whatever it is, it is an answer, and the thread goes on
+            if len(batch) > 1:  # of the one text that it is about, and not of the others
+                for item in batch:
+                    self._embed([item])
+            elif not batch[0][0].future.done():
+                batch[0][0].future.set_exception(error)
             return
         for (request, index), vector in zip(batch, vectors, strict=True):
-            request.vectors[index] = vector
-            request.done += 1
-            if request.done == len(request.texts) and not request.future.done():
-                request.future.set_result(np.stack([v for v in request.vectors if v is not None]))
+            request.add(index, vector)
 
-    def _fail(self, requests: Any, error: Exception) -> None:
-        with self._condition:
-            for request in requests:
-                if request in self._requests:
-                    self._requests.remove(request)
-                    self._waiting -= len(request.texts) - request.begun
-                if not request.future.done():
-                    request.future.set_exception(error)
+    def _encode(self, texts: list[str]) -> Any:
+        return self._model.encode(texts, batch_size=_MAX_TEXTS, show_progress_bar=False)

@@ -8,74 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any
 
-import torch
 from fastapi import HTTPException
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from fastapi.responses import StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
-from sempa_st.errors import first_line
 from sempa_st.model.chat_formats import chat_template
-from sempa_st.serve.device import GENERATION, DeviceTurns
+from sempa_st.model.prompt_eol import within_positions
+from sempa_st.serve.device import DeviceTurns
 from sempa_st.serve.metrics import Metrics
 from sempa_st.serve.protocol import RequestError
+from sempa_st.serve.sampling import Sampling, read_sampling
+from sempa_st.serve.stops import StopQueue, first_stop
+from sempa_st.serve.threads import off_loop
+from sempa_st.serve.turn_taking import TurnTakingModel
 
 _RETRY_AFTER = 5
-_REFUSED = {
-    "generation_config": "it would replace the server's limits",
-    "chat_template_kwargs": "the server's template is fixed",
-    "logprobs": "log-probabilities are not computed",
-    "n": "one answer is given to each request",
-}
-"""Fields of the handlers' requests that this server does not take, unless they ask for nothing."""
 _LIMITS = ("max_completion_tokens", "max_tokens")
-
-
-class TurnTakingModel:
-    """A causal language model whose ``generate`` holds the device for one token at a time.
-
-    Everything else is the model's own.
-    """
-
-    def __init__(self, model: Any, turns: DeviceTurns, metrics: Metrics) -> None:
-        self._model = model
-        self._turns = turns
-        self._metrics = metrics
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate(self, **kwargs: Any) -> Any:
-        """Generate as the model does."""
-        step = _NextTurn(self._turns, self._metrics)
-        self._turns.acquire(GENERATION)
-        try:
-            with torch.inference_mode():
-                return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([step]))
-        finally:
-            self._turns.release()
-
-
-class _NextTurn(StoppingCriteria):
-    """Never stops; called after each token, it lets others have the device."""
-
-    def __init__(self, turns: DeviceTurns, metrics: Metrics) -> None:
-        self._turns = turns
-        self._tokens = metrics.tokens.labels("completion")
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._tokens.inc(len(input_ids))
-        self._turns.release()
-        self._turns.acquire(GENERATION)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+_ERROR = 'data: {"error": "'
+"""How the handlers begin an event that is an error, whose message they do not quote."""
+_CURRENT: ContextVar[Sampling] = ContextVar("sempa_st_sampling")
+"""The sampling of the request that the handlers work on."""
 
 
 class _OneModel(ModelManager):
@@ -103,6 +66,26 @@ class _Threads(GenerateManager):
     def __init__(self, running: int) -> None:
         self._pool = ThreadPoolExecutor(running, thread_name_prefix="sempa-generation")
         self._places = threading.Semaphore(2 * running)
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> Any:
+        sampling = _CURRENT.get()
+        sampling.apply(gen_config)
+        queue, streamer = super().generate_streaming(
+            model.drawing(sampling), processor, inputs, gen_config, request_id, response_parser
+        )
+        return (StopQueue(queue, sampling.stops) if sampling.stops else queue), streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> Any:
+        sampling = _CURRENT.get()
+        sampling.apply(gen_config)
+        text, length, ids = await super().generate_non_streaming(
+            model.drawing(sampling), processor, inputs, gen_config, request_id
+        )
+        return text[: first_stop(text, sampling.stops)], length, ids
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         if not self._places.acquire(blocking=False):
@@ -163,9 +146,11 @@ class Generation:
         tokenizer.chat_template = chat_template(chat_format, tokenizer)
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._max_tokens, self._max_context = max_tokens, max_context
+        self._max_tokens = max_tokens
+        self._max_context = within_positions(max_context, model.config)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._threads = _Threads(running)
-        manager = _OneModel(name, TurnTakingModel(model, turns, metrics), tokenizer)
+        manager = _OneModel(name, TurnTakingModel(model, tokenizer, turns, metrics), tokenizer)
         state = _OneState(self._threads)
         self._completion = CompletionHandler(manager, state)
         self._chat = ChatCompletionHandler(manager, state)
@@ -186,7 +171,7 @@ class Generation:
             prompt = prompt[0]
         if not isinstance(prompt, str) or not prompt:
             raise RequestError(400, f"prompt is {prompt!r:.80}. Expected one text.", param="prompt")
-        ids = self._tokenizer(prompt)["input_ids"]
+        ids = await off_loop(len(prompt), lambda: self._tokenizer(prompt)["input_ids"])
         return await self._answer(self._completion, body | {"prompt": prompt}, ids, request_id)
 
     async def chat(self, body: dict[str, Any], request_id: str) -> Any:
@@ -200,8 +185,7 @@ class Generation:
                 400, "This model has no chat template. Use /v1/completions, or start the server with --chat-format."
             )
         try:
-            messages = self._chat.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = await off_loop(len(str(body)), self._chat_ids, body)
         except Exception as error:  # a template is a program, and messages may be anything
             reason = f"{type(error).__name__}: {error}"
             raise RequestError(
@@ -209,15 +193,22 @@ class Generation:
             ) from error
         return await self._answer(self._chat, body, ids, request_id)
 
+    def _chat_ids(self, body: dict[str, Any]) -> list[int]:
+        messages = self._chat.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        ids: Any = self._tokenizer.apply_chat_template(
+            messages, tools=body.get("tools"), add_generation_prompt=True, return_dict=False
+        )
+        return list(ids)
+
     async def _answer(self, handler: Any, body: dict[str, Any], ids: list[int], request_id: str) -> Any:
-        for name, reason in _REFUSED.items():
-            if body.get(name) not in (None, False, 1, {}):
-                raise RequestError(400, f"{name} is not supported: {reason}. Leave it out.", param=name)
-        field = next((name for name in _LIMITS if body.get(name) is not None), _LIMITS[-1])
+        sampling, body = read_sampling(body)
+        if max(ids, default=0) >= self._vocabulary:
+            raise RequestError(400, f"The prompt has the token {max(ids)}, which this model has no embedding for.")
+        field = next((name for name in _LIMITS if name in body), _LIMITS[-1])
         room = self._max_context - len(ids)
         asked = body.get(field)
         wanted = min(self._max_tokens, room) if asked is None else asked
-        if room < 1 or type(wanted) is not int or not 1 <= wanted <= min(self._max_tokens, room):
+        if not ids or room < 1 or type(wanted) is not int or not 1 <= wanted <= min(self._max_tokens, room):
             raise RequestError(
                 400,
                 f"The prompt has {len(ids)} tokens, and {field} is {asked!r:.20}. Expected 1 to {self._max_tokens} "
@@ -225,13 +216,31 @@ class Generation:
                 param=field,
             )
         self._metrics.tokens.labels("prompt").inc(len(ids))
+        token = _CURRENT.set(sampling)
         try:
-            return await handler.handle_request(body | {field: wanted}, request_id)
+            answer = await handler.handle_request(body | {field: wanted}, request_id)
         except HTTPException as error:
             raise RequestError(error.status_code, str(error.detail)) from error
-        except (TypeError, ValueError) as error:  # of GenerationConfig, on a value that it does not take
-            raise RequestError(400, f"The request cannot be met: {first_line(error)}") from error
+        except asyncio.CancelledError:  # the client is gone
+            sampling.cancelled.set()
+            raise
+        finally:
+            _CURRENT.reset(token)
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = _ended(answer.body_iterator)
+        return answer
 
     def close(self) -> None:
         """Wait for the generations that run."""
         self._threads.stop()
+
+
+async def _ended(events: Any) -> AsyncIterator[str]:
+    """Yield the events of a stream, errors as valid JSON, and the event that ends it for some clients."""
+    async with aclosing(events):
+        async for event in events:
+            if event.startswith(_ERROR):
+                message = event.removeprefix(_ERROR).rstrip().removesuffix('"}')
+                event = f"data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+            yield event
+    yield "data: [DONE]\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import time
@@ -14,6 +15,7 @@ from sempa_st.serve.protocol import RequestError
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+_BODY_SECONDS = 30
 _OPEN = ("/", "/health")
 """Paths that need no key: the page, and whether the server lives."""
 
@@ -58,7 +60,7 @@ class Guard:
             headers = dict(scope["headers"])
             self._check_host(headers)
             self._check_key(scope["path"], headers)
-            body = await self._body(headers, receive)
+            body = await self._whole_body(headers, receive)
             await self._app(scope, _replay(body, receive), counted)
         except RequestError as error:
             await error.response()(scope, receive, counted)
@@ -80,6 +82,13 @@ class Guard:
             raise RequestError(
                 401, "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.", code="invalid_api_key"
             )
+
+    async def _whole_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                return await self._body(headers, receive)
+        except TimeoutError:
+            raise RequestError(408, f"The request did not arrive within {_BODY_SECONDS} s.") from None
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         length = headers.get(b"content-length", b"0")

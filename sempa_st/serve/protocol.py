@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse
 class EmbeddingRequest(BaseModel):
     """Body of ``POST /v1/embeddings``; fields that it does not name are ignored."""
 
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    input: Any  # checked by input_texts: pydantic would note an error for each element and each form
     model: StrictStr
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
@@ -55,43 +55,55 @@ class RequestError(Exception):
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-def input_texts(value: Any, tokenizer: Any) -> list[str]:
+def input_texts(value: Any, tokenizer: Any, most: int) -> list[str]:
     """Return the texts of a request's ``input``; token ids are read as the text that they spell.
 
     Args:
-        value: ``input`` of an :class:`EmbeddingRequest`.
+        value: A text, a list of texts, token ids, or lists of them.
         tokenizer: The model's tokenizer.
+        most: Largest number of texts.
 
     Raises:
-        RequestError: If there is no input, or a text or token id that cannot be read.
+        RequestError: If there is no input, too much of it, or a text or token id that cannot be read.
     """
     if isinstance(value, str):
-        items: list[Any] = [value]
-    else:
-        items = [value] if value and isinstance(value[0], int) else list(value)
+        value = [value]
+    if not isinstance(value, list):
+        raise _input_error(422, f"input is {type(value).__name__}. Expected a text, a list of texts, or token ids.")
+    items: list[Any] = [value] if value and type(value[0]) is int else value
     if not items:
-        raise RequestError(400, "input is empty. Expected at least one text.", param="input")
-    return [_text(item, index, tokenizer) for index, item in enumerate(items)]
+        raise _input_error(400, "input is empty. Expected at least one text.")
+    if len(items) > most:
+        raise _input_error(400, f"input has {len(items)} texts. Expected {most} at most.")
+    size = len(tokenizer)  # some tokenizers count anew each time
+    return [_text(item, index, tokenizer, size) for index, item in enumerate(items)]
 
 
-def _text(item: str | list[int], index: int, tokenizer: Any) -> str:
+def _text(item: Any, index: int, tokenizer: Any, size: int) -> str:
+    if not isinstance(item, str | list):
+        raise _input_error(422, f"input {index} is {item!r:.40}. Expected a text or a list of token ids.")
     if not item:
-        raise RequestError(400, f"input {index} is empty. Expected a text of one character or more.", param="input")
+        raise _input_error(400, f"input {index} is empty. Expected a text of one character or more.")
     if isinstance(item, str):
         try:
             item.encode()
         except UnicodeEncodeError as error:
-            message = f"input {index} has a lone surrogate at character {error.start}, which is no text. Remove it."
-            raise RequestError(400, message, param="input") from None
+            raise _input_error(
+                400, f"input {index} has a lone surrogate at character {error.start}, which is no text. Remove it."
+            ) from None
         return item
-    unknown = [token for token in item if not 0 <= token < len(tokenizer)]
-    if unknown:
-        message = (
-            f"input {index} has the token id {unknown[0]}. Expected ids of this model's tokenizer, from 0 to "
-            f"{len(tokenizer) - 1}; a client that tokenises for another model must send text."
+    unknown = next((token for token in item if type(token) is not int or not 0 <= token < size), None)
+    if unknown is not None:
+        raise _input_error(
+            400 if type(unknown) is int else 422,
+            f"input {index} has the token id {unknown!r:.40}. Expected ids of this model's tokenizer, from 0 to "
+            f"{size - 1}; a client that tokenises for another model must send text.",
         )
-        raise RequestError(400, message, param="input")
     return str(tokenizer.decode(item, skip_special_tokens=True))
+
+
+def _input_error(status: int, message: str) -> RequestError:
+    return RequestError(status, message, param="input")
 
 
 def shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
@@ -109,12 +121,14 @@ def shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[n
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def embedding_response(vectors: NDArray[np.float32], encoding_format: str, model: str, tokens: int) -> dict[str, Any]:
+def embedding_response(
+    vectors: NDArray[np.float32], encoding_format: str | None, model: str, tokens: int
+) -> dict[str, Any]:
     """Return the body of the response to an :class:`EmbeddingRequest`.
 
     Args:
         vectors: Embeddings of shape (texts, dimensions).
-        encoding_format: ``float`` for lists of numbers, ``base64`` for the bytes of little-endian float32.
+        encoding_format: ``base64`` for the bytes of little-endian float32; lists of numbers otherwise.
         model: Name of the model.
         tokens: Number of tokens of the texts.
     """
@@ -129,7 +143,7 @@ def embedding_response(vectors: NDArray[np.float32], encoding_format: str, model
     }
 
 
-def _encoded(vectors: NDArray[np.float32], encoding_format: str) -> Sequence[Any]:
-    if encoding_format == "float":
-        return vectors.tolist()
-    return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+def _encoded(vectors: NDArray[np.float32], encoding_format: str | None) -> Sequence[Any]:
+    if encoding_format == "base64":
+        return [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+    return vectors.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def serve(config: ServeConfig) -> None:
                 log_level="error",
                 access_log=False,
                 timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=ceil(config.timeout),
                 server_header=False,
             ),
             service,
