@@ -64,7 +64,7 @@ def test_bad_files_name_the_key(tmp_path: Path, content: str, message: str) -> N
         (["--columns", "query=a"], "the entry 'query=a'.*Names: sent0, sent1"),
         (["--objective", "contrastive", "--matryoshka-dims", "32,0"], "matryoshka_dims is '32,0'"),
         (["--objective", "contrastive", "--matryoshka-dims", "32,32"], "matryoshka_dims is '32,32'"),
-        (["--matryoshka-dims", "32,16"], "'dpo' compares no embeddings.*Expected contrastive"),
+        (["--matryoshka-dims", "32,16"], "'dpo' compares no embeddings.*Expected one of: contrastive, retrieval"),
         (["--from", "a", "--tuning", "full"], "--from and --load-in-4bit train an adapter"),
         (["--load-in-4bit", "--tuning", "full"], "--from and --load-in-4bit train an adapter"),
         (["--device", "cpu", "--device-map", "auto"], "--device-map spreads the layers over GPUs"),
