@@ -112,9 +112,9 @@ class Start:
 
 def compare(start: Start, first: Sequence[Triplet], second: Sequence[Triplet], step: float) -> dict[str, Any]:
     """Return InfoNCE on the second half at the start, and the figures of each objective on the first half."""
-    target = start.gradients(iter([contrastive_loss(start, second)]))
-    with torch.no_grad():
-        found: dict[str, Any] = {"loss": float(contrastive_loss(start, second)), "rows": {}}
+    loss = contrastive_loss(start, second)
+    target = start.gradients(iter([loss]))
+    found: dict[str, Any] = {"loss": float(loss.detach()), "rows": {}}
     best = sum(float(gradient.abs().sum()) for gradient in target)
     for name, gradients in all_gradients(start, first):
         signs = [gradient.sign() for gradient in gradients]

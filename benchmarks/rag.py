@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 
 import sempa_st
+from benchmarks.checks.memory import process_status
 from sempa_st.data.sts import local_files, read_pairs
 from sempa_st.utils.files import write_json
 from sempa_st.utils.run_info import run_info
@@ -101,16 +102,11 @@ def measured(models: Sequence[str]) -> float:
 
 def memory_of(models: Sequence[str]) -> float:
     """Return the growth of this process in MiB from loading the models and using each once."""
-    before = _resident()
+    before = process_status("VmRSS")
     held = [sempa_st.load(name, dtype="float32") for name in models]
     for model in held:
         model.encode(["A sentence."])
-    return _resident() - before
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return (process_status("VmRSS") - before) / 2**20
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ class _Growth(TrainerCallback):  # type: ignore[misc]
         """Note the memory before a step."""
         trim_malloc()
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-        self._before = _status("VmRSS")
+        self._before = process_status("VmRSS")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note how far it rose."""
-        self.of_step[state.global_step] = _status("VmHWM") - self._before
+        self.of_step[state.global_step] = process_status("VmHWM") - self._before
 
 
 def _longest(path: Path, count: int) -> Path:
@@ -104,7 +104,7 @@ def _longest(path: Path, count: int) -> Path:
     return path
 
 
-def _status(name: str) -> int:
+def process_status(name: str) -> int:
     """Return a number of bytes that Linux tells of this process."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found

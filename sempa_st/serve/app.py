@@ -66,7 +66,8 @@ class Service:
             observe=self.metrics.batch.observe,
         )
         self.metrics.add_gauge("sempa_queue_texts", "Texts that wait", lambda: self.embedder.waiting)
-        self.tokenizer = copy.deepcopy(model.tokenizer)  # the other's state belongs to the thread that embeds
+        # One copy for all requests, which takes seconds: the other's state belongs to the thread that embeds.
+        self.tokenizer = copy.deepcopy(model.tokenizer)
         self.width = int(model.get_embedding_dimension() or 0)
         self.generation = self._generation()
 
@@ -77,7 +78,7 @@ class Service:
         return Generation(
             self.name,
             module.causal_lm,
-            module.tokenizer,
+            self.tokenizer,
             self.turns,
             self.metrics,
             chat_format=self.config.chat_format,

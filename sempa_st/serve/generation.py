@@ -7,7 +7,6 @@ state. Here both are stand-ins for one model that is loaded already.
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -120,7 +119,7 @@ class Generation:
     Args:
         name: Name of the model in requests.
         model: Causal language model.
-        tokenizer: Its tokenizer, for text without the embedding template.
+        tokenizer: Its tokenizer, or a copy that nothing embeds with: its chat template is replaced.
         turns: Turns on its device.
         metrics: Where to count tokens.
         chat_format: As in :class:`sempa_st.serve.config.ServeConfig`.
@@ -142,7 +141,6 @@ class Generation:
         max_tokens: int,
         max_context: int,
     ) -> None:
-        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = chat_template(chat_format, tokenizer)
         self._tokenizer = tokenizer
         self._metrics = metrics

@@ -107,16 +107,9 @@ def _input_error(status: int, message: str) -> RequestError:
 
 
 def shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
-    """Return the leading components of vectors, scaled to the norm 1; or the vectors themselves without a number.
-
-    Raises:
-        RequestError: If they have fewer components.
-    """
+    """Return the leading components of vectors, scaled to the norm 1; or the vectors themselves without a number."""
     if dimensions is None:
         return vectors
-    if dimensions > vectors.shape[1]:
-        message = f"dimensions is {dimensions}. Expected {vectors.shape[1]} at most, the width of this model."
-        raise RequestError(400, message, param="dimensions")
     cut = vectors[:, :dimensions]
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 

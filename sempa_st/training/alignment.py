@@ -97,7 +97,7 @@ class AlignmentTrainer(DevScoreTrainer, Trainer):
         if "words" in batch:
             loss = loss + self._word_loss(batch, states[:size], reference_states)
         widths: list[Any] = [*self._config.embedding_widths] or [None]
-        for name in self._weights.keys() & set(SIMILARITY_OBJECTIVES):
+        for name in filter(self._weights.__contains__, SIMILARITY_OBJECTIVES):  # in the same order in each process
             for width in widths:
                 result = self._similarity_loss(name, states, batch, width)
                 loss = loss + self._weights[name] / len(widths) * self._record(result)

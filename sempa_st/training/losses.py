@@ -185,12 +185,25 @@ def in_batch_loss(scores: Tensor, same_premise: Tensor, has_neutral: Tensor, *, 
     if neutral == "second":
         ranking = torch.cat([own, (own + 2 * size).masked_fill(~has_neutral[:, None], -1)], dim=1)
     loss = plackett_luce_loss(scores, ranking, absent)
-    best = scores[:, size : 2 * size].diagonal()
-    if scores.shape[1] == size:
-        best = scores.masked_fill(absent | torch.eye(size, dtype=torch.bool, device=scores.device), -torch.inf).amax(1)
-    # A pair without any other to compare with has no margin.
-    margins = (scores[:, :size].diagonal() - best).detach()
-    return ObjectiveLoss(loss, margins.masked_fill(margins.isposinf(), 0.0))
+    contradicted = scores[:, size : 2 * size].diagonal() if scores.shape[1] > size else None
+    return ObjectiveLoss(loss, _margins(scores, own, absent, contradicted))
+
+
+def _margins(scores: Tensor, best: Tensor, absent: Tensor, contradicted: Tensor | None) -> Tensor:
+    """Return how far the scores of the preferred candidates are above those of the contradicted ones.
+
+    Args:
+        scores: Scores of shape (batch, candidates).
+        best: Index of each example's preferred candidate, of shape (batch, 1).
+        absent: True for candidates that an example does not have, of the shape of ``scores``.
+        contradicted: Scores of the contradicted candidates, of shape (batch,); None for the best of all others. An
+            example without any other then has the margin 0.
+    """
+    others = contradicted
+    if others is None:
+        others = scores.masked_fill(absent.scatter(1, best, True), -torch.inf).amax(1)
+    margins = (scores.gather(1, best).squeeze(1) - others).detach()
+    return margins.masked_fill(margins.isposinf(), 0.0)
 
 
 def retrieval_loss(
@@ -237,12 +250,8 @@ def retrieval_loss(
         missing = absent[torch.arange(2 * size, device=scores.device), second]
         ranking = torch.cat([partner, second.masked_fill(missing, -1)[:, None]], dim=1)
     loss = plackett_luce_loss(scores, ranking, absent)
-    entailed = scores[own, own + size]
-    if scores.shape[1] > 2 * size:
-        return ObjectiveLoss(loss, (entailed - scores[own, own + 2 * size]).detach())
-    others = scores.masked_fill(absent.scatter(1, partner, True), -torch.inf)[:size].amax(1)
-    margins = (entailed - others).detach()
-    return ObjectiveLoss(loss, margins.masked_fill(margins.isposinf(), 0.0))
+    contradicted = scores[own, own + 2 * size] if scores.shape[1] > 2 * size else None
+    return ObjectiveLoss(loss, _margins(scores[:size], partner[:size], absent[:size], contradicted))
 
 
 def reference_kl(policy: Tensor, reference: Tensor) -> Tensor:

@@ -18,18 +18,13 @@ import numpy as np
 import openai
 import pytest
 import torch
-from helpers.server import Running, activated_adapter, load_float32, running_server
+from helpers.server import Running, load_float32, running_server
 from helpers.tiny import make_tokenizer, sample_sentences
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 pytestmark = pytest.mark.names_dtype
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    return activated_adapter(tmp_path_factory.mktemp("models") / "tiny-activated", tiny_base)
 
 
 @pytest.fixture(scope="module")

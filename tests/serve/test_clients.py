@@ -7,17 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.server import Running, activated_adapter, load_float32, running_server
+from helpers.server import Running, load_float32, running_server
 from helpers.tiny import sample_sentences
 
 pytestmark = pytest.mark.names_dtype
 
 SENTENCES = sample_sentences()[:12]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    return activated_adapter(tmp_path_factory.mktemp("models") / "tiny-activated", tiny_base)
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.server import activated_adapter
 from helpers.tiny import sample_sentences
 
 from sempa_st.errors import SempaError
 from sempa_st.serve.config import ServeConfig
 
 pytestmark = pytest.mark.names_dtype
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    return activated_adapter(tmp_path_factory.mktemp("models") / "tiny-activated", tiny_base)
 
 
 @contextmanager
