@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from sempa_st import __version__
 from sempa_st.cli import (
@@ -32,6 +35,11 @@ from sempa_st.errors import SempaError
 _EXIT_UNEXPECTED = 1
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130
+_EXIT_TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends before it kills: the command ends as by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of this process when None.
 
     Returns:
-        Exit code: 0, 2 for bad input, 130 for Ctrl-C, 1 for any other error. An error is one paragraph on standard
-        error.
+        Exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 1 for any other error. An error is one paragraph
+        on standard error.
     """
     args = build_parser().parse_args(argv)
     try:
-        with nullcontext() if args.debug else quiet_libraries():
+        with _sigterm_interrupts(), nullcontext() if args.debug else quiet_libraries():
             command: Callable[[argparse.Namespace], None] = args.command
             command(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -61,7 +69,8 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
     if isinstance(error, SempaError | OSError):
         message, code = str(error), _EXIT_BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
-        message, code = f"interrupted. {args.kept(args)}", _EXIT_INTERRUPTED
+        message = f"interrupted. {args.kept(args)}"
+        code = _EXIT_TERMINATED if isinstance(error, _Terminated) else _EXIT_INTERRUPTED
     else:
         message = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         code = _EXIT_UNEXPECTED
@@ -104,6 +113,31 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command.add(commands)
     return parser
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM end this process as Ctrl-C does within the block, unless the program has a handler of its own.
+
+    A process that is forked within the block dies of SIGTERM as it would without it.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def interrupt(number: int, _: Any) -> None:
+        if os.getpid() == process:
+            raise _Terminated
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

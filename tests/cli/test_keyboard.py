@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +156,54 @@ def test_every_long_command_says_what_is_kept(
     assert line.startswith("sempa: interrupted. ")
     assert kept.replace("OUT", names["OUT"]) in line
     assert "Nothing" in kept or "Run the same command" in line
+
+
+def test_sigterm_is_told_like_ctrl_c(
+    run_cli: Cli, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminate(*args: object, **kwargs: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("sempa_st.folder.copying.copy_model", terminate)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    code, _, err = run_cli("copy", tiny_base, tmp_path / "out")
+    assert (code, err.splitlines()[-1]) == (143, "sempa: interrupted. Nothing was kept.")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_forked_process_dies_of_sigterm(
+    run_cli: Cli, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def fork(*args: object, **kwargs: object) -> None:
+        ready, ready_writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(ready_writer, b"x")
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)  # what comes while it is being forked is lost: Python clears it
+        os.kill(child, signal.SIGTERM)
+        found.append(os.waitpid(child, 0)[1])
+
+    monkeypatch.setattr("sempa_st.folder.copying.copy_model", fork)
+    run_cli("copy", tiny_base, tmp_path / "out")
+    assert os.WIFSIGNALED(found[0]) and os.WTERMSIG(found[0]) == signal.SIGTERM
+
+
+def test_a_handler_of_the_program_around_stays(
+    run_cli: Cli, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
+    monkeypatch.setattr("sempa_st.folder.copying.copy_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        run_cli("copy", tiny_base, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert taken == [signal.SIGTERM]
 
 
 def test_a_run_within_a_sweep_does_not_name_resume(capsys: pytest.CaptureFixture[str]) -> None:
