@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,36 @@ def _layer_tensors(model: Any, unexpected: Iterable[str]) -> set[str]:
     }
 
 
-def check_finite_weights(model: nn.Module, folder: str | Path) -> None:
-    """Raise :class:`SempaError` if a weight is infinite or NaN; the message names its tensor."""
+@dataclass(frozen=True)
+class BadWeight:
+    """A tensor with infinite or NaN values.
+
+    Attributes:
+        name: Name in the model.
+        count: Number of such values.
+        dtype: Type of the tensor.
+    """
+
+    name: str
+    count: int
+    dtype: torch.dtype
+
+
+def bad_weights(model: nn.Module) -> Iterator[BadWeight]:
+    """Yield the parameters of a model that hold infinite or NaN values."""
     for name, tensor in model.named_parameters():
         # The sum is a cheap test: it is finite for all usual tensors.
         if tensor.dtype not in _FLOATS or tensor.sum(dtype=torch.float32).isfinite():
             continue
-        if bad := int((~tensor.isfinite()).sum()):
-            raise SempaError(
-                f"The weights in {folder} contain {bad} value(s) that are infinite or NaN, in the tensor {name} "
-                f"(read as {str(tensor.dtype).removeprefix('torch.')}). Restore or download the folder again; if the "
-                "values overflow in float16, choose --dtype float32 or bfloat16."
-            )
+        if count := int((~tensor.isfinite()).sum()):
+            yield BadWeight(name, count, tensor.dtype)
+
+
+def check_finite_weights(model: nn.Module, folder: str | Path) -> None:
+    """Raise :class:`SempaError` if a weight is infinite or NaN; the message names its tensor."""
+    for found in bad_weights(model):
+        raise SempaError(
+            f"The weights in {folder} contain {found.count} value(s) that are infinite or NaN, in the tensor "
+            f"{found.name} (read as {str(found.dtype).removeprefix('torch.')}). Restore or download the folder again; "
+            "if the values overflow in float16, choose --dtype float32 or bfloat16."
+        )

@@ -161,7 +161,13 @@ def calibrate(model: SentenceTransformer, sentences: Sentences, settings: Vector
     rows, texts = zip(*sample, strict=True)
     exact = VectorSettings(**{**vars(settings), "precision": "float32"})
     vectors = encode_window(model, rows, texts, exact, None, batch_size=batch_size, advance=lambda _: None)
-    return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+    least, greatest = vectors.min(axis=0), vectors.max(axis=0)
+    if np.array_equal(least, greatest):
+        raise SempaError(
+            f"--precision {settings.precision} divides the range of each dimension over the corpus, and all sentences "
+            "here have one vector. Give two different sentences, or leave --precision out."
+        )
+    return np.stack([least, greatest])
 
 
 def _first(shard: Any, column: str | None, count: int) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +128,18 @@ def score_on_tasks(
         task.unload_data()
         for split in result.scores:
             score = 100 * float(result.get_score([split]))
+            check_score(score, meta.name)
             scores.append(TaskScore(meta.name, meta.type, split, meta.main_score, score, meta.revision))
     return scores
+
+
+def check_score(score: float, task: str) -> None:
+    """Raise :class:`SempaError` if a score is not a number, as a correlation with equal cosines is."""
+    if not math.isfinite(score):
+        raise SempaError(
+            f"The score of {task} is {score}: the model embeds all sentences alike, so that no cosine differs. Its "
+            "weights are damaged, or its training has collapsed."
+        )
 
 
 def load_data(task: Any) -> None:

@@ -12,7 +12,7 @@ from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, data_dir_or_default,
 from sempa_st.errors import SempaError, check_known
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.evaluation.mteb_models import as_encoder
-from sempa_st.evaluation.mteb_tasks import TaskScore, find_tasks, load_data, score_on_tasks, split_names
+from sempa_st.evaluation.mteb_tasks import TaskScore, check_score, find_tasks, load_data, score_on_tasks, split_names
 from sempa_st.evaluation.tasks import quiet
 from sempa_st.evaluation.transfer import ALL, TRANSFER_TASKS, load_transfer, score_transfer
 from sempa_st.loading import load
@@ -256,4 +256,5 @@ def _score(encoder: Any, cell: Cell, output: Path, batch_size: int) -> Score:
         )
     hub_split = _HUB_SPLITS[cell.split]
     spearman = 100 * result.task_results[0].scores[hub_split][0]["cosine_spearman"]
+    check_score(spearman, task.metadata.name)
     return Score(task.metadata.name, cell.split, cell.protocol, len(task.dataset[hub_split]), spearman)

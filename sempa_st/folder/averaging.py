@@ -129,9 +129,16 @@ def _write_mean(folders: Sequence[Path], scales: Sequence[float], output: Path, 
         stacked_down = torch.cat([adapter[down].float() for adapter in adapters])
         scaled_ups = [scale * adapter[up].float() for scale, adapter in zip(scales, adapters, strict=True)]
         factors = (stacked_down, torch.cat(scaled_ups, dim=1) / len(adapters))
+        if not all(factor.isfinite().all() for factor in factors):
+            raise SempaError(f"The mean of {up} overflows: an adapter's update is beyond the range of float32.")
         mean[down], mean[up] = factors if rank is None else _truncated(*factors, rank)
     dtype = next(iter(adapters[0].values())).dtype
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in mean.items()}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise SempaError(
+            f"The mean overflows {str(dtype).removeprefix('torch.')}, the type of the first adapter, in {bad[0]}. "
+            "Name one in float32 or bfloat16 first, or average fewer models."
+        )
     save_file(tensors, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG, read_settings
 from sempa_st.checks.library_errors import readable
-from sempa_st.checks.weights import check_whole, loaded_with_info
+from sempa_st.checks.weights import check_finite_weights, check_whole, loaded_with_info
 from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base
 from sempa_st.model.adapter_kinds import check_native
 from sempa_st.model.chat_templates import check_chat_templates
+from sempa_st.utils.finite import check_finite
 from sempa_st.utils.hub import current_access
 
 if TYPE_CHECKING:
@@ -70,8 +72,12 @@ def load_plain(source: Source, dtype: torch.dtype, device: str, **arguments: Any
         model[1].register_forward_hook(_in_float32)
     for module in model.modules():
         _check_templates(module, folder.path)
+    check_finite_weights(model, folder.path)
+    model[-1].register_forward_hook(_FiniteVectors(model.tokenizer))
     try:
         model.encode(["A cat.", "Two cats, and a dog."], show_progress_bar=False)
+    except SempaError:
+        raise
     except Exception as error:  # modules whose settings do not fit each other are noticed here only
         raise SempaError(
             f"{source.name} opens with sentence-transformers and embeds no text ({type(error).__name__}: {error}). Its "
@@ -83,6 +89,20 @@ def load_plain(source: Source, dtype: torch.dtype, device: str, **arguments: Any
 def _in_float32(module: Any, args: Any, features: dict[str, Any]) -> dict[str, Any]:
     """Convert what was pooled."""
     return {**features, "sentence_embedding": features["sentence_embedding"].float()}
+
+
+@dataclass(frozen=True)
+class _FiniteVectors:
+    """A hook on the last module, which notices infinite and NaN vectors: plain ``encode`` returns them in silence."""
+
+    tokenizer: Any
+
+    def __call__(self, module: Any, args: Any, features: dict[str, Any]) -> None:
+        vectors = features.get("sentence_embedding")
+        if vectors is not None:
+            ids = features.get("input_ids")
+            texts = ["?"] * len(vectors) if ids is None else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            check_finite(vectors, texts)
 
 
 def _check_weights(folder: ModelFolder) -> None:

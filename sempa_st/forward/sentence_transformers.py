@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sempa_st.errors import SempaError
 from sempa_st.forward.batching import batches_by_length, min_batch_characters
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.utils.finite import check_finite, check_texts
+from sempa_st.utils.finite import NotFiniteError, check_finite, check_texts
 
 _PLAIN = {"output_value": "sentence_embedding", "precision": "float32", "pool": None}
 
@@ -92,8 +92,21 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
         vectors = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
-            check_finite(checked, names)
+            try:
+                check_finite(checked, names)
+            except NotFiniteError as error:
+                raise self._by_themselves(error, output) from None
         return vectors
+
+    def _by_themselves(self, error: NotFiniteError, output: str | None) -> NotFiniteError:
+        """Return the error with the texts alone that are at fault: in a pack, one spoils others."""
+        if output != "sentence_embedding" or not getattr(self[0], "packs_batches", False):
+            return error
+        vectors = {
+            text: super(SentenceTransformer, self).encode([text], show_progress_bar=False) for text in error.texts
+        }
+        bad = [(index, text) for index, text in error.bad if not np.isfinite(vectors[text]).all()]
+        return NotFiniteError(bad or error.bad, error.total)
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:

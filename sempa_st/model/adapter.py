@@ -276,6 +276,8 @@ def merged_model(base: Base, folder: str | Path, dtype: torch.dtype) -> PreTrain
         merged: PreTrainedModel = tuned.merge_and_unload()
         merged.tie_weights()  # loading the saved model will tie them as well
         after = _outputs(merged)
+        if not all(outputs.isfinite().all() for outputs in (*before, *after)):
+            raise ValueError("its outputs are infinite or NaN, before merging or after: the model is damaged")
     except (RuntimeError, ValueError) as error:
         raise SempaError(f"The adapter in {folder} cannot be merged ({error}). Leave out --merge.") from error
     pairs = zip(before, after, strict=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from sempa_st.serve.device import EMBEDDING, GENERATION, DeviceTurns
+from sempa_st.utils.finite import NotFiniteError
 
 _MAX_TEXTS = 32
 """Texts of a batch."""
@@ -160,8 +161,11 @@ class Embedder:
             if len(batch) > 1:  # of the one text that it is about, and not of the others
                 for item in batch:
                     self._embed([item])
-            elif not batch[0][0].future.done():
-                batch[0][0].future.set_exception(error)
+            elif not (request := batch[0][0]).future.done():
+                index = batch[0][1]
+                named = isinstance(error, NotFiniteError)  # by its place in the request, not in this batch of one
+                own = NotFiniteError([(index, request.texts[index])], len(request.texts)) if named else error
+                request.future.set_exception(own)
             return
         for (request, index), vector in zip(batch, vectors, strict=True):
             request.add(index, vector)

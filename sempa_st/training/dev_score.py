@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerControl
 
 from sempa_st.data.sts import GradedPairs
@@ -13,6 +14,7 @@ from sempa_st.errors import SempaError
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.model.prompt_eol import ForwardRows, PromptEOL
 from sempa_st.training.callbacks import DEV_METRIC
+from sempa_st.training.divergence import DivergedError, GradientCheck, diverged_loss, likely_cause
 from sempa_st.training.launch import whole
 from sempa_st.utils.finite import check_finite
 
@@ -61,12 +63,10 @@ class DevScorer:
         try:
             check_finite(vectors, sentences)
         except SempaError as error:
-            raise SempaError(
-                f"The embeddings of the dev pairs have diverged: lower the learning rate. {error}"
-            ) from error
+            raise DivergedError(f"The dev pairs cannot be scored. {error} {likely_cause(model)}") from error
         score = self.pairs.spearman(vectors.float())
         if not math.isfinite(score):
-            raise SempaError(
+            raise DivergedError(
                 f"The dev score is not a number ({score}): the embeddings have diverged. Lower the learning rate."
             )
         return score
@@ -85,6 +85,14 @@ class DevScoreTrainer(Trainer):
         # The Transformers trainer evaluates only if it has an eval_dataset; this one is never used.
         super().__init__(train_dataset=train_dataset, eval_dataset=train_dataset.select([0]), **kwargs)
         self._dev_scorer = dev_scorer
+        self.add_callback(GradientCheck(self))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run a forward and backward pass; raises :class:`DivergedError` if the loss is infinite or NaN."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            raise diverged_loss(loss, self, self._dev_scorer.module(self.generator()), inputs)
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return and log the dev score of the model."""

@@ -50,9 +50,16 @@ def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Ten
     """
     path = cache_folder() / "reference" / f"{json_digest(identity)[:32]}.safetensors"
     try:
-        return load_file(path)[name]
+        if (cached := load_file(path)[name]).isfinite().all():
+            return cached
+        tensor = compute()
     except (SafetensorError, OSError, KeyError):  # missing, truncated, not readable, or not our file
         tensor = compute()
+    if not tensor.isfinite().all():
+        raise SempaError(
+            f"The reference model gives infinite or NaN values ({name}). Many models overflow in float16: choose "
+            "--dtype bfloat16 or float32. With those, its files are damaged."
+        )
     if write:
         try:
             clear_leftovers(path.parent)

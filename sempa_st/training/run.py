@@ -21,6 +21,7 @@ from sempa_st.training.build import build_trainer
 from sempa_st.training.callbacks import PairProgress
 from sempa_st.training.checkpoints import Checkpoints
 from sempa_st.training.config import TrainConfig
+from sempa_st.training.divergence import DivergedError
 from sempa_st.training.inputs import RunInputs, load_inputs, report_inputs
 from sempa_st.training.launch import check_processes, check_sharding
 from sempa_st.training.output import KeptModels, ModelWriter
@@ -162,6 +163,13 @@ def explain_interruption(explain: Callable[[], str | None]) -> Iterator[None]:
     before = _EXPLAINED.set(True)
     try:
         yield
+    except DivergedError:
+        if is_outer:
+            print(
+                "Going on from its checkpoints would end there again: change a setting, and give --overwrite.",
+                file=sys.stderr,
+            )
+        raise
     except BaseException:
         if (line := explain()) and is_outer:
             print(line, file=sys.stderr, flush=True)

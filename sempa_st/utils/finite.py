@@ -34,6 +34,7 @@ class NotFiniteError(SempaError):
             "overflow in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its "
             "files are damaged."
         )
+        self.bad = list(bad)
         self.texts = [text for _, text in bad]
         self.total = total
 

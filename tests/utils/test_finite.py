@@ -68,8 +68,30 @@ def test_a_dev_score_of_no_numbers_is_refused() -> None:
     model = make_llama()
     assert np.isfinite(scorer(model))
     model.model.norm.weight.data[0] = torch.inf
-    with pytest.raises(SempaError, match=r"diverged: lower the learning rate.*of text 0 \('a'\)"):
+    with pytest.raises(
+        SempaError, match=r"of text 0 \('a'\).*diverged, in the tensor model.norm.weight: lower the learning rate"
+    ):
         scorer(model)
+
+
+def test_plain_sentence_transformers_are_watched(adapter_folder: Path) -> None:
+    model = sempa_st.load(adapter_folder, reader="native", dtype="float32", device="cpu")
+    assert type(model) is PlainTransformer
+    assert np.isfinite(model.encode(TEXTS)).all()
+    embedding = model[0].auto_model.get_input_embeddings()
+    token = model.tokenizer("Snow", add_special_tokens=False)["input_ids"][0]
+    embedding.weight.data[token] = torch.nan
+    with pytest.raises(SempaError, match=r"^1 of 3 vector.*Snow"):
+        model.encode(TEXTS)
+
+
+def test_in_a_pack_the_text_at_fault_is_named(adapter_folder: Path) -> None:
+    """A pack runs several texts as one row, and its mask adds: NaN times 0 is NaN, in all of them."""
+    model = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
+    token = model.tokenizer("Snow", add_special_tokens=False)["input_ids"][0]
+    model[0].model.get_input_embeddings().weight.data[token] = torch.nan
+    with pytest.raises(SempaError, match=r"^1 of 30 vector\(s\).*of text 7 \('Snow'\)"):
+        model.encode(["A cat sleeps."] * 7 + ["Snow"] + ["Why?"] * 22)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
