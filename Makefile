@@ -48,11 +48,11 @@ $(LOWEST)/.ready: pyproject.toml tools/lowest_versions.py
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c $(LOWEST)/lowest.txt -e ".[dev]"
 	touch $@
 
-# docs/how-to/use-with-other-libraries.md, and the clients of the server, with the newest libraries that pyproject.toml allows, in an environment of its own.
+# docs/how-to/use-with-other-libraries.md, docs/tutorials/answer-from-passages.md, and the clients of the server, with the newest libraries that pyproject.toml allows, in an environment of its own.
 RECIPES := .venv-recipes
 recipes: $(RECIPES)/.ready
 	OMP_NUM_THREADS=1 $(RECIPES)/bin/python -m pytest -n 0 -v -rs --durations=10 --auto-dtype float32 \
-		tests/test_docs.py tests/serve/test_clients.py -k "use-with-other-libraries and real_base or clients"
+		tests/test_docs.py tests/serve/test_clients.py -k "(use-with-other-libraries or answer-from-passages) and real_base or clients"
 
 $(RECIPES)/.ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(RECIPES)

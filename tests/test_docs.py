@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.generation_data import write_generation_data
+from helpers.server import activated_adapter
 from helpers.tiny import finish_adapter, make_gemma, make_llama, make_tokenizer, sample_sentences, save_base, save_sts
 
 from sempa_st.cli import main
@@ -125,6 +126,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama = save_base(root / "meta-llama" / "Meta-Llama-3-8B", make_llama(), make_tokenizer())
     finish_adapter(root / "sempa-gemma3-270m", gemma, make_gemma())
     finish_adapter(root / "sempa-llama3", llama, make_llama())
+    activated_adapter(root / "sempa-gemma3-270m-activated", gemma, make_gemma())
     return root
 
 
@@ -158,6 +160,7 @@ def test_the_blocks_of_a_page_run_on_the_real_base(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SEMPA_CACHE_DIR", str(USERS_CACHE))
     monkeypatch.setenv("SEMPA_AUTO_DTYPE", "float32")
+    Path("text.txt").write_text("\n".join(sample_sentences()), encoding="utf-8")
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = None
     for block in REAL[page]:

@@ -19,8 +19,10 @@ import sempa_st
 import sempa_st.mteb
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import encode_cache
-from sempa_st.evaluation.mteb_models import Decoder, as_encoder
+from sempa_st.evaluation.mteb_models import as_encoder
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
+from sempa_st.model.embedded import EMBEDDED_BASES
 
 Cli = Callable[..., tuple[int, str, str]]
 MAY_BE_UNKNOWN = {
@@ -48,10 +50,11 @@ def test_the_metadata_of_a_shipped_model_is_complete(name: str) -> None:
     meta = mteb.get_model_meta(f"sempa-st/{name}")
     assert {field for field, value in meta.model_dump().items() if value in (None, [], set(), "")} <= MAY_BE_UNKNOWN
     adapter = load_file_sizes(SHIPPED_MODELS / name / "adapter_model.safetensors")
-    assert meta.n_parameters == Decoder.embedded("gemma3-270m").parameters + adapter
+    base = EMBEDDED_BASES[ModelFolder(SHIPPED_MODELS / name).base]
+    assert meta.n_parameters == base.parameters + adapter
     assert meta.memory_usage_mb == round(4 * meta.n_parameters / 2**20)
-    assert (meta.embed_dim, meta.max_tokens, meta.license) == (640, 512, "gemma")
-    assert meta.adapted_from == "google/gemma-3-270m"
+    assert (meta.embed_dim, meta.max_tokens, meta.license) == (base.width, 512, base.licence)
+    assert meta.adapted_from == base.hub_id
     assert len(str(meta.revision)) == 40
     with pytest.raises(ValueError, match="revision 0123 not found"):
         mteb.get_model_meta(f"sempa-st/{name}", revision="0123")

@@ -16,6 +16,7 @@ from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
 from sempa_st.model.base_model import Base
+from sempa_st.model.embedded import EMBEDDED_BASES
 
 pytestmark = pytest.mark.names_dtype
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,8 @@ AUTHORS = ["Ziyang Chen", "Zhenxuan Huang", "Yile Wang", "Weiqin Wang", "Lu Yin"
 def test_the_metadata_of_a_shipped_card(name: str) -> None:
     check_card(SHIPPED_MODELS / name)
     data = ModelCard.load(SHIPPED_MODELS / name / "README.md").data
-    assert (data.license, data.base_model, data.base_model_relation) == ("gemma", "google/gemma-3-270m", "adapter")
+    base = EMBEDDED_BASES[ModelFolder(SHIPPED_MODELS / name).base]
+    assert (data.license, data.base_model, data.base_model_relation) == (base.licence, base.hub_id, "adapter")
     assert {"sentence-transformers", "lora", "peft", "sempa"} <= set(data.tags)
     assert data.library_name == "sentence-transformers"
     assert data.widget[0]["sentences"]
@@ -48,7 +50,7 @@ def test_the_first_line_says_which_objective_trained_it(name: str) -> None:
     config = json.loads((SHIPPED_MODELS / name / "sempa_run.json").read_text())["config"]
     first = (SHIPPED_MODELS / name / "README.md").read_text().split(f"# {name}\n\n")[1].partition("\n")[0]
     assert first.startswith(f"Trained by `{config['objective']}` (")
-    assert ("KL term on ordinary text" in first) == bool(config["kl"])
+    assert ("tied to its base by a KL term on" in first) == bool(config["kl"])
 
 
 def test_a_weighted_sum_is_named_by_its_parts(adapter_folder: Path, tiny_base: Path) -> None:

@@ -29,11 +29,12 @@ class Running:
     service: Service
 
 
-def activated_adapter(folder: Path, base: Path) -> Path:
+def activated_adapter(folder: Path, base: Path, model: Any = None) -> Path:
     """Write a folder of format custom whose adapter acts on sentences under the template and on no other text."""
     tokenizer = make_tokenizer()
     install_template(tokenizer, EMBEDDING_TEMPLATES["prompteol"])
-    return finish_adapter(folder, base, make_llama(), format="custom", invocation=prefix_tokens(tokenizer, "prompteol"))
+    invocation = prefix_tokens(tokenizer, "prompteol")
+    return finish_adapter(folder, base, model or make_llama(), format="custom", invocation=invocation)
 
 
 def load_float32(folder: Path) -> SentenceTransformer:

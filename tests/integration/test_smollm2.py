@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 import sempa_st
+from sempa_st.data.sts import dev_pairs
 from sempa_st.evaluation.mteb_models import Decoder
 from sempa_st.folder.copying import copy_model
 from sempa_st.model.base_model import resolve_base
@@ -48,3 +49,16 @@ def test_readers_agree_and_the_licence_goes_along(base: Path, tmp_path: Path) ->
     assert (folder / "LICENSE").read_bytes() == (base / "LICENSE").read_bytes()
     assert "license: apache-2.0" in (folder / "README.md").read_text()
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in (folder / "README.md").read_text()
+
+
+def test_the_shipped_model_embeds_and_other_text_is_the_bases(base: Path) -> None:
+    model = sempa_st.load("sempa-smollm2-135m-activated", dtype="float32", device="cpu")
+    plain = sempa_st.load("smollm2-135m", dtype="float32", device="cpu")
+    pairs = dev_pairs("sample", None)
+    scores = [pairs.spearman(each.encode(pairs.sentences, convert_to_tensor=True)) for each in (model, plain)]
+    assert scores[0] > scores[1] + 3
+    inputs = model.tokenizer("The history of the city begins in", return_tensors="pt")
+    written, expected = (
+        each[0].model.generate(**inputs, max_new_tokens=20, do_sample=False) for each in (model, plain)
+    )
+    assert torch.equal(written, expected)

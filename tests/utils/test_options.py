@@ -93,7 +93,9 @@ def test_shipped_files_are_valid_and_the_papers() -> None:
     papers = {"gemma3-270m-cpu", "llama2-7b", "llama3-8b"}
     baselines = {"llama2-7b-contrastive", "llama3-8b-contrastive"}
     ours = {"gemma3-270m", "gemma3-270m-activated", "gemma3-270m-closing"}
-    assert set(shipped_configs()) == papers | baselines | ours
+    assert set(shipped_configs()) == papers | baselines | ours | {"smollm2-135m"}
+    preference = parse("--config", "smollm2-135m", *REQUIRED)
+    assert (preference.objective, preference.kl, preference.kl_text) == ("retrieval", 1, "template")
     for name in ours | baselines:
         assert "contrastive" in parse("--config", name, *REQUIRED).objective_weights
     for name in papers:
