@@ -17,7 +17,7 @@ from sempa_st.utils.finite import NotFiniteError
 
 _MAX_TEXTS = 32
 """Texts of a batch."""
-_MAX_TEXTS_BESIDE_GENERATION = 8
+_MAX_TEXTS_BESIDE_GENERATION = 16
 """The same while a generation waits for its next token, so that its text does not stutter."""
 _MAX_CHARACTERS = 32 * 256
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from sempa_st.serve import device
 from sempa_st.serve.device import EMBEDDING, GENERATION, DeviceTurns
 
 
@@ -92,3 +93,33 @@ def test_one_at_a_time_and_in_order() -> None:
     for thread in threads:
         thread.join(10)
     assert most == 1 and order == list(range(8))
+
+
+def test_a_moment_between_two_turns_costs_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tokens a generation is away; another kind that always waits must not take the device each time."""
+    monkeypatch.setattr(device, "_MOMENT", 1.0)
+    clock, order, done = Clock(), [], threading.Event()
+    turns = DeviceTurns(now=clock)
+
+    def generate() -> None:
+        for _ in range(40):
+            with turns.turn(GENERATION):
+                order.append(GENERATION)
+                clock.now += 1
+            time.sleep(0.002)
+        done.set()
+
+    def embed() -> None:
+        while not done.is_set():
+            with turns.turn(EMBEDDING):
+                order.append(EMBEDDING)
+                clock.now += 10
+
+    threads = [threading.Thread(target=work) for work in (generate, embed)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    last = max(index for index, kind in enumerate(order) if kind == GENERATION)
+    assert 2 <= order[:last].count(EMBEDDING) <= 6, order
