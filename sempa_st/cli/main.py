@@ -31,6 +31,7 @@ from sempa_st.cli import (
 )
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
 from sempa_st.errors import SempaError
+from sempa_st.utils.leftovers import unwritable_reason
 
 _EXIT_UNEXPECTED = 1
 _EXIT_BAD_INPUT = 2
@@ -68,6 +69,8 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
     """Print an error as one paragraph, in one process only, and return the exit code."""
     if isinstance(error, SempaError | OSError):
         message, code = str(error), _EXIT_BAD_INPUT
+    elif reason := unwritable_reason(error):  # such as safetensors' own error for a full disk
+        message, code = f"What the command was writing could not be written ({reason}).", _EXIT_BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
         message = f"interrupted. {args.kept(args)}"
         code = _EXIT_TERMINATED if isinstance(error, _Terminated) else _EXIT_INTERRUPTED

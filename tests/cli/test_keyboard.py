@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny import sample_sentences, save_sts
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from sempa_st.encoding import shard_writer
@@ -170,6 +171,18 @@ def test_sigterm_is_told_like_ctrl_c(
     code, _, err = run_cli("copy", tiny_base, tmp_path / "out")
     assert (code, err.splitlines()[-1]) == (143, "sempa: interrupted. Nothing was kept.")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_full_disk_is_told_in_one_paragraph(
+    run_cli: Cli, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sempa_st.folder.copying.copy_model", full)
+    code, _, err = run_cli("copy", tiny_base, tmp_path / "out")
+    assert code == 2
+    assert err.splitlines()[-1] == "sempa: What the command was writing could not be written (No space left on device)."
 
 
 def test_a_forked_process_dies_of_sigterm(

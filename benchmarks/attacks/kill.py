@@ -1,0 +1,121 @@
+"""Kill a command at a random moment and run it again: the result is an undisturbed run's, and nothing else is left."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.attacks.world import CPU, TRAIN, Child, Outcome, World, content
+
+_TRIALS, _QUICK_TRIALS = 20, 2
+_TERMINATED = 143
+_WAYS_ON = {"no unfinished run": "", "Pass --overwrite": "--overwrite"}
+"""Flags by what the answer to ``--resume`` says: before the first checkpoint, or in the middle of it."""
+_FINISHED = ("exists", "is not empty")
+"""Parts of answers to a command whose output was there already when it was killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that is killed.
+
+    Attributes:
+        name: Name in the table.
+        command: Its words; see :meth:`World.words`.
+        output: Name of its output.
+        resume: Flag with which it goes on, if it needs one.
+        quick: Whether it is one of the quick form.
+    """
+
+    name: str
+    command: str
+    output: str = "out"
+    resume: str = ""
+    quick: bool = False
+
+
+_ENCODE = f"encode NATIVE TEXTS --output OUT --shard-size 4 {CPU}"
+_RUN = TRAIN.replace("--max-triplets 24", "--max-triplets 8").replace(
+    "--checkpoint-samples 8", "--checkpoint-samples 4"
+)
+JOBS = [
+    Job("encode to npy", _ENCODE, "v.npy", quick=True),
+    Job("encode to parquet", _ENCODE, "v.parquet"),
+    Job("encode to a folder", _ENCODE),
+    Job("train: dpo (TRL's trainer)", TRAIN, resume="--resume", quick=True),
+    Job("train: contrastive (sentence-transformers' trainer)", f"{TRAIN} --objective contrastive", resume="--resume"),
+    Job("train: one-word-listwise", f"{TRAIN} --objective one-word-listwise", resume="--resume"),
+    Job(
+        "train: retrieval with a KL term", f"{TRAIN} --objective retrieval --kl 1 --kl-text template", resume="--resume"
+    ),
+    Job("train: all weights", f"{TRAIN} --tuning full", resume="--resume"),
+    Job("sweep", _RUN.replace("train ", "sweep ", 1) + " --set lora_r=2,4"),
+    Job("table", f"table --base BASE --methods mean last-token --data-dir DATA --output OUT {CPU}"),
+    Job("evaluate", f"evaluate NATIVE --tasks STSBenchmark --split dev --data-dir DATA --output OUT {CPU}"),
+    Job("analyze", f"analyze BASE --only geometry --output OUT {CPU}"),
+    Job("copy --merge", "copy NATIVE OUT --merge", quick=True),
+    Job("copy --format server", "copy NATIVE OUT --format server"),
+    Job("average", "average NATIVE OTHER --output OUT", quick=True),
+]
+
+
+def attack(world: World) -> Iterator[Outcome]:
+    """Yield what became of each command, killed and ended by SIGTERM."""
+    for job in JOBS:
+        if job.quick or not world.quick:
+            yield attack_job(world, job, _QUICK_TRIALS if world.quick else _TRIALS)
+
+
+def attack_job(world: World, job: Job, trials: int) -> Outcome:
+    """Kill one command ``trials`` times, each time anew, and end it once by SIGTERM."""
+    outcome, started = Outcome(f"kill: {job.name}"), time.perf_counter()
+    moments = random.Random(job.name)
+    undisturbed = world.folder("kill", "undisturbed")
+    code = Child.start(world.words(job.command, undisturbed / job.output), world.root / "log.txt").wait()
+    seconds = time.perf_counter() - started
+    expected = content(undisturbed / job.output)
+    outcome.check(code == 0 and bool(expected), f"undisturbed: exit code {code}")
+    for number in [signal.SIGKILL] * trials + [signal.SIGTERM]:
+        moment = moments.uniform(0, seconds)
+        fault = _fault(world, job, moment, number, expected)
+        outcome.check(not fault, f"{number.name} after {moment:.2f} of {seconds:.2f} s: {fault}")
+    shutil.rmtree(world.root / "kill")
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def _fault(world: World, job: Job, moment: float, number: signal.Signals, expected: dict[str, str]) -> str:
+    """Return what is wrong after a command was ended at a moment and run again; empty if nothing is."""
+    folder = world.folder("kill", "trial")
+    output, log = folder / job.output, world.root / "log.txt"
+    child = Child.start(world.words(job.command, output), log)
+    code = child.kill_after(moment, number)
+    if number == signal.SIGTERM and code not in (0, _TERMINATED, -number):  # the last before main() has begun
+        return f"SIGTERM led to exit code {code}: {child.last_line}"
+    code, line = again(world, job, output)
+    if code and not (code == 2 and output.exists() and any(part in line for part in _FINISHED)):
+        return f"run again: exit code {code}: {line}"
+    found = content(output)
+    if different := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
+        return f"other than undisturbed: {', '.join(different)}"
+    left = sorted(path.name for path in folder.iterdir() if path != output)
+    return f"left: {', '.join(left)}" if left else ""
+
+
+def again(world: World, job: Job, output: Path) -> tuple[int, str]:
+    """Return exit code and last line of the command run again, with the flags that its own messages name."""
+    code, line = _once(world, job, output, job.resume)
+    for words, flag in _WAYS_ON.items():
+        if job.resume and code and words in line:
+            code, line = _once(world, job, output, flag)
+    return code, line
+
+
+def _once(world: World, job: Job, output: Path, flag: str) -> tuple[int, str]:
+    child = Child.start([*world.words(job.command, output), *flag.split()], world.root / "log.txt")
+    return child.wait(), child.last_line

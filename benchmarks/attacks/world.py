@@ -1,0 +1,185 @@
+"""What the attacks share: tiny models and data in a scratch folder, commands in processes of their own, and outcomes.
+
+A process of a command is forked from one that has imported everything, so that a trial takes seconds and not the half
+minute of the imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # the tests' tiny models
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+from helpers.server import activated_adapter
+from helpers.tiny import finish_adapter, make_llama, make_tokenizer, sample_sentences, save_base, save_sts
+
+import sempa_st
+from sempa_st.cli import main
+
+CPU = "--device cpu --dtype float32"
+TRAIN = (
+    "train --base BASE --data sample --dev sample --max-triplets 24 --batch-size 4 --gradient-accumulation 1 "
+    f"--checkpoint-samples 8 --learning-rate 5e-3 --max-seq-length 200 {CPU} --output OUT"
+)
+"""A run of seconds with three checkpoints."""
+_VARIES = {"created", "seconds", "command", "speed", "run"}
+"""Keys of records that differ between two runs of the same command."""
+
+
+@dataclass
+class Outcome:
+    """What became of an attack.
+
+    Attributes:
+        attack: What was done.
+        trials: How often.
+        failures: What went wrong, a line each.
+        seconds: How long all trials took.
+    """
+
+    attack: str
+    trials: int = 0
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def check(self, holds: bool, otherwise: str) -> None:
+        """Count a trial; note what went wrong unless it holds."""
+        self.trials += 1
+        if not holds:
+            self.failures.append(otherwise)
+
+
+@dataclass(frozen=True)
+class World:
+    """A scratch folder with tiny models and data, and how hard to try.
+
+    Attributes:
+        root: The folder.
+        quick: Whether a few trials of each attack do.
+    """
+
+    root: Path
+    quick: bool = False
+
+    @classmethod
+    def build(cls, root: Path, *, quick: bool = False) -> World:
+        """Write the models and data, import all that a command needs, and return the world."""
+        torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+        os.environ["SEMPA_CACHE_DIR"] = str(root / "cache")
+        for module in pkgutil.walk_packages(sempa_st.__path__, "sempa_st."):
+            if not module.name.endswith(("__main__", "on_ray")) and ".serve" not in module.name:
+                importlib.import_module(module.name)
+        for library in ("mteb", "peft", "trl"):
+            importlib.import_module(library)
+        base = save_base(root / "base", make_llama(), make_tokenizer(chat=None))
+        finish_adapter(root / "native", base, make_llama())
+        finish_adapter(root / "other", base, make_llama(), seed=2)
+        activated_adapter(root / "activated", base)
+        (root / "data").mkdir()
+        save_sts(root / "data")
+        (root / "texts.txt").write_text("\n".join(sample_sentences()[:240]) + "\n", encoding="utf-8")
+        return cls(root, quick)
+
+    def words(self, command: str, output: Path) -> list[str]:
+        """Return the words of a command; names in capitals stand for paths of the world, and OUT for ``output``."""
+        names = {"OUT": output, "BASE": self.root / "base", "NATIVE": self.root / "native"}
+        names |= {"OTHER": self.root / "other", "ACTIVATED": self.root / "activated"}
+        names |= {"DATA": self.root / "data", "TEXTS": self.root / "texts.txt"}
+        return [str(names.get(word, word)) for word in shlex.split(command)]
+
+    def folder(self, *parts: str) -> Path:
+        """Return an empty folder of the world."""
+        path = self.root.joinpath(*parts)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+
+@dataclass
+class Child:
+    """A command in a process of its own; its output goes to a file."""
+
+    process: int
+    log: Path
+    code: int | None = None
+
+    @classmethod
+    def start(cls, words: Sequence[str], log: Path, before: Callable[[], Any] = lambda: None) -> Child:
+        """Fork this process and run a command of ``sempa`` in the copy, after ``before``."""
+        process = os.fork()
+        if process:
+            return cls(process, log)
+        code = 1
+        try:
+            os.setsid()
+            output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.argv = ["sempa", *words]
+            before()
+            code = main(words)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> int:
+        """Return the exit code; negative is the number of the signal that ended the process."""
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        return self.code
+
+    def kill_after(self, seconds: float, number: int) -> int:
+        """Send a signal after some seconds, unless the command has ended by then; return the exit code."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self.process, os.WNOHANG)
+            if done:
+                self.code = os.waitstatus_to_exitcode(status)
+                return self.code
+            time.sleep(0.002)
+        os.kill(self.process, number)
+        return self.wait()
+
+    @property
+    def last_line(self) -> str:
+        """Return the last line that the command wrote so far."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+        return lines[-1] if lines else ""
+
+
+def content(path: Path) -> dict[str, str]:
+    """Return a SHA-256 of each file of an output, by its path in it; of JSON without what differs from run to run."""
+    folder = path if path.is_dir() else path.parent
+    return {str(file.relative_to(folder)): _digest(file) for file in files_of(path)}
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Yield the files of a folder and below, sorted, or the file itself."""
+    yield from [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _digest(file: Path) -> str:
+    raw = file.read_bytes()
+    if file.suffix == ".json":
+        raw = json.dumps(_constant(json.loads(raw)), sort_keys=True).encode()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _constant(item) for key, item in value.items() if key not in _VARIES}
+    return [_constant(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,60 @@
+"""Attack the package and count what fails: killed commands, full disks, hostile texts and files, races, odd numbers.
+
+    python -m benchmarks.robustness --output FILE.json            # all of it, an hour of two cores
+    python -m benchmarks.robustness --quick --output FILE.json    # a few trials of each attack, minutes
+
+Everything happens in a scratch folder, on tiny random models. The exit code is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.attacks import disk, kill, numbers, texts
+from benchmarks.attacks.world import Outcome, World
+from sempa_st.utils.files import write_json
+from sempa_st.utils.run_info import run_info
+from sempa_st.utils.tables import table
+
+ATTACKS: dict[str, Callable[[World], Iterable[Outcome]]] = {
+    "kill": kill.attack,
+    "disk": disk.attack,
+    "texts": texts.attack,
+    "numbers": numbers.attack,
+}
+
+
+def main() -> int:
+    """Run the attacks named on the command line, print their table and return 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few trials of each attack")
+    parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="attacks (default: all)")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    args = parser.parse_args()
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        world = World.build(Path(scratch), quick=args.quick)
+        for name in args.only:
+            for outcome in ATTACKS[name](world):
+                outcomes.append(outcome)
+                print(f"{outcome.attack}: {len(outcome.failures)} of {outcome.trials} failed", file=sys.stderr)
+                write_json(args.output, {**run_info(), "quick": args.quick, "attacks": [asdict(o) for o in outcomes]})
+    print(report(outcomes))
+    return int(any(outcome.failures for outcome in outcomes))
+
+
+def report(outcomes: Iterable[Outcome]) -> str:
+    """Return a table of the attacks, and the failures below it."""
+    outcomes = list(outcomes)
+    rows = [[o.attack, o.trials, len(o.failures), o.seconds] for o in outcomes]
+    failures = [f"{outcome.attack}: {failure}" for outcome in outcomes for failure in outcome.failures]
+    return "\n".join([table(["attack", "trials", "failures", "seconds"], rows), *failures])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
