@@ -39,8 +39,7 @@ class GradientCheck(TrainerCallback):
     ) -> None:
         """Check the gradients, which are clipped by now; raises :class:`DivergedError`."""
         model = self._trainer.generator()
-        sums = [p.grad.sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-        if not sums or torch.stack([total.detach().to(sums[0].device) for total in sums]).isfinite().all():
+        if all(_total(p.grad).isfinite() for p in model.parameters() if p.grad is not None):
             self._skipped = 0
             return
         self._skipped += 1
@@ -48,6 +47,12 @@ class GradientCheck(TrainerCallback):
             raise DivergedError(
                 f"The gradient of step {state.global_step + 1} is infinite or NaN. {likely_cause(model)}"
             )
+
+
+def _total(gradient: Any) -> Tensor:
+    """Return the sum of a gradient, of a sharded one over all processes."""
+    total = gradient.detach().sum(dtype=torch.float32)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 
 def diverged_loss(loss: Tensor, trainer: Any, module: Any, batch: Mapping[str, Any]) -> DivergedError:

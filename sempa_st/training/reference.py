@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,10 @@ def cached_tensor(name: str, identity: dict[str, Any], compute: Callable[[], Ten
         write: Whether this process writes the result to the cache.
     """
     path = cache_folder() / "reference" / f"{json_digest(identity)[:32]}.safetensors"
-    try:
+    with suppress(SafetensorError, OSError, KeyError):  # missing, truncated, not readable, or not our file
         if (cached := load_file(path)[name]).isfinite().all():
             return cached
-        tensor = compute()
-    except (SafetensorError, OSError, KeyError):  # missing, truncated, not readable, or not our file
-        tensor = compute()
+    tensor = compute()
     if not tensor.isfinite().all():
         raise SempaError(
             f"The reference model gives infinite or NaN values ({name}). Many models overflow in float16: choose "
