@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 _FUSED_IN_MAMBA = {"out_proj", "dt_proj", "x_proj"}
 """Layers whose weights Mamba's kernels use without calling the layer, so that an adapter on them has no effect."""
-_NUM_TEST_TOKENS = 32
-"""Length of the sequence on which a merged model is compared with the model it was merged from."""
+_NUM_TEST_TOKENS = 32  # length of the sequence on which a merged model is compared with what it was merged from
 
 
 def linear_suffixes(model: PreTrainedModel) -> list[str]:
@@ -248,10 +247,9 @@ def check_runs_activated(base: Base, name: str, folder: Path, tokens: Sequence[i
             for batch in ([[*tokens, other]], [[other] * 4], [[other, *tokens], [*tokens, other]]):
                 tuned(input_ids=torch.tensor(batch), use_cache=False)
     except (IndexError, RuntimeError) as error:
-        kind = type(tuned.get_base_model()).__name__
         raise SempaError(
-            f"The adapter of {name} cannot be activated: the layers of {kind} hide from PEFT which token is which "
-            f"({error}). Leave out --activate."
+            f"The adapter of {name} cannot be activated: the layers of {type(tuned.get_base_model()).__name__} hide "
+            f"from PEFT which token is which ({error}). Leave out --activate."
         ) from error
 
 
