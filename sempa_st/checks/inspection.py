@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sempa_st.utils.names import check_entry, inside
 CONFIG = "config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MAX_SETTINGS_BYTES = 64 << 20
+_MAX_DEPTH = 100
+"""Maximum depth of lists and objects in settings: libraries copy them by recursion."""
 _MAX_BYTES = {".jinja": 1 << 20, ".json": 1 << 29, ".txt": 1 << 29, ".model": 1 << 29}
 """Maximum size by suffix of files that libraries read into memory: many times the largest known vocabulary file."""
 _TEMPLATES = "additional_chat_templates"
@@ -156,6 +159,8 @@ def _read(path: Path, schema: str) -> Any:
 
     _check_size(path, _MAX_SETTINGS_BYTES)
     content = read_json(path)
+    if _is_deeper(content, _MAX_DEPTH):
+        raise SempaError(f"{path} is nested more than {_MAX_DEPTH} deep. Restore or download the file again.")
     if mismatch := first_mismatch(schema, content):
         key, value, expected = mismatch
         raise SempaError(
@@ -163,6 +168,18 @@ def _read(path: Path, schema: str) -> Any:
             "or download it again."
         )
     return content
+
+
+def _is_deeper(content: Any, limit: int) -> bool:
+    """Whether lists and objects are nested deeper than ``limit``."""
+    level = [content]
+    for _ in range(limit):
+        level = [item for each in level if isinstance(each, dict | list) for item in _items(each)]
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _check_size(path: Path, limit: int | None) -> None:

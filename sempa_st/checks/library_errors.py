@@ -35,7 +35,8 @@ def readable(folder: str | Path, what: str = "model", base: Path | None = None) 
         SempaError: If the files are missing, incomplete or unsupported.
     """
     try:
-        yield
+        with _panics():
+            yield
     except SempaError:
         raise
     except Exception as error:  # libraries raise many unrelated types for missing, incomplete or unsupported files
@@ -61,6 +62,17 @@ def readable(folder: str | Path, what: str = "model", base: Path | None = None) 
         raise SempaError(
             f"The {what} in {folder} cannot be read ({reason}). Restore or download the folder again."
         ) from error
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """Turn a panic of a library in Rust, such as tokenizers, into an exception, which it is not."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def quantisation(folder: str | Path) -> str | None:

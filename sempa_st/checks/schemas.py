@@ -26,12 +26,15 @@ from pydantic_core import InitErrorDetails
 
 from sempa_st.checks.patterns import check_pattern
 from sempa_st.checks.record_schema import RunRecord, Settings
+from sempa_st.utils.files import lone_surrogates
 from sempa_st.utils.names import is_plain_path
 
 _MAX_COUNT = 1024
 """Maximum number of layers, or of experts in a layer: several times that of the largest models."""
 _COUNT_KEY = re.compile(r"(layers?|experts)$")
 _MAX_RANK = 4096
+_MAX_PATH, _MAX_PART = 4096, 255
+"""Maximum length of a path in characters and of one of its parts in bytes, as of Linux's file systems."""
 _MAX_PATTERNS = 256
 """Maximum number of expressions in one setting; PEFT matches each against the name of every layer."""
 
@@ -58,6 +61,19 @@ def _plain_name(name: str) -> str:
     if not is_plain_path(name) or "/" in name:
         raise ValueError("a plain name")
     return name
+
+
+def _reference(name: str) -> str:
+    odd = any(ord(character) < ord(" ") or lone_surrogates(character) for character in name)
+    if odd or len(name) > _MAX_PATH or any(len(part.encode()) > _MAX_PART for part in name.split("/")):
+        raise ValueError(f"a name or path without control characters, of at most {_MAX_PART} bytes a part")
+    return name
+
+
+def _text(text: str) -> str:
+    if lone_surrogates(text):
+        raise ValueError("a text without lone surrogates")
+    return text
 
 
 _Unsupported = Annotated[Any, AfterValidator(_unsupported)]
@@ -92,7 +108,7 @@ class _TransformerModule(Settings):
 
 
 class _SentenceTransformer(Settings):
-    prompts: dict[str, str] | None = None
+    prompts: dict[str, Annotated[str, AfterValidator(_text)]] | None = None
     default_prompt_name: str | None = None
     similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
     truncate_dim: PositiveInt | None = None
@@ -119,7 +135,7 @@ class _Normalize(Settings):
 
 class _Adapter(Settings):
     peft_type: str
-    base_model_name_or_path: str | None = None
+    base_model_name_or_path: Annotated[str, AfterValidator(_reference)] | None = None
     r: _Rank = 8
     lora_alpha: FiniteFloat = 8
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0
@@ -167,6 +183,7 @@ class _Config(Settings):
     model_type: str | None = None
     architectures: list[str] | None = None
     is_encoder_decoder: bool | None = None
+    return_dict: Literal[True] | None = None
     vocab_size: PositiveInt | None = None
     auto_map: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None

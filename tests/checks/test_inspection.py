@@ -226,6 +226,16 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     ("base", "config.json", "model_type", "unheard-of"),
     ("base", "config.json", "transformers_weights", "../other.safetensors"),
     ("base", "config.json", "text_config", 3),
+    ("base", "config.json", "return_dict", False),
+    *(
+        ("base", "config.json", "id2label", json.loads('{"a":' * depth + "1" + "}" * depth))
+        for depth in (120, 600, 900)
+    ),
+    *(
+        ("sempa", "adapter_config.json", "base_model_name_or_path", name)
+        for name in ("a" * 256, "é" * 200, "a/" * 3000, "a\0b", "a\nb", "\ud800")
+    ),
+    ("sempa", "config_sentence_transformers.json", "prompts", {"query": "\ud800"}),
     ("base", INDEX, "weight_map", {}),
     ("base", INDEX, "weight_map", ["a"]),
     *(
@@ -242,6 +252,20 @@ def test_wrong_keys(run_cli: RunCli, folders: Path, tmp_path: Path, kind: str, n
         make_sharded(folders / "base")
     change(folders / kind / name, **{key: value})
     assert_refused(run_cli, folders / kind, tmp_path, str(folders))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!!!!"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    ],
+)
+def test_a_panic_of_the_tokenizer_is_an_error(
+    run_cli: RunCli, folders: Path, tmp_path: Path, part: dict[str, Any]
+) -> None:
+    change(folders / "sempa" / "tokenizer.json", **part)
+    assert_refused(run_cli, folders / "sempa", tmp_path, str(folders))
 
 
 @pytest.mark.parametrize(
