@@ -91,7 +91,6 @@ def test_columns_that_cannot_be_kept_are_refused(model: Any, tmp_path: Path) -> 
     assert not list(tmp_path.glob("v.parquet*"))
 
 
-@pytest.mark.parametrize("output", ["v.npy", "v.parquet"])
 def test_a_corpus_of_one_vector_has_no_range(model: Any, tmp_path: Path) -> None:
     (tmp_path / "same.txt").write_text("A cat sleeps.\n" * 3)
     with pytest.raises(SempaError, match="all sentences here have one vector"):
@@ -99,6 +98,7 @@ def test_a_corpus_of_one_vector_has_no_range(model: Any, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["same.txt"]
 
 
+@pytest.mark.parametrize("output", ["v.npy", "v.parquet"])
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
 def test_vectors_are_cut_normalised_and_quantised(
     model: Any, tmp_path: Path, text_file: Path, precision: str, output: str
