@@ -196,7 +196,8 @@ async def _both(
                     async for line in answer.aiter_lines():
                         if time.perf_counter() >= deadline:
                             break
-                        done[1] += bool(line.startswith("data: ") and json.loads(line[6:])["choices"][0]["text"])
+                        if line.startswith("data: {"):  # the last line is no JSON
+                            done[1] += bool(json.loads(line[6:])["choices"][0]["text"])
 
         await asyncio.gather(*(embed(number) for number in range(clients)), *(write() for _ in range(streams)))
     return done[0], done[1]
