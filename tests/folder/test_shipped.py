@@ -308,8 +308,9 @@ def test_the_demo_does_without_shipped_models(root: Path, tmp_path: Path, monkey
 def test_what_the_package_holds_is_whole() -> None:
     real = Path("sempa_st") / "assets" / "models"
     for folder in real.iterdir() if real.is_dir() else ():
-        assert sorted(path.name for path in folder.iterdir()) == PACKED
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        terms = {"gemma3-270m": "GEMMA_TERMS.html", "smollm2-135m": "LICENSE"}[base]
+        assert {path.name for path in folder.iterdir()} == {*PACKED, terms} - ({"GEMMA_TERMS.html"} - {terms})
         assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
-        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "gemma3-270m"
         assert "template" in json.loads((folder / "sempa_run.json").read_text())["config"]
         assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {torch.bfloat16}
