@@ -111,14 +111,14 @@ def _smallest_cosine(folder: Path) -> float:
 
 def _models(output: Path) -> Iterator[tuple[str, SentenceTransformer]]:
     """Yield the heading of its column and each model on the demo's base; only one model is in memory at a time."""
+    from sempa_st.folder import shipped
     from sempa_st.folder.layout import ModelFolder
-    from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
     from sempa_st.loading import load
 
     yield "base", load(EMBEDDED_BASE)
     yield "just trained", load(output)
-    for name in shipped_names():
-        if ModelFolder(SHIPPED_MODELS / name).base == EMBEDDED_BASE:
+    for name in shipped.shipped_names():
+        if ModelFolder(shipped.SHIPPED_MODELS / name).base == EMBEDDED_BASE:
             yield name, load(name)
 
 
