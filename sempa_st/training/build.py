@@ -27,6 +27,7 @@ from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.dropout import check_repeatable, disable_dropout
 from sempa_st.training.forward import TrainingForward
+from sempa_st.training.fused_lora import fuse_updates
 from sempa_st.training.inputs import RunInputs
 from sempa_st.training.reference import answers_identity, reference_identity
 from sempa_st.training.run_folder import RunFolder
@@ -52,6 +53,8 @@ def build_trainer(inputs: RunInputs, run_folder: RunFolder) -> DevScoreTrainer:
         check_repeatable(inputs.model)
     with _bars_if_long(len(inputs.data.triplets)), explain_dropout():
         trainer = _MAKERS[config.library](inputs, arguments)
+    if inputs.device == "cpu":  # elsewhere other libraries may hold the weights, and hand them out layer by layer
+        fuse_updates(trainer.generator())
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Checkpoints(inputs.identity))
     trainer.add_callback(PairProgress(triplets_per_step, len(inputs.data.triplets)))

@@ -1,0 +1,97 @@
+"""LoRA layers that compute a linear layer and its update together, for training on a CPU.
+
+PEFT adds the update in steps of their own: it converts the input to the adapter's float32, multiplies twice, scales,
+adds, and converts back. Each step reads and writes a tensor as large as the layer's output, which takes longer on a CPU
+than the products. Here the second product adds to the layer's output, and only the small factors are converted.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def fuse_updates(model: nn.Module) -> int:
+    """Let the LoRA layers of a model compute their updates by :func:`linear_with_update`, and return their number.
+
+    Layers that are quantised, have several adapters, dropout, or a variant of LoRA (DoRA, activated LoRA) stay as PEFT
+    has them. A changed layer computes by PEFT again while its adapter is disabled or merged.
+    """
+    layers = [module for module in model.modules() if type(module) is lora.Linear and _is_plain(module)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)
+    return len(layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    base, names = layer.get_base_layer(), list(layer.lora_A)
+    return (
+        type(base) is nn.Linear
+        and not base.weight.requires_grad
+        and layer.active_adapters == names
+        and len(names) == 1
+        and not layer.lora_variant
+        and not layer.lora_bias[names[0]]
+        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
+    )
+
+
+def _forward(layer: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base, (name,) = layer.get_base_layer(), layer.active_adapters
+    if layer.disable_adapters or layer.merged or args or kwargs or inputs.dtype != base.weight.dtype:
+        output: Tensor = type(layer).forward(layer, inputs, *args, **kwargs)
+        return output
+    first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return linear_with_update(inputs, base.weight, base.bias, first, second, layer.scaling[name])
+
+
+def linear_with_update(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, scale: float
+) -> Tensor:
+    """Return x W^T + b + s (x A^T) B^T, with gradients to x, A and B.
+
+    Args:
+        inputs: x, of shape (..., in_features).
+        weight: W, frozen, of shape (out_features, in_features) and of the dtype of ``inputs``.
+        bias: b, frozen, of shape (out_features,), or None.
+        first: A, of shape (rank, in_features), of any float dtype.
+        second: B, of shape (out_features, rank).
+        scale: s, alpha / rank.
+
+    Returns:
+        Tensor of shape (..., out_features), of the dtype of ``inputs``.
+    """
+    output: Tensor = _LinearWithUpdate.apply(inputs, weight, bias, first, second, scale)
+    return output
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs, weight, bias, first, second, scale = arguments
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        ctx.scale, ctx.shape, ctx.dtype = scale, inputs.shape, first.dtype
+        first, second = first.to(rows.dtype), (second * scale).to(rows.dtype)
+        inner = rows @ first.T
+        output = functional.linear(rows, weight, bias).addmm_(inner, second.T)
+        ctx.save_for_backward(rows, weight, first, second, inner)
+        return output.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, first, second, inner = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        of_inner = gradient @ second
+        of_first = (of_inner.T @ rows).to(ctx.dtype)
+        of_second = (gradient.T @ inner).to(ctx.dtype) * ctx.scale
+        of_inputs = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = (gradient @ weight).addmm_(of_inner, first).view(ctx.shape)
+        return of_inputs, None, None, of_first, of_second, None
