@@ -8,6 +8,8 @@ started anew by Ray, and the shards that it had not written are given out again.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,7 +52,8 @@ class RayWorkers:
         self._started = not ray.is_initialized()
         if self._started:
             # Joins a cluster that RAY_ADDRESS names or that runs here; or else starts one of this machine.
-            ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+            with _sigterm_unchanged():
+                ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
         resources = ray.cluster_resources()
         device = options.get("device") or ("cuda" if resources.get("GPU") else "cpu")
         self._needs = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": 1}
@@ -150,6 +153,19 @@ def _calibrate(
 def _raise_if(error: str) -> None:
     if error:
         raise SempaError(error)
+
+
+@contextmanager
+def _sigterm_unchanged() -> Iterator[None]:
+    """Keep what SIGTERM does to this process; ``ray.init`` makes it an exit with another code and a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # where Ray leaves it alone, too
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

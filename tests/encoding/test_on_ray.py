@@ -17,6 +17,7 @@ import pytest
 from helpers.tiny import sample_sentences
 
 from sempa_st.encoding import encode_file
+from sempa_st.encoding.on_ray import RayWorkers
 from sempa_st.encoding.sentences import read_sentences
 from sempa_st.encoding.shard_writer import ShardWriter
 from sempa_st.encoding.tables import input_schema
@@ -120,3 +121,24 @@ def test_ray_needs_a_model_that_is_there(cluster: None, corpus: Path, tmp_path: 
     with pytest.raises(SempaError, match="Unknown model"):
         encode_file("no/such", corpus, tmp_path / "v", column="text", engine="ray", **FLOAT32)
     assert not (tmp_path / "v.encoding").exists()
+
+
+def test_sigterm_does_what_it_did_before_ray_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(*_: Any) -> None:
+        """Stands for the command line's own handler."""
+
+    def start(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise RuntimeError("started")
+
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(RuntimeError, match="started"):
+            RayWorkers("gemma3-270m", {}, None)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
