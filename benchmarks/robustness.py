@@ -1,6 +1,6 @@
-"""Attack the package and count what fails: killed commands, full disks, hostile texts and files, races, odd numbers.
+"""Attack the package and count what fails: kills, full disks, hostile input, odd numbers, leaks, races, long runs.
 
-    python -m benchmarks.robustness --output FILE.json            # all of it, an hour of two cores
+    python -m benchmarks.robustness --output FILE.json            # all of it, three hours of two cores
     python -m benchmarks.robustness --quick --output FILE.json    # a few trials of each attack, minutes
 
 Everything happens in a scratch folder, on tiny random models. The exit code is 1 if anything failed.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.attacks import disk, kill, numbers, texts
+from benchmarks.attacks import disk, files, haul, kill, numbers, push, races, secrets, texts
 from benchmarks.attacks.world import Outcome, World
 from sempa_st.utils.files import write_json
 from sempa_st.utils.run_info import run_info
@@ -23,9 +23,14 @@ from sempa_st.utils.tables import table
 
 ATTACKS: dict[str, Callable[[World], Iterable[Outcome]]] = {
     "kill": kill.attack,
+    "push": push.attack,
     "disk": disk.attack,
     "texts": texts.attack,
     "numbers": numbers.attack,
+    "files": files.attack,
+    "secrets": secrets.attack,
+    "races": races.attack,
+    "haul": haul.attack,
 }
 
 

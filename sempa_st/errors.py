@@ -9,7 +9,12 @@ class SempaError(ValueError):
     """An error that the user can fix: the message names the bad value, what was expected and what to do."""
 
 
-def first_line(error: Exception) -> str:
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is the panic of a library in Rust, such as tokenizers, which is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.attacks.world import CPU, TRAIN, Child, Outcome, World, content
+from benchmarks.attacks.world import CPU, REPOSITORY, TRAIN, Child, Outcome, World, content
+from sempa_st.model.embedded import embedded_base
 
 _TRIALS, _QUICK_TRIALS = 20, 2
 _TERMINATED = 143
@@ -30,6 +32,9 @@ class Job:
         output: Name of its output.
         resume: Flag with which it goes on, if it needs one.
         quick: Whether it is one of the quick form.
+        trials: How often it is killed at most.
+        environment: Variables of its process; the value OUT stands for the output.
+        given: Returns a folder that the output holds from the start, by links to its files.
     """
 
     name: str
@@ -37,6 +42,9 @@ class Job:
     output: str = "out"
     resume: str = ""
     quick: bool = False
+    trials: int = _TRIALS
+    environment: Mapping[str, str] = field(default_factory=dict)
+    given: Callable[[], Path] | None = None
 
 
 _ENCODE = f"encode NATIVE TEXTS --output OUT --shard-size 4 {CPU}"
@@ -62,23 +70,43 @@ JOBS = [
     Job("copy --format server", "copy NATIVE OUT --format server"),
     Job("average", "average NATIVE OTHER --output OUT", quick=True),
 ]
+_SPARE = f"encode MODEL TEXTS --output SPARE --overwrite {CPU}"
+_CACHE = {"SEMPA_CACHE_DIR": "OUT"}
+_SHIPPED = "sempa-smollm2-135m-activated"
+FULL_JOBS = [
+    Job("prepare a base", _SPARE.replace("MODEL", "smollm2-135m"), environment=_CACHE),
+    Job(
+        "complete a shipped model",
+        _SPARE.replace("MODEL", _SHIPPED),
+        environment=_CACHE,
+        given=lambda: embedded_base("smollm2-135m"),
+    ),
+    Job(
+        "encode on Ray",
+        f"{_ENCODE} --engine ray --workers 1",
+        trials=5,
+        environment={"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)},
+    ),
+]
+"""Commands of half a minute."""
 
 
 def attack(world: World) -> Iterator[Outcome]:
     """Yield what became of each command, killed and ended by SIGTERM."""
-    for job in JOBS:
+    for job in JOBS if world.quick else [*JOBS, *FULL_JOBS]:
         if job.quick or not world.quick:
-            yield attack_job(world, job, _QUICK_TRIALS if world.quick else _TRIALS)
+            yield attack_job(world, job, _QUICK_TRIALS if world.quick else job.trials)
 
 
 def attack_job(world: World, job: Job, trials: int) -> Outcome:
     """Kill one command ``trials`` times, each time anew, and end it once by SIGTERM."""
     outcome, started = Outcome(f"kill: {job.name}"), time.perf_counter()
     moments = random.Random(job.name)
-    undisturbed = world.folder("kill", "undisturbed")
-    code = Child.start(world.words(job.command, undisturbed / job.output), world.root / "log.txt").wait()
-    seconds = time.perf_counter() - started
-    expected = content(undisturbed / job.output)
+    output = _fresh(world, job)
+    began = time.perf_counter()
+    code = _start(world, job, output).wait()
+    seconds = time.perf_counter() - began
+    expected = content(output)
     outcome.check(code == 0 and bool(expected), f"undisturbed: exit code {code}")
     for number in [signal.SIGKILL] * trials + [signal.SIGTERM]:
         moment = moments.uniform(0, seconds)
@@ -89,11 +117,25 @@ def attack_job(world: World, job: Job, trials: int) -> Outcome:
     return outcome
 
 
+def _fresh(world: World, job: Job) -> Path:
+    """Return the path of a job's output in an empty folder, with what it holds from the start."""
+    output = world.folder("kill", "trial") / job.output
+    if job.given is not None:
+        source = job.given()
+        shutil.copytree(source, output / source.name, copy_function=os.link)
+    return output
+
+
+def _start(world: World, job: Job, output: Path, flag: str = "") -> Child:
+    variables = {name: str(output) if value == "OUT" else value for name, value in job.environment.items()}
+    words = [*world.words(job.command, output), *flag.split()]
+    return Child.start(words, world.root / "log.txt", before=lambda: os.environ.update(variables))
+
+
 def _fault(world: World, job: Job, moment: float, number: signal.Signals, expected: dict[str, str]) -> str:
     """Return what is wrong after a command was ended at a moment and run again; empty if nothing is."""
-    folder = world.folder("kill", "trial")
-    output, log = folder / job.output, world.root / "log.txt"
-    child = Child.start(world.words(job.command, output), log)
+    output = _fresh(world, job)
+    child = _start(world, job, output)
     code = child.kill_after(moment, number)
     if number == signal.SIGTERM and code not in (0, _TERMINATED, -number):  # the last before main() has begun
         return f"SIGTERM led to exit code {code}: {child.last_line}"
@@ -103,7 +145,7 @@ def _fault(world: World, job: Job, moment: float, number: signal.Signals, expect
     found = content(output)
     if different := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
         return f"other than undisturbed: {', '.join(different)}"
-    left = sorted(path.name for path in folder.iterdir() if path != output)
+    left = sorted(path.name for path in output.parent.iterdir() if path != output)
     return f"left: {', '.join(left)}" if left else ""
 
 
@@ -117,5 +159,5 @@ def again(world: World, job: Job, output: Path) -> tuple[int, str]:
 
 
 def _once(world: World, job: Job, output: Path, flag: str) -> tuple[int, str]:
-    child = Child.start([*world.words(job.command, output), *flag.split()], world.root / "log.txt")
+    child = _start(world, job, output, flag)
     return child.wait(), child.last_line

@@ -11,11 +11,15 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import shlex
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +34,20 @@ from helpers.tiny import finish_adapter, make_llama, make_tokenizer, sample_sent
 import sempa_st
 from sempa_st.cli import main
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = "--device cpu --dtype float32"
 TRAIN = (
     "train --base BASE --data sample --dev sample --max-triplets 24 --batch-size 4 --gradient-accumulation 1 "
     f"--checkpoint-samples 8 --learning-rate 5e-3 --max-seq-length 200 {CPU} --output OUT"
 )
 """A run of seconds with three checkpoints."""
-_VARIES = {"created", "seconds", "command", "speed", "run"}
-"""Keys of records that differ between two runs of the same command."""
+_REMEMBERED = "digests"
+_VARIES = {"created", "seconds", "command", "speed", "run", "date", "evaluation_time", "start", "end"}
+"""Keys of records that differ between two runs of the same command; the last four are MTEB's."""
+_VARYING_COLUMNS = {"seconds", "sentences/s"}
+_TIME = re.compile(rb"\d{4}-\d\d-\d\dT[\d:]+\+00:00")
+_JOURNAL = "journal.jsonl"
+"""File of a sweep with times, and with numbers of processes."""
 
 
 @dataclass
@@ -98,7 +108,7 @@ class World:
         """Return the words of a command; names in capitals stand for paths of the world, and OUT for ``output``."""
         names = {"OUT": output, "BASE": self.root / "base", "NATIVE": self.root / "native"}
         names |= {"OTHER": self.root / "other", "ACTIVATED": self.root / "activated"}
-        names |= {"DATA": self.root / "data", "TEXTS": self.root / "texts.txt"}
+        names |= {"DATA": self.root / "data", "TEXTS": self.root / "texts.txt", "SPARE": self.root / "spare.npy"}
         return [str(names.get(word, word)) for word in shlex.split(command)]
 
     def folder(self, *parts: str) -> Path:
@@ -129,18 +139,38 @@ class Child:
             output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout = sys.stderr = open(output, "w", 1, encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
             sys.argv = ["sempa", *words]
             before()
             code = main(words)
+        except BaseException:
+            traceback.print_exc()
         finally:
-            sys.stderr.flush()
             os._exit(code)
+
+    @classmethod
+    def call(cls, work: Callable[[], Any], log: Path) -> Child:
+        """Fork this process and call a function in the copy; an exception is the exit code 1."""
+
+        def before() -> None:
+            work()
+            sys.stdout.flush()
+            os._exit(0)
+
+        return cls.start([], log, before)
 
     def wait(self) -> int:
         """Return the exit code; negative is the number of the signal that ended the process."""
         if self.code is None:
             self.code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         return self.code
+
+    def wait_within(self, seconds: float) -> int:
+        """Return the exit code; kill the process, and those that it has started, if they take longer."""
+        code = self.kill_after(seconds, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
+        return code
 
     def kill_after(self, seconds: float, number: int) -> int:
         """Send a signal after some seconds, unless the command has ended by then; return the exit code."""
@@ -162,9 +192,13 @@ class Child:
 
 
 def content(path: Path) -> dict[str, str]:
-    """Return a SHA-256 of each file of an output, by its path in it; of JSON without what differs from run to run."""
+    """Return a SHA-256 of each file of an output, by its path in it, without what differs from run to run.
+
+    A sweep's journal and the remembered digests of a cache folder are left out: they hold times and places.
+    """
     folder = path if path.is_dir() else path.parent
-    return {str(file.relative_to(folder)): _digest(file) for file in files_of(path)}
+    names = {file: file.relative_to(folder) for file in files_of(path)}
+    return {str(name): _digest(file) for file, name in names.items() if name.parts[0] not in (_REMEMBERED, _JOURNAL)}
 
 
 def files_of(path: Path) -> Iterator[Path]:
@@ -176,6 +210,10 @@ def _digest(file: Path) -> str:
     raw = file.read_bytes()
     if file.suffix == ".json":
         raw = json.dumps(_constant(json.loads(raw)), sort_keys=True).encode()
+    elif separator := {".md": "|", ".csv": ","}.get(file.suffix):
+        raw = repr(list(_constant_cells(raw.decode(), separator))).encode()
+    elif file.suffix == ".html":
+        raw = _TIME.sub(b"", raw)
     return hashlib.sha256(raw).hexdigest()
 
 
@@ -183,3 +221,12 @@ def _constant(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _constant(item) for key, item in value.items() if key not in _VARIES}
     return [_constant(item) for item in value] if isinstance(value, list) else value
+
+
+def _constant_cells(text: str, separator: str) -> Iterator[list[str]]:
+    """Yield the lines of a text as cells, without the columns of a table that differ from run to run."""
+    varying: set[int] = set()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(separator)]
+        varying = {place for place, cell in enumerate(cells) if cell in _VARYING_COLUMNS} or varying
+        yield [cell for place, cell in enumerate(cells) if place not in varying]

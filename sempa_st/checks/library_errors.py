@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sempa_st.checks.inspection import CONFIG, settings_if_any
-from sempa_st.errors import SempaError, first_line
+from sempa_st.errors import SempaError, first_line, is_panic
 
 _CONFIGS = (CONFIG, "tokenizer_config.json")
 _NEEDS_REMOTE_CODE = re.compile(
@@ -70,7 +70,7 @@ def _panics() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise RuntimeError(str(error)) from error
 

@@ -31,7 +31,9 @@ from sempa_st.utils.names import is_plain_path
 
 _MAX_COUNT = 1024
 """Maximum number of layers, or of experts in a layer: several times that of the largest models."""
-_COUNT_KEY = re.compile(r"(layers?|experts)$")
+_MAX_LABELS = 1 << 20
+"""Maximum number of labels of a classifier: transformers makes a name for each, though a decoder has none."""
+_COUNT_KEY = re.compile(r"(layers?|experts|num_labels)$")
 _MAX_RANK = 4096
 _MAX_PATH, _MAX_PART = 4096, 255
 """Maximum length of a path in characters and of one of its parts in bytes, as of Linux's file systems."""
@@ -162,16 +164,17 @@ class _Adapter(Settings):
 
 def _bounded_counts(settings: Any) -> Any:
     for keys, count in _counts(settings):
-        if count > _MAX_COUNT:
+        limit = _MAX_LABELS if keys[-1] == "num_labels" else _MAX_COUNT
+        if count > limit:
             errors: list[InitErrorDetails] = [
-                {"type": "less_than_equal", "loc": keys, "input": count, "ctx": {"le": _MAX_COUNT}}
+                {"type": "less_than_equal", "loc": keys, "input": count, "ctx": {"le": limit}}
             ]
             raise ValidationError.from_exception_data("config", errors)
     return settings
 
 
 def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the numbers of layers and experts in a ``config.json``, each with its path of keys."""
+    """Yield the numbers of layers, experts and labels in a ``config.json``, each with its path of keys."""
     for name, value in settings.items() if isinstance(settings, dict) else ():
         if isinstance(value, dict):
             yield from (((name, *keys), count) for keys, count in _counts(value))

@@ -56,9 +56,7 @@ def _config_matching_files(kind: Any, folder: Path) -> Any:
 
     transformers allocates memory for all weights before it reads the sizes in the files.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    config = read_config(folder)
     with torch.device("meta"):
         expected = sum(
             parameter.numel() for parameter in kind.from_config(deepcopy(config), trust_remote_code=False).parameters()
@@ -69,6 +67,25 @@ def _config_matching_files(kind: Any, folder: Path) -> Any:
         raise SempaError(
             f"The model in {folder} cannot be read: its config.json describes one that has {expected:,} weights, and "
             f"the .safetensors files have room for {limit:,} at most. Restore or download the folder again."
+        )
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    """Return the transformers config of the model in ``folder``.
+
+    Raises:
+        SempaError: If it is invalid, or has settings of a text decoder inside that its model type does not read.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with readable(folder):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        inner = config.get_text_config()
+    if not isinstance(inner, PreTrainedConfig):
+        raise SempaError(
+            f"The model in {folder} cannot be read: its config.json has settings of a text model inside "
+            f"({inner!r:.80}), and the type {config.model_type} has none there. Restore or download the folder again."
         )
     return config
 

@@ -57,6 +57,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from sempa_st.evaluation.sts import score_tasks
     from sempa_st.folder.resolve import describe_method, find_model
     from sempa_st.utils.files import check_output_file, write_json
+    from sempa_st.utils.portable import portable_name
     from sempa_st.utils.run_info import run_info
 
     score_files = [Path(args.output, "scores.json"), *([Path(args.json)] if args.json else [])]
@@ -77,7 +78,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(table(["task", "split", "protocol", "pairs", "Spearman x 100"], rows))
     if others:
         print(table(["task", "type", "split", "metric", "score x 100"], [list(astuple(each)[:5]) for each in others]))
-    result = {"model": args.model, "method": method, "results": [asdict(score) for score in scores]}
+    result = {"model": portable_name(args.model), "method": method, "results": [asdict(score) for score in scores]}
     if others:
         result["tasks"] = [asdict(score) for score in others]
     run = {"dtype": args.dtype, "int8": args.int8, "reader": args.reader, **run_info()}

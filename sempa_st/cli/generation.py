@@ -73,6 +73,7 @@ def _generation(args: argparse.Namespace) -> None:
     from sempa_st.evaluation.generation import load_tasks, parse_tasks
     from sempa_st.folder.resolve import describe_method, find_model
     from sempa_st.utils.files import check_output_file, write_json
+    from sempa_st.utils.portable import portable_name
     from sempa_st.utils.run_info import run_info
 
     if args.output:
@@ -93,9 +94,10 @@ def _generation(args: argparse.Namespace) -> None:
         base = args.base if source.kind == "sempa" or not adapters else None
         results.append(_score(model, describe_method(source, None), tasks, base, args))
     report = {"models": results, "run": {"limits": limits, **run_info()}}
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else _report(report))
+    shared = {**report, "models": [{**result, "model": portable_name(result["model"])} for result in results]}
+    print(json.dumps(shared, indent=2, ensure_ascii=False) if args.json else _report(report))
     if args.output:
-        write_json(args.output, report)
+        write_json(args.output, shared)
 
 
 def _score(

@@ -30,13 +30,15 @@ from sempa_st.cli import (
     train,
 )
 from sempa_st.cli.arguments import CommandParser, PrintCompletion
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, first_line, is_panic
 from sempa_st.utils.leftovers import unwritable_reason
 
 _EXIT_UNEXPECTED = 1
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130
 _EXIT_TERMINATED = 143
+_MAX_MESSAGE, _MESSAGE_END = 1900, 500
+"""Characters shown of an error's message, and how many of them are its last ones, which say what to do."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -62,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         return _report(error, args)
+    except BaseException as error:
+        if args.debug or not is_panic(error):
+            raise
+        return _report(error, args)
     return 0
 
 
@@ -69,6 +75,12 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
     """Print an error as one paragraph, in one process only, and return the exit code."""
     if isinstance(error, SempaError | OSError):
         message, code = str(error), _EXIT_BAD_INPUT
+    elif is_panic(error):
+        message = (
+            f"A library gave up ({first_line(error)}), as tokenizers does where the files of a tokenizer are damaged "
+            "or one of its expressions takes too long. Restore or download the model again, or take other sentences."
+        )
+        code = _EXIT_BAD_INPUT
     elif reason := unwritable_reason(error):  # such as safetensors' own error for a full disk
         message, code = f"What the command was writing could not be written ({reason}).", _EXIT_BAD_INPUT
     elif isinstance(error, KeyboardInterrupt):
@@ -78,8 +90,16 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
         message = f"{type(error).__name__}: {error} (unexpected; --debug shows the traceback)"
         code = _EXIT_UNEXPECTED
     if os.environ.get("RANK", "0") == "0":
-        print(f"sempa: {' '.join(message.split())}", file=sys.stderr)
+        print(f"sempa: {_paragraph(message)}", file=sys.stderr)
     return code
+
+
+def _paragraph(message: str) -> str:
+    """Return a message as one line that a terminal shows as it is: files bring control characters and endless names."""
+    line = " ".join(message.split())
+    if len(line) > _MAX_MESSAGE:
+        line = f"{line[: _MAX_MESSAGE - _MESSAGE_END]} [...] {line[-_MESSAGE_END:]}"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 def build_parser() -> argparse.ArgumentParser:

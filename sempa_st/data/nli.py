@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from sempa_st.data.rows import ROW_SUFFIXES, find_columns, read_rows
+from sempa_st.data.rows import MAX_COLUMNS, ROW_SUFFIXES, find_columns, read_rows
 from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.assets import asset_path
-from sempa_st.utils.files import is_text, lone_surrogates
+from sempa_st.utils.files import is_text
 from sempa_st.utils.options import split_list
 from sempa_st.utils.run_info import fingerprint
 
@@ -25,7 +25,9 @@ _LABELS = ("entailment", "neutral", "contradiction")
 _LABEL_OF: dict[Any, str] = {**dict.fromkeys(("", "-", None, -1), ""), **{name: name for name in _LABELS}}
 _LABEL_OF |= enumerate(_LABELS)
 """Names by what stands for them. Where labels are missing, pandas writes the others as 0.0, 1.0, 2.0."""
-_NO_TEXT = "sentences that are empty or null or hold a lone surrogate"
+_MAX_CHARACTERS = 1_000_000
+"""Longest sentence in characters; tokenizers take hundreds of bytes for each, and training cuts it off far earlier."""
+_NO_TEXT = f"sentences that are empty or null, hold a lone surrogate or are longer than {_MAX_CHARACTERS:,} characters"
 _HUB_ARGUMENTS: dict[str, dict[str, str]] = {
     "princeton-nlp/datasets-for-simcse": {"data_files": "nli_for_simcse.csv"},
     "sentence-transformers/all-nli": {"name": "triplet"},
@@ -136,7 +138,7 @@ def _renamed(rows: list[dict[str, Any]], columns: Mapping[str, str], source: str
     if missing:
         raise SempaError(
             f"{source} has no column {missing[0]!r}, which --columns names. Expected one of: "
-            f"{', '.join(map(str, rows[0]))}."
+            f"{list_first(list(rows[0]), MAX_COLUMNS)}."
         )
     if not columns:
         return rows
@@ -178,10 +180,10 @@ def _from_triplets(
     for number, row in enumerate(rows, 1):
         sentences: list[Any] = [row.get(column) for column in columns]
         neutral = row.get("neutral")
-        broken = isinstance(neutral, str) and lone_surrogates(neutral)
-        if all(map(is_text, sentences)) and not broken:
+        broken = isinstance(neutral, str) and bool(neutral.strip()) and not _is_sentence(neutral)
+        if all(map(_is_sentence, sentences)) and not broken:
             premise, entailed, contradicted = sentences if len(columns) > 2 else [*sentences, ""]
-            triplets.append(Triplet(premise, entailed, contradicted, neutral if is_text(neutral) else None))
+            triplets.append(Triplet(premise, entailed, contradicted, neutral if _is_sentence(neutral) else None))
         else:
             bad_rows.append(number)
     _report(bad_rows, f"{_NO_TEXT} in the columns ({', '.join(columns)})", source, skip_bad_rows)
@@ -197,7 +199,7 @@ def _from_pairs(
     for number, row in enumerate(rows, 1):
         premise, hypothesis, raw = (row.get(column) for column in columns)
         label = _label(raw)
-        if not (is_text(premise) and is_text(hypothesis)):
+        if not (_is_sentence(premise) and _is_sentence(hypothesis)):
             empty.append(number)
         elif label is None:
             unknown.append(number)
@@ -214,6 +216,10 @@ def _from_pairs(
             incomplete.append(first_row[premise])
     _report(incomplete, "a premise with no entailed or no contradicted hypothesis", source, skip_bad_rows)
     return triplets, len(empty) + len(unknown) + len(incomplete)
+
+
+def _is_sentence(value: Any) -> TypeGuard[str]:
+    return is_text(value) and len(value) <= _MAX_CHARACTERS
 
 
 def _label(raw: Any) -> str | None:

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sempa_st.errors import SempaError
+from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.files import UTF8, read_json
 
 _PARQUET_ROWS = 8192
+MAX_COLUMNS = 40
+"""Number of a file's columns that a message lists."""
 Tell = Callable[[], int]
 """Returns a position in a file."""
 
@@ -45,7 +47,7 @@ def find_columns(
             return layout
     expected = " or ".join(f"({', '.join(layout)})" for layout in layouts)
     raise SempaError(
-        f"{source} has the columns ({', '.join(map(str, columns)) or 'none'}). Expected {expected}. {advice}"
+        f"{source} has the columns ({list_first(columns, MAX_COLUMNS) or 'none'}). Expected {expected}. {advice}"
     )
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sempa_st.data.rows import ROW_SUFFIXES, rows_from
+from sempa_st.data.rows import MAX_COLUMNS, ROW_SUFFIXES, rows_from
 from sempa_st.errors import SempaError, list_first
 from sempa_st.utils.files import file_sha256, is_text
 
@@ -143,7 +143,7 @@ def _column_of(path: Path, column: str | None) -> str | None:
         return str(columns[0])
     if column is None or column not in columns:
         asked = "No --column was given" if column is None else f"There is no column {column!r}"
-        raise SempaError(f"{asked} for {path}. Its columns: {', '.join(map(str, columns)) or 'none'}.")
+        raise SempaError(f"{asked} for {path}. Its columns: {list_first(columns, MAX_COLUMNS) or 'none'}.")
     return column
 
 

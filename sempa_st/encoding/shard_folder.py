@@ -33,7 +33,7 @@ from sempa_st.utils.files import (
     read_json,
     write_json,
 )
-from sempa_st.utils.leftovers import publish
+from sempa_st.utils.leftovers import publish, scratch_folder
 
 FOLDER = ""
 """Ending of an output that is a folder of parquet files."""
@@ -97,8 +97,11 @@ class ShardFolder:
         check_not_inside(self.output, sentences.files)
         in_use = f"{self.output} is being written by another process. Wait for it, stop it, or choose another --output."
         with os_errors_as_sempa_errors(f"{self.output} cannot be written"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(self.path):
+                pass  # something can be written beside the output
         with locked(self.path.with_name(f".{self.path.name}.lock"), in_use, "runs"):
+            self.check_output(overwrite=overwrite)  # another process may have written it meanwhile
             self._prepare(identity, overwrite=overwrite)
             try:
                 yield self._finished()

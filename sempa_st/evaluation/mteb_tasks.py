@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from sempa_st.data.sts import STS_TASKS
 from sempa_st.errors import SempaError, first_line
 from sempa_st.evaluation.mteb_models import as_encoder
 from sempa_st.evaluation.tasks import quiet
+from sempa_st.utils.files import filled_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -110,7 +112,7 @@ def score_on_tasks(
     import mteb
 
     encoder = as_encoder(model)
-    cache = mteb.ResultCache(output)
+    cache = whole_results(output)
     scores = []
     for task in tasks:
         meta = task.metadata
@@ -131,6 +133,24 @@ def score_on_tasks(
             check_score(score, meta.name)
             scores.append(TaskScore(meta.name, meta.type, split, meta.main_score, score, meta.revision))
     return scores
+
+
+def whole_results(folder: Path) -> Any:
+    """Return MTEB's cache of results in a folder; each file appears whole, whatever ends or disturbs the process."""
+    import mteb
+
+    class WholeResults(mteb.ResultCache):
+        def save_to_cache(self, task_result: Any, model_name: Any, *args: Any, **settings: Any) -> None:
+            path = self.get_task_result_path(task_result.task_name, model_name, *args)
+            with filled_folder(self.cache_path, ()) as scratch:
+                earlier = path.with_name("run_settings.jsonl")  # MTEB adds lines to it
+                if earlier.is_file():
+                    copied = scratch / earlier.relative_to(self.cache_path.resolve())
+                    copied.parent.mkdir(parents=True)
+                    shutil.copy(earlier, copied)
+                mteb.ResultCache(scratch).save_to_cache(task_result, model_name, *args, **settings)
+
+    return WholeResults(folder.resolve())
 
 
 def check_score(score: float, task: str) -> None:

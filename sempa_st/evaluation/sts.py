@@ -12,7 +12,15 @@ from sempa_st.data.sts import PROTOCOLS, SPLITS, STS_TASKS, data_dir_or_default,
 from sempa_st.errors import SempaError, check_known
 from sempa_st.evaluation.encode_cache import EncodeCost, encode_cache
 from sempa_st.evaluation.mteb_models import as_encoder
-from sempa_st.evaluation.mteb_tasks import TaskScore, check_score, find_tasks, load_data, score_on_tasks, split_names
+from sempa_st.evaluation.mteb_tasks import (
+    TaskScore,
+    check_score,
+    find_tasks,
+    load_data,
+    score_on_tasks,
+    split_names,
+    whole_results,
+)
 from sempa_st.evaluation.tasks import quiet
 from sempa_st.evaluation.transfer import ALL, TRANSFER_TASKS, load_transfer, score_transfer
 from sempa_st.loading import load
@@ -248,7 +256,7 @@ def _score(encoder: Any, cell: Cell, output: Path, batch_size: int) -> Score:
         result = mteb.evaluate(
             encoder,
             task,
-            cache=mteb.ResultCache(output / "mteb" / cell.protocol),
+            cache=whole_results(output / "mteb" / cell.protocol),
             overwrite_strategy="always",
             co2_tracker=False,
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},

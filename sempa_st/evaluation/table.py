@@ -21,6 +21,7 @@ from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import read_json, write_json, write_text
+from sempa_st.utils.portable import portable_name
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
@@ -106,7 +107,8 @@ def _score(
     }
     record: dict[str, Any] = read_json(file) if file.is_file() else {}
     if record.get("identity") != identity:
-        record = {"system": system.name, "model": source.name, "identity": identity, "scores": {}}
+        record = {"system": system.name, "identity": identity, "scores": {}}
+    record["model"] = portable_name(source.name)
     missing = [cell for cell in cells if cell.task.metadata.name not in record["scores"].get(cell.protocol, {})]
     if not missing:
         return record

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import read_settings, tensor_shapes
 from sempa_st.errors import SempaError
-from sempa_st.model.adapter_kinds import layers_pattern, skeleton
+from sempa_st.model.adapter_kinds import check_lora, layers_pattern, skeleton
 from sempa_st.model.base_model import Base, load_causal_lm
 from sempa_st.model.peft_models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 
@@ -197,9 +197,7 @@ def _loading_errors(folder: Path, base_name: str) -> Iterator[None]:
             f"{folder} has no {ADAPTER_WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded; expected "
             "safetensors."
         )
-    kind = read_settings(folder, ADAPTER_CONFIG)["peft_type"]
-    if kind != "LORA":
-        raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
+    check_lora(folder)
     try:
         yield
     except SafetensorError as error:

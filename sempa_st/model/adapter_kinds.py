@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sempa_st.checks.inspection import tensor_shapes
+from sempa_st.checks.inspection import read_settings, tensor_shapes
 from sempa_st.checks.library_errors import readable
 from sempa_st.errors import SempaError
 from sempa_st.model.base_model import Base, load_config, named_decoder
@@ -61,8 +61,9 @@ def check_activated(base: Base, name: str, folder: Path) -> None:
         SempaError: If it would also act on other text, or adapts layers that PEFT has no activated form for.
     """
     refuse_extras(name, folder, "be activated, since other text would not get the base's exact output")
+    config = _lora_settings(folder)
     try:
-        _tensors_on(skeleton(base), folder)
+        _tensors_on(skeleton(base), config)
     except (ValueError, RuntimeError) as error:
         raise SempaError(
             f"The adapter of {name} cannot be activated: PEFT has no activated form for all of its layers ({error}). "
@@ -85,13 +86,13 @@ def check_native(base: Base, name: str, folder: Path) -> None:
     """
     purpose = "have the format native, in which plain sentence-transformers would misread it"
     refuse_extras(name, folder, purpose, _NATIVE_EXTRAS, "--format custom")
-    model = skeleton(base)
+    model, config = skeleton(base), _lora_settings(folder)
     prefix, shapes = f"base_model.model.{model.base_model_prefix}.", tensor_shapes(folder / ADAPTER_WEIGHTS)
     expected = {key.replace(prefix, "base_model.model.", 1): shape for key, shape in shapes.items()}
     head = model.get_output_embeddings()
     heads = tuple(f"base_model.model.{key}." for key, module in model.named_modules() if module is head)
     try:
-        tensors = _tensors_on(model.base_model, folder)
+        tensors = _tensors_on(model.base_model, config)
     except ValueError:  # the settings match no layer
         tensors = {}
     lost = {key for key, shape in expected.items() if not key.startswith(heads) and _is_lost(tensors, key, shape)}
@@ -131,11 +132,26 @@ def refuse_extras(
         )
 
 
-def _tensors_on(model: Any, folder: Path) -> dict[str, Any]:
-    """Return the adapter tensors that the settings in ``folder`` create on a model without weights, by name."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+def check_lora(folder: Path) -> None:
+    """Raise :class:`SempaError` unless an adapter is of PEFT's type LoRA."""
+    kind = read_settings(folder, ADAPTER_CONFIG)["peft_type"]
+    if kind != "LORA":
+        raise SempaError(f"The adapter in {folder} is of type {kind}. Expected LORA.")
 
-    config: Any = PeftConfig.from_pretrained(str(folder))
+
+def _lora_settings(folder: Path) -> Any:
+    """Return PEFT's settings of a LoRA; raises :class:`SempaError` if they are of another type or not readable."""
+    from peft import PeftConfig
+
+    check_lora(folder)
+    with readable(folder, "adapter"):
+        return PeftConfig.from_pretrained(str(folder))
+
+
+def _tensors_on(model: Any, config: Any) -> dict[str, Any]:
+    """Return the adapter tensors that PEFT's settings create on a model without weights, by name; both are changed."""
+    from peft import PeftModel, get_peft_model_state_dict
+
     # Some initialisations would read the base's weights.
     config.inference_mode, config.init_lora_weights = True, True
     return get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
@@ -194,7 +210,7 @@ def rewrite_tensors(base: Base, folder: Path, scale: float) -> None:
     path = folder / ADAPTER_WEIGHTS
     saved = load_file(path)
     model = skeleton(base)
-    tensors = full_names(saved, _tensors_on(model, folder), model.base_model_prefix)
+    tensors = full_names(saved, _tensors_on(model, _lora_settings(folder)), model.base_model_prefix)
     if scale == 1 and tensors.keys() == saved.keys():
         return
     scaled = {key: scale * tensor if any(up in key for up in _UP) else tensor for key, tensor in tensors.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import CONFIG, check_folder, checked_folder, read_settings
-from sempa_st.checks.library_errors import quantisation, readable
+from sempa_st.checks.library_errors import quantisation
 from sempa_st.errors import SempaError
 from sempa_st.model.embedded import EMBEDDED_BASES, embedded_at, embedded_base
 from sempa_st.utils.hub import model_folder
@@ -171,7 +171,6 @@ def check_causal_lm(folder: str | Path) -> None:
 
 def load_config(folder: Path) -> Any:
     """Return the transformers config of the model in ``folder``; raises :class:`SempaError` if it is invalid."""
-    from transformers import AutoConfig
+    from sempa_st.checks.weights import read_config
 
-    with readable(folder):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    return read_config(folder)

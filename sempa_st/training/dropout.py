@@ -42,6 +42,8 @@ def _zero_rates(holder: Any) -> None:
 def check_repeatable(model: PreTrainedModel) -> None:
     """Raise :class:`SempaError` if two forward passes in training mode differ, as with a router that adds noise.
 
+    So it does if they give NaN, which a setting may cause where all weights are finite.
+
     Args:
         model: Base model without dropout.
     """
@@ -51,6 +53,12 @@ def check_repeatable(model: PreTrainedModel) -> None:
     with torch.random.fork_rng(), torch.no_grad():
         first, second = (model(input_ids=ids, use_cache=False).logits.float() for _ in range(2))
     model.train(was_training)
+    if first.isnan().any():
+        raise SempaError(
+            f"{type(model).__name__} gives logits that are NaN before anything is trained, though its weights are "
+            "finite. Expected numbers: restore or download the config.json of the base again; if values overflow in "
+            "float16, choose --dtype float32 or bfloat16."
+        )
     if not torch.allclose(first, second, rtol=0, atol=1e-4 * float(first.abs().max())):
         raise SempaError(
             f"{type(model).__name__} draws random numbers in training besides dropout, so that it differs from its own "

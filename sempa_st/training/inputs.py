@@ -75,7 +75,17 @@ class RunInputs:
     @cached_property
     def left_out(self) -> list[str]:
         """Weights that the adapter leaves out, by their names within a layer."""
-        return [] if self.config.tuning == "full" else left_out(self.base, self.adapter_settings())
+        if self.config.tuning == "full":
+            return []
+        try:
+            return left_out(self.base, self.adapter_settings())
+        except ValueError as error:
+            if not self.start:
+                raise
+            raise SempaError(
+                f"The adapter of --from {self.config.from_} cannot be trained further: PEFT does not make one of its "
+                f"settings ({error}). Mend its adapter_config.json, or train on a merged copy (sempa copy --merge)."
+            ) from error
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class RunFolder:
             )
         self._take_lock()
         try:
+            check_output_folder(self.output, overwrite=overwrite)  # another process may have written it meanwhile
             self._check_no_other_files()
             if resume:
                 self._check_resumable(identity)

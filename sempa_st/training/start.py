@@ -11,6 +11,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base, embedding_tokenizer, find_model
 from sempa_st.folder.shipped import shipped_names
+from sempa_st.model.adapter import check_adapter
 from sempa_st.model.base_model import Base, resolve_base
 from sempa_st.model.embedded import EMBEDDED_BASE, EMBEDDED_BASES
 from sempa_st.model.templates import EMBEDDING_TEMPLATES, embedding_template
@@ -73,13 +74,14 @@ def open_start(config: TrainConfig) -> tuple[TrainConfig, Base, PreTrainedTokeni
         The tokenizer has the embedding template installed; the start is None without ``--from``.
 
     Raises:
-        SempaError: As :func:`find_start`, and if a setting contradicts the adapter.
+        SempaError: As :func:`find_start`, and if the adapter does not match the base or a setting contradicts it.
     """
     base, source = find_start(config)
     if source is None:
         tokenizer = load_tokenizer(base.folder)
         install_template(tokenizer, embedding_template(config.template))
         return config, base, tokenizer, None
+    check_adapter(base, source.folder.path)
     tokenizer, template, length = embedding_tokenizer(source, base, None)
     decided = _decided(source, base, tokenizer, template)
     config = replace(config, lora_layers=_listed(config.adapted_layers))

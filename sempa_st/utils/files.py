@@ -26,7 +26,7 @@ def atomic_file(path: str | Path) -> AbstractContextManager[Path]:
     Raises:
         SempaError: If the folder cannot be created or written to.
     """
-    return _atomic(Path(path), Path.touch)
+    return _atomic(Path(path), Path.touch, overwrite=True)
 
 
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
@@ -35,11 +35,12 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractConte
     An existing folder is removed only after the new one is in place.
 
     Raises:
-        SempaError: If ``path`` is not empty and ``overwrite`` is false, or if it cannot be written.
+        SempaError: If ``path`` is not empty and ``overwrite`` is false, be it since another process has filled it
+            meanwhile, or if it cannot be written.
     """
     target = Path(path).resolve()  # if path is a link, replace the folder it points to and keep the link
     check_output_folder(target, overwrite=overwrite)
-    return _atomic(target, Path.mkdir)
+    return _atomic(target, Path.mkdir, overwrite=overwrite)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def filled_folder(path: str | Path, replaced: Sequence[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _atomic(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+def _atomic(target: Path, create: Callable[[Path], None], *, overwrite: bool) -> Iterator[Path]:
     with ExitStack() as stack:
         with os_errors_as_sempa_errors(f"{target} cannot be written"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,10 @@ def _atomic(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             create(partial)
         yield partial
         with os_errors_as_sempa_errors(f"{target} cannot be written"):
-            publish(partial, target)
+            try:
+                publish(partial, target, overwrite=overwrite)
+            except FileExistsError as error:
+                raise SempaError(_not_empty(target)) from error
 
 
 @contextmanager
@@ -179,12 +183,23 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
     with os_errors_as_sempa_errors(f"{target} cannot be read"):
         clear_leftovers(target.resolve().parent, target.resolve().name)
         is_file = target.is_file()
-        is_filled = target.is_dir() and any(target.iterdir())
+        is_filled = _is_filled(target)
     if is_file:
         raise SempaError(f"The output {target} is a file. Expected a new or empty folder; choose another path.")
     if is_filled and not overwrite:
-        raise SempaError(f"The output folder {target} is not empty. Choose another, or pass --overwrite to replace it.")
+        raise SempaError(_not_empty(target))
     _check_parent(target)
+
+
+def _is_filled(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except FileNotFoundError:  # another process has just moved it away
+        return False
+
+
+def _not_empty(folder: Path) -> str:
+    return f"The output folder {folder} is not empty. Choose another, or pass --overwrite to replace it."
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
         # A folder that cannot be locked or removed is in use, or belongs to another user.
         with suppress(InUseError, OSError), held(scratch / _LOCK):
             _restore_or_remove(_backup_path(scratch), name)
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)  # its run may have ended just now, and be removing it
     for backup in folder.glob(start + _OLD + digits):
         if not backup.with_name(backup.name.replace(_OLD, _PARTIAL)).exists():
             with suppress(OSError):
@@ -145,26 +145,59 @@ def _restore_or_remove(backup: Path, name: str | None) -> None:
         backup.rename(target)
 
 
-def publish(output: Path, target: Path) -> None:
+def publish(output: Path, target: Path, *, overwrite: bool = True) -> None:
     """Move ``output``, a file or folder in a scratch folder beside ``target``, to ``target`` atomically.
 
     Everything is flushed to disk first, and gets the permissions that the user's umask asks for, whatever the library
-    that wrote it chose. An existing folder at ``target`` is removed only after the new one is in place.
+    that wrote it chose. An existing folder at ``target`` is removed only after the new one is in place. Several
+    processes may publish folders to one target: the last one stays.
+
+    Args:
+        output: File or folder to move.
+        target: Where to.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        FileExistsError: If ``target`` is a folder that is not empty, and ``overwrite`` is false.
     """
     _flush(output, mode=output.parent.stat().st_mode & 0o777)
-    if target.is_dir() and output.is_dir():
-        backup = _backup_path(output.parent)
-        target.rename(backup)
-        try:
-            output.rename(target)
-        except OSError:
-            backup.rename(target)
-            raise
-        _sync_folder(target.parent)
-        shutil.rmtree(backup)
-    else:
+    if not output.is_dir():
         output.replace(target)
         _sync_folder(target.parent)
+        return
+    backup = _backup_path(output.parent)
+    while True:
+        if overwrite and target.is_dir():
+            with suppress(FileNotFoundError):  # another process has just moved it away
+                target.rename(backup)
+        try:
+            moved = _moved(output, target)
+        except OSError:
+            if backup.exists():
+                backup.rename(target)
+            raise
+        if moved:
+            break
+        if not overwrite:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        shutil.rmtree(backup, ignore_errors=True)  # another process has published in between
+    _sync_folder(target.parent)
+    if backup.exists():
+        shutil.rmtree(backup)
+
+
+def _moved(folder: Path, target: Path) -> bool:
+    """Move a folder; return false if another one that is not empty is in its place."""
+    if os.name != "posix" and target.is_dir():  # only POSIX replaces an empty folder
+        with suppress(OSError):
+            target.rmdir()
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or (os.name != "posix" and target.is_dir()):
+            return False
+        raise
+    return True
 
 
 def write_through(folder: Path) -> None:

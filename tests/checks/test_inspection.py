@@ -292,6 +292,7 @@ def test_what_sentence_transformers_cannot_embed_with(
     [
         ("base", "config.json", {"num_hidden_layers": 5000}, "num_hidden_layers is 5000. Expected less than or equal"),
         ("base", "config.json", {"text_config": {"num_experts": 5000}}, "text_config.num_experts is 5000. Expected"),
+        ("base", "config.json", {"num_labels": 10**12}, "num_labels is 1000000000000. Expected"),
         ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x"}, "default_prompt_name is 'x'."),
         ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x", "prompts": 3}, "prompts is 3."),
         ("sempa", "sempa_run.json", {"averaged": [{}]}, "averaged.0.model is {}. Expected"),

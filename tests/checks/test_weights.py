@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
-from sempa_st.model.base_model import load_causal_lm
+from sempa_st.model.base_model import load_causal_lm, load_config
 
 pytestmark = pytest.mark.names_dtype
 
@@ -79,6 +79,14 @@ def test_no_memory_is_taken_for_weights_that_are_not_there(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(SempaError, match=r"one that has [\d,]+ weights, and the \.safetensors files have room for"):
         load_causal_lm(base, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["text_config", "decoder"])
+def test_settings_inside_that_the_type_does_not_read_are_refused(base: Path, key: str) -> None:
+    change_config(base, **{key: {"hidden_size": 8}})
+    for read in (load_config, load):
+        with pytest.raises(SempaError, match=r"a text model inside \({'hidden_size': 8}\), and the type llama has"):
+            read(base)
 
 
 def test_what_lies_beside_the_layers_is_left_alone(base: Path) -> None:

@@ -28,7 +28,7 @@ def test_the_command_sets_models_side_by_side(
     code, out, err = run_cli(*command)
     assert code == 0, err
     report = json.loads(output.read_text())
-    assert [model["model"] for model in report["models"]] == [str(tiny_base), str(adapter_folder)]
+    assert [model["model"] for model in report["models"]] == [tiny_base.name, adapter_folder.name]
     base, tuned = ([cell["score"] for cell in model["scores"]] for model in report["models"])
     assert base[2:] != tuned[2:]
     assert [cell["n"] for cell in report["models"][0]["scores"]] == [6, 3, 1, 1]

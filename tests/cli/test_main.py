@@ -254,6 +254,26 @@ def test_an_unexpected_error_is_one_line(run_cli: Cli, monkeypatch: pytest.Monke
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("header", [",".join(f"\x1b]0;{n}\u202e" for n in range(100_000)), "x" * 9000 + ",\x1b[31m"])
+def test_an_error_prints_neither_control_characters_nor_endless_names(
+    run_cli: Cli, tmp_path: Path, header: str
+) -> None:
+    (tmp_path / "x.csv").write_text(f"{header}\n1\n", encoding="utf-8")
+    code, out, err = run_cli("train", "--data", tmp_path / "x.csv", "--output", tmp_path / "out")
+    assert_refused((code, out, err), "has the columns (", "\\x1b", "Expected (sent0, sent1, hard_neg)", "--columns.")
+    assert err.removesuffix("\n").isprintable() and len(err) < 2000
+
+
+def test_a_panic_of_the_tokenizer_while_it_runs_is_bad_input(run_cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    settings = json.loads((base / "tokenizer.json").read_text())
+    endless = {"type": "Replace", "pattern": {"Regex": "(([a-zA-Z ]+)+)+[0-9]$"}, "content": ""}
+    (base / "tokenizer.json").write_text(json.dumps({**settings, "normalizer": endless}))
+    (tmp_path / "x.txt").write_text("The sentence is longer than the one that a tokenizer is tried with.\n")
+    result = run_cli("encode", base, tmp_path / "x.txt", "--output", tmp_path / "x.npy")
+    assert_refused(result, "A library gave up (", "Restore or download the model again")
+
+
 def test_the_demo_replaces_only_an_earlier_demo(run_cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

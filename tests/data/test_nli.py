@@ -236,3 +236,13 @@ def test_half_a_character_makes_a_bad_row_of_training_data(tmp_path: Path, half:
         load_nli(path)
     data = load_nli(path, skip_bad_rows=True)
     assert (len(data.triplets), data.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("column", ["sent0", "hard_neg", "neutral"])
+def test_a_sentence_of_megabytes_is_a_bad_row(tmp_path: Path, column: str) -> None:
+    longest = {**TRIPLETS[0], column: "x" * 1_000_000}
+    path = write_rows(tmp_path / "x.jsonl", [longest, {**longest, column: "x" * 1_000_001}])
+    with pytest.raises(SempaError, match=r"longer than 1,000,000 characters .* in row\(s\) 2\. Fix them"):
+        load_nli(str(path))
+    data = load_nli(str(path), skip_bad_rows=True)
+    assert (len(data.triplets), data.skipped) == (1, 1)

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from sentence_transformers.util import quantize_embeddings
 
 from sempa_st.encoding import encode_file, read_sentences
 from sempa_st.errors import SempaError
+from sempa_st.utils.files import locked
 
 pytestmark = pytest.mark.names_dtype
 
@@ -156,6 +158,31 @@ def test_an_output_is_replaced_only_when_asked(
         "--overwrite", *FLOAT32,
     )  # fmt: skip
     assert code == 2, err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ""])
+def test_an_output_that_another_process_writes_is_not_replaced(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """The other one has the lock, and later has finished before this one gets it."""
+    output = tmp_path / f"v{suffix}"
+    lock = tmp_path / f".{output.name}.encoding.lock"
+    with locked(lock, "", ""), pytest.raises(SempaError, match="is being written by another process"):
+        encode_file(model, text_file, output)
+    assert not list(tmp_path.glob("*.encoding"))
+    encode_file(model, text_file, tmp_path / f"other{suffix}", normalize=True)
+
+    @contextmanager
+    def late(path: Path, *messages: str) -> Iterator[None]:
+        (tmp_path / f"other{suffix}").rename(output)
+        with locked(path, *messages):
+            yield
+
+    monkeypatch.setattr("sempa_st.encoding.shard_folder.locked", late)
+    with pytest.raises(SempaError, match=f"{output.name} exists|is not empty"):
+        encode_file(model, text_file, output)
+    assert not list(tmp_path.glob("*.encoding"))
+    np.testing.assert_allclose(np.linalg.norm(vectors_of(output), axis=1), 1, atol=1e-5)
 
 
 def test_standard_input_is_read(

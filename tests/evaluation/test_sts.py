@@ -77,7 +77,8 @@ def test_the_command_writes_scores_for_people_and_programs(
     assert code == 0, err
     result = json.loads((tmp_path / "s.json").read_text())
     expected = reference(model, [data_dir / "sts" / "stsb.dev.parquet"])
-    assert result["model"] == str(adapter_folder)
+    assert result["model"] == adapter_folder.name
+    assert str(tmp_path) not in (tmp_path / "out" / "scores.json").read_text()  # it may be published
     assert result["method"] == "prompteol"  # a folder without the record of a training
     assert result["results"] == [
         {
@@ -90,6 +91,26 @@ def test_the_command_writes_scores_for_people_and_programs(
     ]
     assert f"{expected:.2f}" in out
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["results"] == result["results"]
+
+
+def test_a_result_file_that_was_not_written_to_its_end_is_no_result(
+    model: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Any, path: Path) -> None:
+        path.write_text("{")
+        raise KeyboardInterrupt
+
+    run: dict[str, Any] = {"data_dir": str(data_dir), "output": tmp_path / "out"}
+    sempa_st.evaluate(model, "STS12", **run)
+    (settings,) = (tmp_path / "out").rglob("run_settings.jsonl")
+    assert len(settings.read_text().splitlines()) == 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mteb.results.TaskResult.to_disk", half)
+        sempa_st.evaluate(model, "STS13", **run)
+    assert not list((tmp_path / "out").rglob("STS13.json"))
+    sempa_st.evaluate(model, "STS13", **run)
+    assert len(settings.read_text().splitlines()) == 2
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_from_python_as_from_the_command_line(

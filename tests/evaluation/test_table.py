@@ -61,6 +61,9 @@ def test_the_table_holds_what_evaluate_finds(
     shown = [cell.strip() for cell in markdown[2].strip("|").split("|")]
     assert shown == ["mean", *(f"{float(rows['mean'][column]):.2f}" for column in COLUMNS[1:])]
     assert "LLaMA2-7B Echo (paper)" in out
+    for file in (tmp_path / "table").rglob("*.json"):  # they may be published
+        assert str(tiny_base.parent) not in file.read_text()
+        assert str(adapter_folder.parent) not in file.read_text()
 
 
 def test_what_is_finished_is_not_run_again(

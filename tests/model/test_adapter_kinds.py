@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,22 @@ def test_the_native_reader_refuses_what_it_would_misread(bases: dict[str, Path],
     )  # fmt: skip
     with pytest.raises(SempaError, match=r"\(use_dora\) cannot have the format native"):
         sempa_st.load(tmp_path / "source", reader="native", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"peft_type": "x"}, "is of type x. Expected LORA."),
+        ({"peft_type": "PREFIX_TUNING"}, "is of type PREFIX_TUNING. Expected LORA."),
+        ({"eva_config": "x"}, "cannot be read (TypeError: "),
+    ],
+)
+@pytest.mark.parametrize("reader", ["sempa", "native"])
+def test_settings_that_are_no_loras_are_refused_by_both_readers(
+    adapter_folder: Path, tmp_path: Path, setting: dict[str, Any], told: str, reader: str
+) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "odd")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **setting}))
+    with pytest.raises(SempaError, match=re.escape(told) if reader == "native" else "Expected LORA|EvaConfig"):
+        sempa_st.load(folder, reader=reader, dtype="float32", device="cpu")

@@ -143,3 +143,8 @@ def test_other_noise_of_a_base_is_refused_where_there_is_a_reference(tmp_path: P
     make_trainer(tmp_path, noisy, objective="contrastive")
     check_repeatable(make_causal_lm("mixtral"))
     assert not noisy.training
+
+
+def test_a_base_whose_settings_give_nan_is_refused() -> None:
+    with pytest.raises(SempaError, match=r"LlamaForCausalLM gives logits that are NaN .* the config\.json of the base"):
+        check_repeatable(make_causal_lm("llama", rms_norm_eps=float("nan")))

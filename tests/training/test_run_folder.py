@@ -442,6 +442,24 @@ def test_a_second_run_beside_a_running_one_is_refused(config: TrainConfig, flags
     first.check_free()
 
 
+def test_an_output_that_appeared_meanwhile_is_not_trained_to(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run has finished between the look at the output and the lock."""
+    run, take = RunFolder(config.output), RunFolder._take_lock
+
+    def late(self: RunFolder) -> None:
+        Path(config.output).mkdir()
+        Path(config.output, "mine").touch()
+        take(self)
+
+    monkeypatch.setattr(RunFolder, "_take_lock", late)
+    with pytest.raises(SempaError, match="model is not empty"):
+        run.open({}, resume=False, overwrite=False)
+    monkeypatch.undo()
+    run.check_free()
+
+
 def test_ctrl_c_on_a_refused_run_takes_nothing_from_the_first(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

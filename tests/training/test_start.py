@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,33 @@ def test_an_adapter_as_base_is_refused_with_the_flag_to_use(
     base = name or start
     code, _, err = run_cli("train", "--base", base, "--data", "sample", "--dev", "sample", "--output", tmp_path / "m")
     assert (code, err) == (2, f"sempa: --base {base} is an adapter. To go on from it: --from {base}.\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"peft_type": "x"}, "is of type x. Expected LORA."),
+        ({"task_type": "x"}, "cannot be used on the base .* Invalid task type: 'x'"),
+        ({"target_modules": ["x"]}, "cannot be used on the base .* pass another one with --base"),
+        ({"layers_to_transform": [999]}, "cannot be used on the base .* pass another one with --base"),
+    ],
+)
+def test_an_adapter_that_does_not_match_its_base_is_refused(
+    start: Path, tmp_path: Path, setting: dict[str, Any], told: str
+) -> None:
+    odd = shutil.copytree(start, tmp_path / "odd")
+    settings = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps({**settings, **setting}))
+    with pytest.raises(SempaError, match=told):
+        load_inputs(from_config(odd, tmp_path / "out"), "cpu")
+
+
+@pytest.mark.parametrize("init", ["x", "corda"])
+def test_an_adapter_that_peft_cannot_make_anew_is_refused(start: Path, tmp_path: Path, init: str) -> None:
+    odd = shutil.copytree(start, tmp_path / "odd")
+    settings = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": init}))
+    with pytest.raises(
+        SempaError, match=r"cannot be trained further: PEFT does not make .*Mend its adapter_config.json"
+    ):
+        train(from_config(odd, tmp_path / "out"))

@@ -146,6 +146,65 @@ def test_an_interrupt_between_the_renames_loses_nothing(tmp_path: Path, monkeypa
     assert (target / "a").read_text() == "1"
 
 
+def test_the_first_of_two_that_may_not_overwrite_stays(tmp_path: Path) -> None:
+    """Both have found the place empty."""
+    target = tmp_path / "out"
+    with pytest.raises(SempaError, match="out is not empty"), atomic_folder(target) as late:
+        (late / "late").touch()
+        with atomic_folder(target) as first:
+            (first / "first").touch()
+    assert [path.name for path in target.iterdir()] == ["first"]
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_the_last_of_two_that_overwrite_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Another process publishes before ours, or moves the old output away and its own into place amid our moves."""
+    target, rename = tmp_path / "out", Path.rename
+    with atomic_folder(target) as old:
+        (old / "old").touch()
+
+    def publish_another() -> None:
+        with atomic_folder(target, overwrite=True) as other:
+            (other / "other").touch()
+
+    def disturbed(self: Path, to: Path) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            publish_another()
+        monkeypatch.setattr(Path, "rename", rename)
+        if self == target:
+            rename(self, tmp_path / "elsewhere")
+        return rename(self, to)
+
+    with atomic_folder(target, overwrite=True) as late:
+        (late / "late").touch()
+        publish_another()
+        if moment == "within":
+            monkeypatch.setattr(Path, "rename", disturbed)
+    assert [path.name for path in target.iterdir()] == ["late"]
+    assert hidden(tmp_path) == []
+
+
+def test_what_is_published_between_our_two_moves_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename, disturb = tmp_path / "out", Path.rename, [True]
+    with atomic_folder(target) as old:
+        (old / "old").touch()
+
+    def moved(self: Path, to: Path) -> Path:
+        if to == target and disturb:
+            disturb.clear()
+            target.mkdir()
+            (target / "other").touch()
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", moved)
+    with atomic_folder(target, overwrite=True) as late:
+        (late / "late").touch()
+    assert [path.name for path in target.iterdir()] == ["late"]
+    assert hidden(tmp_path) == []
+
+
 def test_a_lock_keeps_others_out_and_leaves_no_file(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with process("held", lock) as child:
