@@ -67,31 +67,29 @@ def linear_with_update(
     Returns:
         Tensor of shape (..., out_features), of the dtype of ``inputs``.
     """
-    output: Tensor = _LinearWithUpdate.apply(inputs, weight, bias, first, second, scale)
-    return output
+    # The views are outside of the function: one made inside may not be changed in place, as Llama 4 does.
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    output: Tensor = _LinearWithUpdate.apply(rows, weight, bias, first, second, scale)
+    return output.view(*inputs.shape[:-1], -1)
 
 
 class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, weight, bias, first, second, scale = arguments
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        ctx.scale, ctx.shape, ctx.dtype = scale, inputs.shape, first.dtype
+        rows, weight, bias, first, second, scale = arguments
+        ctx.scale, ctx.dtype = scale, first.dtype
         first, second = first.to(rows.dtype), (second * scale).to(rows.dtype)
         inner = rows @ first.T
         output = functional.linear(rows, weight, bias).addmm_(inner, second.T)
         ctx.save_for_backward(rows, weight, first, second, inner)
-        return output.view(*inputs.shape[:-1], -1)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, first, second, inner = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
         of_inner = gradient @ second
         of_first = (of_inner.T @ rows).to(ctx.dtype)
         of_second = (gradient.T @ inner).to(ctx.dtype) * ctx.scale
-        of_inputs = None
-        if ctx.needs_input_grad[0]:
-            of_inputs = (gradient @ weight).addmm_(of_inner, first).view(ctx.shape)
-        return of_inputs, None, None, of_first, of_second, None
+        of_rows = (gradient @ weight).addmm_(of_inner, first) if ctx.needs_input_grad[0] else None
+        return of_rows, None, None, of_first, of_second, None

@@ -77,6 +77,19 @@ def test_gradients_are_those_of_finite_differences() -> None:
     torch.testing.assert_close(linear_with_update(inputs, weight, bias, first, second, 2.0), expected)
 
 
+def test_the_output_may_be_changed_in_place() -> None:
+    """As the experts of Llama 4 do."""
+    torch.manual_seed(0)
+    inputs, weight, first, second = (torch.randn(shape) for shape in [(2, 3, 5), (4, 5), (2, 5), (4, 2)])
+    first.requires_grad_()
+    output = linear_with_update(inputs, weight, None, first, second, 2.0)
+    output.mul_(3)
+    output.sum().backward()
+    expected = first.detach().clone().requires_grad_()
+    (3 * (inputs @ weight.T + 2.0 * inputs @ expected.T @ second.T)).sum().backward()
+    torch.testing.assert_close(first.grad, expected.grad)
+
+
 def test_a_disabled_or_merged_adapter_is_that_of_peft() -> None:
     model = adapted()
     fused = copy.deepcopy(model)
