@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from logging import getLogger
 from typing import Any
 
 from sempa_st import __version__
@@ -174,6 +175,10 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # PEFT imports it, and on some processors it asks for a package that nothing here needs.
+    bitsandbytes = getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     if verbosity < logging.ERROR:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -182,6 +187,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        bitsandbytes.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

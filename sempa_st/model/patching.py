@@ -188,8 +188,7 @@ def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 def attention_implementation(config: Any) -> str:
     """Return the name of a model's attention function (``sdpa``, ``eager``, ...), which has a public setter only."""
-    name: str = config._attn_implementation
-    return name
+    return str(config._attn_implementation)
 
 
 def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
@@ -238,6 +237,11 @@ def tokenizer_as_saved(folder: Path, class_name: str) -> Any:
 # Attributes of other libraries' modules and objects, replaced within a block and for all threads.
 
 
+def compute_by(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module compute by ``forward``, in place of its class's own method, from now on."""
+    module.forward = forward
+
+
 @contextmanager
 def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace an attribute of an object or a module by what ``make`` returns for its value."""
@@ -263,10 +267,7 @@ def completion_tokens_only() -> AbstractContextManager[None]:
 
 
 def gguf_parsed_once() -> AbstractContextManager[None]:
-    """Parse a GGUF file once: transformers parses it for the settings and again for the tensors, 20 s each.
-
-    Seen in transformers 5.23 and gguf 0.19.
-    """
+    """Parse a GGUF file once: transformers 5.23 parses it for the settings and for the tensors, 20 s each."""
     return replaced(import_module("gguf"), "GGUFReader", functools.cache)
 
 
@@ -275,8 +276,7 @@ def without_harness_bars() -> AbstractContextManager[None]:
     return replaced(import_module("lm_eval.api.task"), "tqdm", lambda original: lambda rows, **_: rows)
 
 
-# Torch: products of eight-bit integers. Announced to go (pytorch/pytorch#184982); no other way to the fast kernel yet.
-# Seen in torch 2.13.
+# Torch 2.13: products of eight-bit integers. Announced to go (pytorch/pytorch#184982), but no other way is as fast yet.
 
 
 def pack_int8(weight: Tensor, scales: Tensor) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from sempa_st.model.patching import compute_by
+
 
 def fuse_updates(model: nn.Module) -> int:
     """Let the LoRA layers of a model compute their updates by :func:`linear_with_update`, and return their number.
@@ -25,7 +27,7 @@ def fuse_updates(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if type(module) is lora.Linear and _is_plain(module)]
     for layer in layers:
-        layer.forward = partial(_forward, layer)
+        compute_by(layer, partial(_forward, layer))
     return len(layers)
 
 
