@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_BLOCK_4BIT = 64
+"""Number of weights that share a scale in 4 bits."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -138,7 +141,24 @@ def load_causal_lm(
         )
     check_whole(named_decoder(model), info, folder, head=whole)
     check_finite_weights(model, folder)
+    if load_in_4bit:
+        _avoid_other_kernels(model, folder)
     return model
+
+
+def _avoid_other_kernels(model: PreTrainedModel, folder: str | Path) -> None:
+    """Make layers in 4 bits compute the same on every processor (bitsandbytes 0.50), or raise :class:`SempaError`."""
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
+        # Where it is set, evaluation packs the weights anew, and then computes in bfloat16.
+        layer.support_avx512bf16_for_cpu = False
+        if layer.weight.device.type == "cpu" and layer.in_features % _BLOCK_4BIT:
+            raise SempaError(
+                f"The layer {name} of the model in {folder} has {layer.in_features} inputs, and bitsandbytes reads "
+                f"4-bit weights wrongly on some CPUs unless they are a multiple of {_BLOCK_4BIT}. Omit --load-in-4bit, "
+                "or use a GPU."
+            )
 
 
 def named_decoder(model: PreTrainedModel) -> PreTrainedModel:

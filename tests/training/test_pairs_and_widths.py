@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rows import write_rows
-from helpers.tiny import make_config
+from helpers.tiny import make_config, make_llama, make_tokenizer, save_base
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
@@ -137,23 +137,31 @@ def test_widths_are_recorded_and_checked(tiny_base: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("objective", ["dpo", "contrastive"])
-def test_frozen_weights_in_4_bits(tiny_base: Path, tmp_path: Path, objective: str) -> None:
-    config = make_config(tiny_base, tmp_path / "m", objective=objective, load_in_4bit=True, **SHORT)
+def test_frozen_weights_in_4_bits(tmp_path: Path, objective: str) -> None:
+    base = save_base(tmp_path / "base", make_llama(hidden=64), make_tokenizer(chat=None))
+    config = make_config(base, tmp_path / "m", objective=objective, load_in_4bit=True, **SHORT)
     inputs = load_inputs(config, "cpu")
     linear: Any = inputs.model.get_submodule("model.layers.0.self_attn.q_proj")
     assert linear.weight.dtype == torch.uint8
+    assert not linear.support_avx512bf16_for_cpu  # the same numbers whatever the processor
     assert (linear.weight.quant_type, linear.quant_state.nested, linear.compute_dtype) == ("nf4", True, torch.float32)
-    whole = load_inputs(make_config(tiny_base, tmp_path / "m", objective=objective, **SHORT), "cpu")
+    whole = load_inputs(make_config(base, tmp_path / "m", objective=objective, **SHORT), "cpu")
     assert inputs.start_digest != whole.start_digest  # other reference results
     exact: Any = whole.model.get_submodule("model.layers.0.self_attn.q_proj")
-    inputs_of_layer = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    inputs_of_layer = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     error = (linear(inputs_of_layer) - exact(inputs_of_layer)).norm() / exact(inputs_of_layer).norm()
     assert 0 < float(error.detach()) < 0.2
     record = train(config).record
     if objective == "dpo":
         assert record["training"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert all(tensor.any() for tensor in load_file(tmp_path / "m" / "adapter_model.safetensors").values())
-    assert sempa_st.load(tmp_path / "m", dtype="float32", device="cpu").encode("A cat").shape == (32,)
+    assert sempa_st.load(tmp_path / "m", dtype="float32", device="cpu").encode("A cat").shape == (64,)
+
+
+def test_layers_that_bitsandbytes_reads_wrongly_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_base, tmp_path / "m", objective="contrastive", load_in_4bit=True, **SHORT)
+    with pytest.raises(SempaError, match=r"q_proj of the model in .* has 32 inputs"):
+        load_inputs(config, "cpu")
 
 
 def test_the_log_in_tensorboard_is_that_of_the_record(tiny_base: Path, tmp_path: Path) -> None:
