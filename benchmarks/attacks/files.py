@@ -83,7 +83,7 @@ def _merge(content: Any, patch: dict[str, Any]) -> None:
         if value is None:
             del content[key]
         elif isinstance(value, dict):
-            _merge(content[key], value)
+            _merge(content.setdefault(key, {}), value)
         else:
             content[key] = value
 

@@ -122,7 +122,7 @@ def _run(world: World, commands: Sequence[Sequence[str]], delays: Sequence[float
         Child.start(words, world.root / f"log{number}.txt", before=partial(_sleep_until, start + delay))
         for number, (words, delay) in enumerate(zip(commands, delays, strict=True))
     ]
-    codes = [child.wait_within(_LIMIT) for child in children]
+    codes = [child.wait_within(_LIMIT + max(delays)) for child in children]
     for child, code in zip(children, codes, strict=True):
         text = child.log.read_text(encoding="utf-8", errors="replace")
         paragraph = child.last_line.startswith("sempa: ") and text.count("sempa: ") == 1 and "Traceback" not in text

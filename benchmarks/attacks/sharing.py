@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,11 @@ import sempa_st
 _EQUAL = 1e-5
 _TEXTS = sample_sentences()[:24]
 _PROMPT = "A rainy Sunday is"
+
+
+def _forget_main() -> None:
+    """Let processes that this one starts import what they need and not the whole suite."""
+    sys.modules["__main__"] = ModuleType("__main__")
 
 
 def _load(folder: Path) -> SentenceTransformer:
@@ -83,6 +90,7 @@ def _embed(texts: list[str]) -> Any:
 
 def _pool(method: str, load: bool, folder: Path) -> None:
     """Embed in two processes that are started by a method, with a model that they load or are given."""
+    _forget_main()
     model = _load(folder)
     expected = model.encode(_TEXTS)
     context = multiprocessing.get_context(method)
@@ -96,6 +104,7 @@ def _pool(method: str, load: bool, folder: Path) -> None:
 
 def _own_pool(folder: Path) -> None:
     """Embed in the processes that sentence-transformers starts."""
+    _forget_main()
     model = _load(folder)
     expected = model.encode(_TEXTS)
     pool = model.start_multi_process_pool(["cpu", "cpu"])

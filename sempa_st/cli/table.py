@@ -53,6 +53,7 @@ def _table(args: argparse.Namespace) -> None:
     from sempa_st.folder.resolve import find_model
     from sempa_st.loading import check_method
     from sempa_st.methods.registry import methods_for
+    from sempa_st.utils.files import locked
 
     source = find_model(args.base, for_method=True)
     methods = methods_for(encoders=source.takes_encoder_methods) if args.methods == [_ALL] else args.methods
@@ -65,15 +66,18 @@ def _table(args: argparse.Namespace) -> None:
     for model in args.models:
         find_model(model)
     output = Path(args.output)
-    results = score_systems(
-        systems,
-        output,
-        data_dir=args.data_dir,
-        dtype=args.dtype,
-        device=args.device,
-        batch_size=args.batch_size,
-    )
-    write_tables(output, results)
+    # Another one would take half of this one's scores for an interrupted run's.
+    running = f"Another table is being made in {output}. Wait for it, or choose another --output."
+    with locked(output.resolve().with_name(f".{output.resolve().name}.lock"), running, "tables"):
+        results = score_systems(
+            systems,
+            output,
+            data_dir=args.data_dir,
+            dtype=args.dtype,
+            device=args.device,
+            batch_size=args.batch_size,
+        )
+        write_tables(output, results)
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _HUB_SPLITS = {"test": "test", "dev": "validation"}
-_PROTOCOLS_DIFFER = ("SICK-R",)
-_SENTEVAL_FROM_HUB = set(STS_TASKS).difference(_PROTOCOLS_DIFFER)
+PROTOCOLS_DIFFER = ("SICK-R",)
+_SENTEVAL_FROM_HUB = set(STS_TASKS).difference(PROTOCOLS_DIFFER)
 
 
 def evaluate(
@@ -214,7 +214,7 @@ def score_cells(
     with encode_cache(model) as cost:
         for cell in cells:
             name = cell.task.metadata.name
-            key = (name, cell.split, cell.protocol if name in _PROTOCOLS_DIFFER else "")
+            key = (name, cell.split, cell.protocol if name in PROTOCOLS_DIFFER else "")
             if key not in done:
                 done[key] = _score(encoder, cell, output, batch_size)
             scores.append(replace(done[key], protocol=cell.protocol))

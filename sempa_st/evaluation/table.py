@@ -15,7 +15,7 @@ from typing import Any
 from sempa_st.data.sts import PROTOCOLS, STS_TASKS
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
-from sempa_st.evaluation.sts import Cell, Score, load_cells, score_cells
+from sempa_st.evaluation.sts import PROTOCOLS_DIFFER, Cell, Score, load_cells, score_cells
 from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
@@ -109,6 +109,7 @@ def _score(
     if record.get("identity") != identity:
         record = {"system": system.name, "identity": identity, "scores": {}}
     record["model"] = portable_name(source.name)
+    _share(record["scores"])
     missing = [cell for cell in cells if cell.task.metadata.name not in record["scores"].get(cell.protocol, {})]
     if not missing:
         return record
@@ -124,6 +125,13 @@ def _score(
 
     score_cells(model, missing, output=file.parent.parent, batch_size=batch_size, report=save)
     return record
+
+
+def _share(scores: dict[str, dict[str, float]]) -> None:
+    """Give each protocol the scores that another has of the tasks in which they do not differ."""
+    known = {task: score for row in scores.values() for task, score in row.items() if task not in PROTOCOLS_DIFFER}
+    for protocol in PROTOCOLS:
+        scores.setdefault(protocol, {}).update(known)
 
 
 def _tokens(model: Any, sentences: Sequence[str]) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_the_corpus_is_large_and_each_input_is_another() -> None:
     assert set(kinds) == {"model folders", "adapters", "tokenizers", "chat templates", "data files"}
     assert min(map(len, kinds.values())) >= 20 and sum(map(len, kinds.values())) >= 60
     assert ATTACKS["files"] is files.attack
+
+
+def test_each_change_of_a_model_is_one(tiny_base: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    """All of them write, remove or link something, and none of them fails."""
+    for table in CORPUS.values():
+        for of, model in (("base", tiny_base), ("native", adapter_folder), ("activated", adapter_folder)):
+            for name, change in table.get(of, {}).items():
+                shutil.copytree(model, tmp_path / "given")
+                before = files._listing(tmp_path, ())
+                change(tmp_path / "given")
+                assert files._listing(tmp_path, ()) != before, name
+                shutil.rmtree(tmp_path / "given")
 
 
 def test_inputs_are_made(trial: Path) -> None:

@@ -16,6 +16,7 @@ from sempa_st.data.sts import STS_TASKS
 from sempa_st.evaluation import table
 from sempa_st.evaluation.sts import load_cells, score_cells
 from sempa_st.evaluation.table import COLUMNS, System, published, score_systems
+from sempa_st.utils.files import locked
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -87,13 +88,22 @@ def test_what_is_finished_is_not_run_again(
     with pytest.raises(KeyboardInterrupt):
         score_systems(systems, tmp_path, **settings)
     (held,) = score_systems(systems, tmp_path, **settings)
-    assert len(runs) == 14  # each cell once
+    assert len(runs) == 13  # each cell once; the protocols share the one at which the first run ended
     whole = json.loads((tmp_path / "systems" / "mean.json").read_text())
     assert whole["scores"] == held["scores"]
     score_systems(systems, tmp_path, **settings)
-    assert len(runs) == 14
+    assert len(runs) == 13
     score_systems(systems, tmp_path, **{**settings, "dtype": "bfloat16"})  # another system by the same name
-    assert len(runs) == 28
+    assert len(runs) == 27
+
+
+def test_one_table_at_a_time_is_made_in_a_folder(run_cli: Cli, tiny_base: Path, data_dir: Path, tmp_path: Path) -> None:
+    command = ("table", "--base", tiny_base, "--methods", "mean", "--data-dir", data_dir, "--output", tmp_path / "t")
+    with locked(tmp_path / ".t.lock", "", ""):
+        code, _, err = run_cli(*command, "--dtype", "float32", "--device", "cpu")
+    assert code == 2
+    assert "Another table is being made" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
