@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.attacks.world import CPU, REPOSITORY, TRAIN, Child, Outcome, World, content
+from benchmarks.attacks.world import CPU, REPOSITORY, TRAIN, Child, Outcome, World, content, unlike
 from sempa_st.model.embedded import embedded_base
 
 _TRIALS, _QUICK_TRIALS = 20, 2
@@ -142,11 +142,7 @@ def _fault(world: World, job: Job, moment: float, number: signal.Signals, expect
     code, line = again(world, job, output)
     if code and not (code == 2 and output.exists() and any(part in line for part in _FINISHED)):
         return f"run again: exit code {code}: {line}"
-    found = content(output)
-    if different := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
-        return f"other than undisturbed: {', '.join(different)}"
-    left = sorted(path.name for path in output.parent.iterdir() if path != output)
-    return f"left: {', '.join(left)}" if left else ""
+    return unlike(output, [expected], "undisturbed")
 
 
 def again(world: World, job: Job, output: Path) -> tuple[int, str]:

@@ -21,13 +21,14 @@ from benchmarks.attacks.world import Child, Outcome, World, content
 
 _TRIALS, _QUICK_TRIALS = 20, 1
 _REPOSITORY = "me/tiny"
-_BASE = "acme/tiny"
+BASE = "acme/tiny"
+"""Name on the Hub of the base of what is pushed."""
 
 
 def attack(world: World) -> Iterator[Outcome]:
     """Yield what became of the repository of a push that was killed, and of one that SIGTERM ended."""
     outcome, started = Outcome("kill: push"), time.perf_counter()
-    adapter, base = _sources(world)
+    adapter, base = sources(world)
     model, moments = adapter.with_name("model"), random.Random(0)
     with hub(world, base) as url:
         code = _start(world, url, "copy", str(adapter), str(model)).wait()
@@ -52,7 +53,7 @@ def attack(world: World) -> Iterator[Outcome]:
     yield outcome
 
 
-def _sources(world: World) -> tuple[Path, Path]:
+def sources(world: World) -> tuple[Path, Path]:
     """Return an adapter folder that names its base on the Hub, and the folder to publish as that base."""
     folder = world.folder("push")
     base = shutil.copytree(world.root / "base", folder / "base")
@@ -60,7 +61,7 @@ def _sources(world: World) -> tuple[Path, Path]:
     (base / "LICENSE").write_text("Apache License", encoding="utf-8")
     adapter = shutil.copytree(world.root / "native", folder / "adapter")
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = _BASE
+    settings["base_model_name_or_path"] = BASE
     (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return adapter, base
 
@@ -73,7 +74,7 @@ def hub(world: World, base: Path) -> Iterator[str]:
     process = os.fork()
     if not process:
         with running_hub() as stand_in:
-            stand_in.publish(_BASE, base)
+            stand_in.publish(BASE, base)
             partial = address.with_suffix(".partial")
             partial.write_text(stand_in.url, encoding="utf-8")
             partial.replace(address)

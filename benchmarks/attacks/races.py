@@ -20,7 +20,7 @@ import pytest
 from helpers.tiny import finish_adapter, make_gemma, make_tokenizer, save_base
 
 from benchmarks.attacks.sharing import WORKS
-from benchmarks.attacks.world import CPU, TRAIN, Child, Outcome, World, content
+from benchmarks.attacks.world import CPU, TRAIN, Child, Outcome, World, content, unlike
 from sempa_st.folder import shipped
 from sempa_st.folder.shipped import pack_model
 from sempa_st.model import embedded
@@ -108,7 +108,7 @@ def attack_race(world: World, race: Race, trials: int) -> Outcome:
         delays = [moments.uniform(0, 2 * seconds) if number else 0.0 for _ in range(race.count)]
         output = world.folder("races", "trial") / race.output
         words = [world.words(commands[turn % 2], output) for turn in range(race.count)]
-        fault = _run(world, words, delays, range(1, winners + 1)) or _wrong(output, expected)
+        fault = _run(world, words, delays, range(1, winners + 1)) or unlike(output, expected, "alone")
         outcome.check(not fault, f"started after {', '.join(f'{delay:.2f}' for delay in delays)} s: {fault}")
     shutil.rmtree(world.root / "races")
     outcome.seconds = time.perf_counter() - started
@@ -133,16 +133,6 @@ def _run(world: World, commands: Sequence[Sequence[str]], delays: Sequence[float
 
 def _sleep_until(moment: float) -> None:
     time.sleep(max(0.0, moment - time.monotonic()))
-
-
-def _wrong(output: Path, expected: Sequence[dict[str, str]]) -> str:
-    """Return what is wrong with an output, the only entry of its folder; empty if nothing is."""
-    found = content(output) if output.exists() else {}
-    if found not in expected:
-        keys = sorted(key for key in expected[0].keys() | found.keys() if expected[0].get(key) != found.get(key))
-        return f"other than alone: {', '.join(keys)}"
-    left = sorted(path.name for path in output.parent.iterdir() if path != output)
-    return f"left: {', '.join(left)}" if left else ""
 
 
 def _cache(world: World, trials: int) -> Outcome:

@@ -33,6 +33,7 @@ from helpers.generation_data import write_generation_data
 from helpers.hub import Hub, running_hub, talk_to
 
 from benchmarks.attacks.kill import JOBS, Job
+from benchmarks.attacks.push import BASE, sources
 from benchmarks.attacks.world import CPU, Child, Outcome, World, files_of
 
 _HOME = "home"
@@ -223,16 +224,11 @@ def _ask(url: str, key: str, body: Any) -> tuple[int, bytes]:
 def _pushed(world: World, canaries: Canaries) -> Outcome:
     """Push a model to a stand-in for the Hub: with its token, with a wrong one, and over a base of this machine."""
     outcome, started = Outcome("secrets: push"), time.perf_counter()
-    folder, log = world.folder("push"), world.root / "log.txt"
-    base = shutil.copytree(world.root / "base", folder / "base")
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n", encoding="utf-8")
-    (base / "LICENSE").write_text("Apache License", encoding="utf-8")
-    source = shutil.copytree(world.root / "native", folder / "source")
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    (source / "adapter_config.json").write_text(json.dumps({**settings, _REFERENCE: "acme/tiny"}), encoding="utf-8")
+    source, base = sources(world)
+    folder, log = source.parent, world.root / "log.txt"
     with pytest.MonkeyPatch.context() as patch, running_hub() as hub:
         patch.setattr(stand_in, "TOKEN", canaries["HF_TOKEN"])
-        hub.publish("acme/tiny", base)
+        hub.publish(BASE, base)
         trials: list[tuple[str, int, dict[str, str]]] = [
             (f"copy {source} {folder / 'model'}", 0, {}),
             (f"push {folder / 'model'} me/tiny", 0, {}),

@@ -201,6 +201,16 @@ def content(path: Path) -> dict[str, str]:
     return {str(name): _digest(file) for file, name in names.items() if name.parts[0] not in (_REMEMBERED, _JOURNAL)}
 
 
+def unlike(output: Path, expected: Sequence[dict[str, str]], which: str) -> str:
+    """Return what is wrong with an output, the only entry of its folder; empty if it is one of those expected."""
+    found = content(output)
+    if found not in expected:
+        keys = sorted(key for key in expected[0].keys() | found.keys() if expected[0].get(key) != found.get(key))
+        return f"other than {which}: {', '.join(keys)}"
+    left = sorted(path.name for path in output.parent.iterdir() if path != output)
+    return f"left: {', '.join(left)}" if left else ""
+
+
 def files_of(path: Path) -> Iterator[Path]:
     """Yield the files of a folder and below, sorted, or the file itself."""
     yield from [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

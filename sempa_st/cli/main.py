@@ -61,12 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_interrupts(), nullcontext() if args.debug else quiet_libraries():
             command: Callable[[argparse.Namespace], None] = args.command
             command(args)
-    except (Exception, KeyboardInterrupt) as error:
-        if args.debug:
-            raise
-        return _report(error, args)
     except BaseException as error:
-        if args.debug or not is_panic(error):
+        if args.debug or not (isinstance(error, Exception | KeyboardInterrupt) or is_panic(error)):
             raise
         return _report(error, args)
     return 0
