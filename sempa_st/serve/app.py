@@ -8,8 +8,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, cast
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -57,7 +59,7 @@ class Service:
         self.config, self.model, self.name = config, model, name
         self.started = int(time.time())
         self.metrics = Metrics()
-        self.turns = DeviceTurns()
+        self.turns = DeviceTurns(threads=torch.get_num_threads() if model.device.type == "cpu" else 1)
         self.embedder = Embedder(
             model,
             self.turns,
@@ -162,7 +164,7 @@ class Service:
         texts = input_texts(request.input, self.tokenizer, _MAX_TOKEN_TEXTS)
         try:
             with self.turns.turn(EMBEDDING):
-                found = aligned_tokens(self.model, texts, k=request.k)
+                found = self.turns.compute(partial(aligned_tokens, self.model, texts, k=request.k))
         except SempaError as error:
             raise RequestError(400, str(error)) from error
         return {"data": [[{"text": token.text, "logit": token.logit} for token in own] for own in found]}

@@ -1,4 +1,4 @@
-"""Gather the texts of many requests into batches, and embed them on one thread."""
+"""Gather the texts of many requests into batches, and embed them on a thread for each place of the device."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Request:
 
 
 class Embedder:
-    """A queue of texts, and the thread that embeds them.
+    """A queue of texts, and the threads that embed them.
 
     Each batch takes one text of each waiting request in turn, until it is full, so that a short request does not wait
-    for all of a long one. While a batch runs, the next one gathers by itself. After a batch of several requests the
+    for all of a long one. While batches run, the next one gathers by itself. After a batch of several requests its
     thread waits up to ``max_wait`` for the clients that it has just answered; a request that is alone never waits.
 
     Args:
@@ -86,8 +86,12 @@ class Embedder:
         self._requests: deque[Request] = deque()
         self._waiting = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="sempa-embedder", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"sempa-embedder-{place}", daemon=True)
+            for place in range(turns.places)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -110,11 +114,12 @@ class Embedder:
         return request
 
     def close(self) -> None:
-        """Take no more requests, answer those that wait, and end the thread."""
+        """Take no more requests, answer those that wait, and end the threads."""
         with self._condition:
             self._closed = True
-            self._condition.notify()
-        self._thread.join()
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         crowded = False
@@ -125,13 +130,10 @@ class Embedder:
                 self._condition.wait_for(lambda: self._requests or self._closed)
                 if not self._requests:
                     return
-            self._turns.acquire(EMBEDDING)
-            try:
+            with self._turns.turn(EMBEDDING):
                 batch = self._gather()
                 if batch:
-                    self._embed(batch)
-            finally:
-                self._turns.release()
+                    self._turns.compute(self._embed, batch, more=self._waiting > 0)
             crowded = len({id(request) for request, _ in batch}) > 1
 
     def _gather(self) -> list[tuple[Request, int]]:

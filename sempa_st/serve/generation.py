@@ -29,6 +29,7 @@ from sempa_st.serve.metrics import Metrics
 from sempa_st.serve.protocol import RequestError
 from sempa_st.serve.sampling import Sampling, read_sampling
 from sempa_st.serve.stops import StopQueue, first_stop
+from sempa_st.serve.teams import on_own_thread
 from sempa_st.serve.threads import off_loop
 from sempa_st.serve.turn_taking import TurnTakingModel
 
@@ -91,7 +92,7 @@ class _Threads(GenerateManager):
             raise RequestError(
                 429, "As many generations run and wait as may. Try again later.", retry_after=_RETRY_AFTER
             )
-        future = self._pool.submit(fn, *args, **kwargs)
+        future = self._pool.submit(on_own_thread, fn, *args, **kwargs)
         future.add_done_callback(lambda _: self._places.release())
         return future
 

@@ -65,14 +65,16 @@ class _NextTurn(StoppingCriteria):
         self._sampling = sampling
         self._draws = Draws(device, sampling.seed)
         self._written = 0
+        self._since = 0.0
 
     def begin(self) -> None:
-        self._turns.acquire(GENERATION)
+        self._since = self._turns.acquire(GENERATION)
+        self._turns.use_share()
         self._draws.resume()
 
     def end(self) -> None:
         self._draws.pause()
-        self._turns.release()
+        self._turns.release(GENERATION, self._since)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._written += 1

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def test_a_flood_past_the_queue_is_refused_and_the_rest_answered(folder: Path, e
                 return error
 
         with ThreadPoolExecutor(60) as pool:
-            with held(server, "generation"):  # nothing is embedded meanwhile
+            with held(server):  # nothing is embedded meanwhile
                 futures = [pool.submit(embed, index) for index in range(60)]
                 assert eventually(lambda: sum(future.done() for future in futures) == 20)
             answers = [future.result(60) for future in futures]
@@ -269,9 +269,12 @@ def test_a_flood_past_the_queue_is_refused_and_the_rest_answered(folder: Path, e
 
 
 @contextmanager
-def held(server: Running, kind: str) -> Iterator[None]:
-    """Let nothing of another kind run within the block."""
-    with server.service.turns.turn(kind):
+def held(server: Running) -> Iterator[None]:
+    """Let nothing run within the block."""
+    turns = server.service.turns
+    with ExitStack() as places:
+        for _ in range(turns.places):
+            places.enter_context(turns.turn("embedding"))
         yield
 
 
@@ -305,7 +308,7 @@ def test_a_client_that_leaves_ends_its_generation(folder: Path, stream: bool) ->
 def test_texts_of_a_client_that_left_are_not_embedded(folder: Path) -> None:
     with running_server(load_float32(folder)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.3)
-        with held(server, "generation"), pytest.raises(openai.APITimeoutError):
+        with held(server), pytest.raises(openai.APITimeoutError):
             client.embeddings.create(model="tiny", input=sample_sentences()[:60])
         patient = client.with_options(timeout=60)
         assert patient.embeddings.create(model="tiny", input="A").data
@@ -315,7 +318,7 @@ def test_texts_of_a_client_that_left_are_not_embedded(folder: Path) -> None:
 
 def test_a_request_that_takes_too_long_is_given_up(folder: Path) -> None:
     with running_server(load_float32(folder), timeout=0.3) as server:
-        with held(server, "generation"):
+        with held(server):
             status, answer = post(f"{server.url}/v1/embeddings", {"model": "tiny", "input": "A"})
         assert status == 503 and "waited 0.3 s" in answer["error"]["message"]
         assert eventually(lambda: server.service.embedder.waiting == 0)
@@ -329,7 +332,7 @@ def test_too_many_generations_are_refused(folder: Path) -> None:
             return client.completions.create(model="tiny", prompt="A", max_tokens=3)
 
         with ThreadPoolExecutor(3) as pool:
-            with held(server, "embedding"):
+            with held(server):
                 futures = [pool.submit(ask) for _ in range(3)]
                 assert eventually(lambda: any(future.done() for future in futures))
                 time.sleep(0.2)
@@ -350,7 +353,7 @@ def test_one_text_that_fails_fails_alone(folder: Path, expected: np.ndarray) -> 
     model.encode = sometimes  # type: ignore[method-assign]
     sentences = [*sample_sentences()[:5], "broken"]
     with running_server(model) as server, ThreadPoolExecutor(6) as pool:
-        with held(server, "generation"):
+        with held(server):
             asked = [
                 pool.submit(post, f"{server.url}/v1/embeddings", {"model": "tiny", "input": sentence})
                 for sentence in sentences

@@ -1,11 +1,13 @@
-"""Turns on the device: one at a time, and the same share of the time for both kinds."""
+"""Turns on the device: as many at a time as it has places, and the same share of the time for both kinds."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 
 import pytest
+import torch
 
 from sempa_st.serve import device
 from sempa_st.serve.device import EMBEDDING, GENERATION, DeviceTurns
@@ -71,7 +73,7 @@ def test_a_pause_earns_no_credit() -> None:
 def test_one_at_a_time_and_in_order() -> None:
     turns = DeviceTurns()
     inside, most, order = 0, 0, []
-    turns.acquire(GENERATION)
+    since = turns.acquire(GENERATION)
 
     def work(number: int) -> None:
         nonlocal inside, most
@@ -89,7 +91,7 @@ def test_one_at_a_time_and_in_order() -> None:
         while len(turns._waiting[EMBEDDING]) < number + 1:
             time.sleep(0.001)
     assert turns.is_wanted(EMBEDDING) and not turns.is_wanted(GENERATION)
-    turns.release()
+    turns.release(GENERATION, since)
     for thread in threads:
         thread.join(10)
     assert most == 1 and order == list(range(8))
@@ -123,3 +125,102 @@ def test_a_moment_between_two_turns_costs_no_share(monkeypatch: pytest.MonkeyPat
         assert not thread.is_alive()
     last = max(index for index, kind in enumerate(order) if kind == GENERATION)
     assert 2 <= order[:last].count(EMBEDDING) <= 6, order
+
+
+def test_two_places_are_taken_at_once_and_share_the_threads() -> None:
+    turns = DeviceTurns(threads=2)
+    both, shares = threading.Barrier(2), []
+
+    def work(kind: str) -> None:
+        with turns.turn(kind):
+            both.wait(10)
+            turns.use_share()
+            shares.append(torch.get_num_threads())
+            both.wait(10)
+        both.wait(10)
+        with both_done, turns.turn(kind):
+            turns.use_share()
+            alone.append(torch.get_num_threads())
+
+    both_done, alone = threading.Lock(), list[int]()
+    before = torch.get_num_threads()
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in (EMBEDDING, GENERATION)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert shares == [1, 1]
+    assert alone == [2, 2]
+    assert torch.get_num_threads() == before  # a thread's own number
+
+
+def test_work_that_follows_counts_as_other_work() -> None:
+    turns, found = DeviceTurns(threads=4), []
+
+    def work() -> None:
+        with turns.turn(EMBEDDING):
+            for more in (False, True):
+                turns.use_share(more)
+                found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(20)
+    assert found == [4, 2]
+
+
+def test_each_kind_keeps_a_place_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads of one kind and one of the other, which comes back after each token: each kind has one place."""
+    monkeypatch.setattr(device, "_MOMENT", 5.0)
+    turns, order, done = DeviceTurns(threads=2), [], threading.Event()
+    inside, most = Counter[str](), Counter[str]()
+
+    def generate() -> None:
+        for _ in range(60):
+            with turns.turn(GENERATION):
+                order.append(GENERATION)
+                time.sleep(0.002)
+        done.set()
+
+    def embed() -> None:
+        while not done.is_set():
+            with turns.turn(EMBEDDING):
+                inside[EMBEDDING] += 1
+                if len(order) > 5 and not done.is_set():  # while both kinds are there
+                    most[EMBEDDING] = max(most[EMBEDDING], inside[EMBEDDING])
+                time.sleep(0.02)
+                inside[EMBEDDING] -= 1
+
+    threads = [threading.Thread(target=work) for work in (generate, embed, embed, embed)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert most[EMBEDDING] == 1
+
+
+def test_one_generation_at_a_time() -> None:
+    turns, inside, most = DeviceTurns(threads=2), 0, 0
+    shares = set()
+
+    def generate() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with turns.turn(GENERATION):
+                turns.use_share()
+                shares.add(torch.get_num_threads())
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.001)
+                inside -= 1
+
+    threads = [threading.Thread(target=generate) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert most == 1
+    assert shares == {2}  # the other place stays free, and its thread helps

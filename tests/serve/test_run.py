@@ -21,6 +21,7 @@ from helpers.tiny import sample_sentences
 
 from sempa_st.errors import SempaError
 from sempa_st.serve.config import ServeConfig
+from sempa_st.serve.run import _listening
 
 pytestmark = pytest.mark.names_dtype
 
@@ -54,6 +55,13 @@ def embed(url: str, text: str) -> list[float]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=60) as answer:
         return list(json.load(answer)["data"][0]["embedding"])
+
+
+def test_connections_do_not_wait_for_acknowledgements() -> None:
+    with _listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
