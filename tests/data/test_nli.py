@@ -9,7 +9,7 @@ from helpers.rows import LONE_SURROGATE, write_rows
 from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from sempa_st.data.nli import Triplet, load_nli
-from sempa_st.data.preferences import preference_rows
+from sempa_st.data.preferences import SYSTEM_PROMPT, preference_rows
 from sempa_st.data.rows import ROW_SUFFIXES
 from sempa_st.errors import SempaError
 
@@ -180,6 +180,32 @@ def test_a_template_that_leaves_out_the_answers_is_refused() -> None:
     deaf = make_tokenizer(chat="{{ messages[0]['content'] }}")
     with pytest.raises(SempaError, match="leaves out the answers"):
         preference_rows([Triplet("a", "b", "c")], deaf, paraphrase="keep")
+
+
+def test_a_template_that_cannot_be_rendered_names_the_cause() -> None:
+    broken = make_tokenizer(chat="{{ raise_exception('not today') }}")
+    with pytest.raises(SempaError, match=r"cannot be rendered \(TemplateError: not today\)\. Fix it") as raised:
+        preference_rows([Triplet("a", "b", "c")], broken, paraphrase="keep")
+    assert "not today" in str(raised.value.__cause__)
+
+
+def test_a_template_sees_the_roles_and_the_system_prompt() -> None:
+    asked = [(f"system,user,assistant/{SYSTEM_PROMPT}", ["system", "user"]), ("user,assistant/?", ["user"])]
+    for expected, kept in asked:
+        strict = make_tokenizer(
+            chat="{% set seen = messages | map(attribute='role') | join(',') + '/' + messages[0]['content'] %}"
+            f"{{% if seen != '{expected}' %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+            "{{ messages[-1]['content'] }}"
+        )
+        row = preference_rows([Triplet("a", "b", "c")], strict, paraphrase="keep")[0]
+        assert [message["role"] for message in row["prompt"]] == kept
+
+
+def test_the_contradicted_sentence_is_rejected_where_there_is_a_neutral_one() -> None:
+    for chat in (CHAT_TEMPLATE, None):
+        row = preference_rows([Triplet("a", "b", "c", "n")], make_tokenizer(chat=chat), paraphrase="keep")[0]
+        both = [row["chosen"], row["rejected"]]
+        assert [answer[0]["content"] if chat else answer for answer in both] == ["b", "c"]
 
 
 def test_an_instruction_of_the_users_own() -> None:

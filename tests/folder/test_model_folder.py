@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from dataclasses import FrozenInstanceError
@@ -16,8 +17,8 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import set_base_reference
-from sempa_st.model.tokenizer import load_tokenizer
-from sempa_st.utils.files import write_json
+from sempa_st.model.tokenizer import load_tokenizer, template_ids
+from sempa_st.utils.files import read_json, write_json
 
 pytestmark = pytest.mark.names_dtype
 
@@ -29,6 +30,37 @@ def test_an_adapter_folder(adapter_folder: Path, tiny_base: Path) -> None:
     assert (folder.base, folder.record) == (str(tiny_base), None)
     assert folder.module_folders == ["1_Pooling", "2_Normalize"]
     assert folder.embedding_settings(load_tokenizer(adapter_folder)) == ("prompteol", 160)
+
+
+def test_embedding_settings_that_do_not_fit_are_refused(adapter_folder: Path) -> None:
+    tokenizer = load_tokenizer(adapter_folder)
+    templates = dict(tokenizer.chat_template)
+    with pytest.raises(SempaError) as raised:
+        tokenizer.chat_template = {"b": "", "a": ""}
+        ModelFolder(adapter_folder).embedding_settings(tokenizer)
+    settings = adapter_folder / "sentence_bert_config.json"
+    assert str(raised.value).startswith(f"{settings} names the template 'prompteol', and the tokenizer has only: a, b.")
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(SempaError, match="the tokenizer has only: none"):
+        ModelFolder(adapter_folder).embedding_settings(tokenizer)
+    where = re.escape(f"The template 'prompteol' in {adapter_folder}")
+    tokenizer.chat_template = {**templates, "prompteol": "{{ raise_exception('not today') }}"}
+    with pytest.raises(SempaError, match=where):
+        ModelFolder(adapter_folder).embedding_settings(tokenizer)
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_a_length_leaves_room_for_one_token_of_a_sentence(adapter_folder: Path, spare: int) -> None:
+    tokenizer = load_tokenizer(adapter_folder)
+    shortest = len(template_ids(tokenizer, "prompteol", "")) + 1
+    settings = read_json(adapter_folder / "sentence_bert_config.json")
+    write_json(adapter_folder / "sentence_bert_config.json", {**settings, "max_seq_length": shortest + spare})
+    folder = ModelFolder(adapter_folder)
+    if spare < 0:
+        with pytest.raises(SempaError, match=f"is {shortest - 1}, which leaves no room .* at least {shortest}:"):
+            folder.embedding_settings(tokenizer)
+    else:
+        assert folder.embedding_settings(tokenizer) == ("prompteol", shortest)
 
 
 def test_an_activated_adapter_names_its_tokens(tiny_base: Path, tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ def test_ranked_answers_loss_with_three_and_with_two_answers() -> None:
     assert outcome.margins.tolist() == pytest.approx([scores[0][0] - scores[0][2], scores[1][0] - scores[1][1]])
 
 
+def test_ranked_answers_loss_ranks_any_number_of_answers() -> None:
+    policy, reference = numbers(2, 5, seed=3), numbers(2, 5, seed=4)
+    outcome = ranked_answers_loss(policy, reference, torch.tensor([5, 4]), beta=2.0)
+    scores = (2.0 * (policy - reference)).tolist()
+    expected = ranking_probability(scores[0], (0, 1, 2, 3, 4)) * ranking_probability(scores[1], (0, 1, 2, 3), (4,))
+    assert float(outcome.loss) == pytest.approx(-math.log(expected) / 2, abs=1e-5)
+    assert outcome.margins.tolist() == pytest.approx([scores[0][0] - scores[0][4], scores[1][0] - scores[1][3]])
+
+
 def random_bags(count: int, vocabulary: int, seed: int = 3) -> list[dict[int, float]]:
     draw = torch.Generator().manual_seed(seed)
     picks = [torch.randperm(vocabulary, generator=draw)[:4].tolist() for _ in range(count)]
