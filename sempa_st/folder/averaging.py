@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sempa_st.checks.inspection import files_read
 from sempa_st.errors import SempaError
-from sempa_st.folder.copying import copy_model
+from sempa_st.folder.card import objectives_of
+from sempa_st.folder.copying import copy_model, without_results
 from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.folder.resolve import Source, adapter_base, find_model
 from sempa_st.folder.write import copy_files
@@ -76,7 +77,8 @@ def average_models(
         record = sources[0].folder.record
         if record is not None:
             origins = [_origin(source) for source in sources]
-            write_json(folder / RUN_RECORD, {**record, "averaged": origins, "rank": rank})
+            own = without_results(record)
+            write_json(folder / RUN_RECORD, {**own, "averaged": origins, "rank": rank})
         return copy_model(str(folder), output, base=base.reference, overwrite=overwrite)
 
 
@@ -164,5 +166,9 @@ def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _origin(source: Source) -> dict[str, Any]:
-    config = (source.folder.record or {}).get("config") or {}
-    return {"model": portable_name(source.name), "seed": config.get("seed"), "digest": source.folder.digest}
+    record = source.folder.record or {}
+    seed = (record.get("config") or {}).get("seed")
+    objectives = objectives_of(record) if record else []
+    return {
+        "model": portable_name(source.name), "seed": seed, "digest": source.folder.digest, "objectives": objectives
+    }  # fmt: skip

@@ -85,17 +85,40 @@ def card_text(
     return str(card)
 
 
-def _trained_by(record: Mapping[str, Any]) -> str:
-    """Return the objective of a run, and its KL term, in words."""
-    named = [f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in _objectives(record)]
+def objectives_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the runs of a model were trained by: objective and KL term of each, each one once.
+
+    Args:
+        record: Run record; that of a mean names its runs, those of earlier versions without their objectives.
+    """
+    runs = [run for origin in record.get("averaged") or [] for run in origin.get("objectives") or []]
     config = record["config"]
-    text = _KL_TEXTS.get(str(config.get("kl_text")), "ordinary text")
-    return " and ".join(named) + (f", tied to its base by a KL term on {text}" if config.get("kl") else "")
+    own = {"objective": str(record["objective"]), "kl": config.get("kl"), "kl_text": config.get("kl_text")}
+    return [run for number, run in enumerate(runs) if run not in runs[:number]] or [own]
 
 
-def _objectives(record: Mapping[str, Any]) -> list[str]:
-    """Return the names in the objective of a run, without their weights."""
-    return [entry.partition(":")[0] for entry in split_list(str(record["objective"]))]
+def _trained_by(record: Mapping[str, Any]) -> str:
+    """Return the objectives of a model's runs, and their KL terms, in words."""
+    runs = [_run_in_words(run) for run in objectives_of(record)]
+    return runs[0] if len(runs) == 1 else f"the mean of runs by {'; and by '.join(runs)}"
+
+
+def _run_in_words(run: Mapping[str, Any]) -> str:
+    named = [
+        f"`{name}`" + (f" ({_OBJECTIVES[name]})" if name in _OBJECTIVES else "") for name in _names(run["objective"])
+    ]
+    text = _KL_TEXTS.get(str(run.get("kl_text")), "ordinary text")
+    return " and ".join(named) + (f", tied to its base by a KL term on {text}" if run.get("kl") else "")
+
+
+def _tags(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of all objectives of a model's runs."""
+    return list(dict.fromkeys(name for run in objectives_of(record) for name in _names(run["objective"])))
+
+
+def _names(objective: str) -> list[str]:
+    """Return the names in an objective, without their weights."""
+    return [entry.partition(":")[0] for entry in split_list(objective)]
 
 
 def check_card(folder: Path) -> None:
@@ -166,7 +189,7 @@ def _metadata(model: ModelFolder, name: str, base: Base, record: dict[str, Any] 
             "feature-extraction",
             "text-generation",
             *(["lora", "peft"] if model.is_adapter else []),
-            *(["sempa", *_objectives(record)] if record else []),
+            *(["sempa", *_tags(record)] if record else []),
         ],
         widget=[_WIDGET],
         model_name=name.rpartition("/")[2],

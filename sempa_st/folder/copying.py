@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,6 +233,11 @@ def write_record(
         return None
     record = portable_record({**record, "base": origin.name})
     if scale != 1:
-        record["scale"] = scale * (record.get("scale") or 1)
+        record = {**without_results(record), "scale": scale * (record.get("scale") or 1)}
     write_json(folder / RUN_RECORD, record)
     return record
+
+
+def without_results(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run record without the measured figures of the model that it is of, for a model with other weights."""
+    return {name: value for name, value in record.items() if name != "results"}

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import finish_adapter, make_config, make_llama
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import sempa_st
 from sempa_st.errors import SempaError
 from sempa_st.folder.averaging import average_models
+from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import merged_model
 from sempa_st.model.base_model import load_causal_lm, resolve_base
@@ -95,6 +97,28 @@ def test_the_record_and_the_card_name_the_runs(
     assert [each["seed"] for each in record["averaged"]] == [41, 42]
     assert (record["rank"], [each["model"] for each in record["averaged"]]) == (8, ["seed41", "seed42"])
     assert "of 2 runs, with seeds 41, 42, cut to rank 8" in (tmp_path / "mean" / "README.md").read_text()
+
+
+def test_the_card_of_a_mean_has_all_objectives_and_no_figures_of_one_run(tiny_base: Path, tmp_path: Path) -> None:
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    for run, objective, kl in zip(runs, ("contrastive", "retrieval"), (0.0, 1.0), strict=True):
+        settings = {"objective": objective, "kl": kl, "kl_text": "template" if kl else ""}
+        train(make_config(tiny_base, Path(run), max_triplets=8, **settings))
+    table = {"title": "Spearman x 100 (SentEval protocol)", "columns": ["model", "STS12"], "rows": [["`one`", 71.23]]}
+    record = Path(runs[0], "sempa_run.json")
+    write_json(record, {**read_json(record), "results": [table]})
+    assert "71.23" in card(copy_model(runs[0], tmp_path / "same"))
+    assert "71.23" not in card(copy_model(runs[0], tmp_path / "half", scale=0.5))
+    text = card(average_models([str(average_models(runs, tmp_path / "inner")), runs[0]], tmp_path / "mean"))
+    assert "71.23" not in text
+    assert "Trained by the mean of runs by `contrastive` (" in text
+    assert "; and by `retrieval` (" in text and "tied to its base by a KL term on its own sentences" in text
+    assert {"contrastive", "retrieval"} <= set(ModelCard(text).data.tags)
+    assert "Trained by `contrastive` (" in card(average_models([runs[0], runs[0]], tmp_path / "alike"))
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def change(folder: str, name: str, value: object) -> None:
