@@ -70,7 +70,8 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str], int]]:
     yield "one encode a request", [sys.executable, "-m", "benchmarks.speed.naive_server", args.model, str(port)], port
     if args.infinity and args.native:
         port = free_port()
-        flags = ["v2", "--model-id", args.native, "--device", "cpu", "--engine", "torch", "--url-prefix", "/v1"]
+        names = ["--model-id", args.native, "--served-model-name", args.model]
+        flags = ["v2", *names, "--device", "cpu", "--engine", "torch", "--url-prefix", "/v1"]
         yield "infinity-emb", [args.infinity, *flags, "--host", "127.0.0.1", "--port", str(port)], port
 
 

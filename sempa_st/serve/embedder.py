@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ _MAX_TEXTS = 32
 _MAX_TEXTS_BESIDE_GENERATION = 16
 """The same while a generation waits for its next token, so that its text does not stutter."""
 _MAX_CHARACTERS = 32 * 256
+_PATIENCE = 0.05
+"""Share of the time of a batch for which its thread waits for the next one to fill."""
 
 
 class QueueFullError(Exception):
@@ -64,13 +67,14 @@ class Embedder:
 
     Each batch takes one text of each waiting request in turn, until it is full, so that a short request does not wait
     for all of a long one. While batches run, the next one gathers by itself. After a batch of several requests its
-    thread waits up to ``max_wait`` for the clients that it has just answered; a request that is alone never waits.
+    thread waits up to ``max_wait`` for as many texts as it has just answered clients; a request that is alone never
+    waits.
 
     Args:
         model: Embedding model.
         turns: Turns on its device.
         max_queue: Texts that may wait.
-        max_wait: Seconds to wait for more texts.
+        max_wait: Seconds to wait for more texts, or a twentieth of those that the last batch took, where that is more.
         observe: Called with the number of texts of each batch.
     """
 
@@ -122,19 +126,25 @@ class Embedder:
             thread.join()
 
     def _run(self) -> None:
-        crowded = False
+        expected, patience = 0, 0.0
         while True:
-            with self._condition:
-                if crowded and not self._closed:
-                    self._condition.wait_for(lambda: self._waiting >= _MAX_TEXTS or self._closed, self._max_wait)
-                self._condition.wait_for(lambda: self._requests or self._closed)
-                if not self._requests:
-                    return
+            if not self._wait(expected, patience):
+                return
             with self._turns.turn(EMBEDDING):
                 batch = self._gather()
+                begun = time.perf_counter()
                 if batch:
                     self._turns.compute(self._embed, batch, more=self._waiting > 0)
-            crowded = len({id(request) for request, _ in batch}) > 1
+            requests = len({id(request) for request, _ in batch})
+            expected = requests if requests > 1 else 0
+            patience = max(self._max_wait, _PATIENCE * (time.perf_counter() - begun))
+
+    def _wait(self, expected: int, patience: float) -> bool:
+        """Wait some seconds for so many texts, then for one; returns False when the work is over."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting >= expected or self._closed, patience)
+            self._condition.wait_for(lambda: self._requests or self._closed)
+            return bool(self._requests)
 
     def _gather(self) -> list[tuple[Request, int]]:
         """Take the next texts from the queue: (request, index of its text)."""
