@@ -66,8 +66,9 @@ def tokenize(
     if shared.truncation or any(encoding.overflowing for encoding in encodings):
         own = _WITHOUT_TRUNCATION.get(tokenizer)
         if own is None:
-            own = _WITHOUT_TRUNCATION[tokenizer] = copy.deepcopy(shared)
+            own = copy.deepcopy(shared)
             own.no_truncation()
+            _WITHOUT_TRUNCATION[tokenizer] = own  # whole, since another thread may take it at once
         encodings = own.encode_batch(texts, add_special_tokens=add_special_tokens)
     return [_without_padding(encoding) for encoding in encodings]
 

@@ -36,7 +36,7 @@ from sempa_st.utils.assets import asset_path
 
 _RETRY_AFTER = 1
 _MAX_TOKEN_TEXTS = 16
-"""Texts of a request for aligned tokens, which has the device to itself."""
+"""Texts of a request for aligned tokens, which are one piece of work."""
 
 
 class TokensRequest(BaseModel):
@@ -68,7 +68,7 @@ class Service:
             observe=self.metrics.batch.observe,
         )
         self.metrics.add_gauge("sempa_queue_texts", "Texts that wait", lambda: self.embedder.waiting)
-        # One copy for all requests, which takes seconds: the other's state belongs to the thread that embeds.
+        # One copy for all requests, which takes seconds: the other's state belongs to the threads that embed.
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self.width = int(model.get_embedding_dimension() or 0)
         self.generation = self._generation()

@@ -49,7 +49,9 @@ class ServeConfig:
     max_generations: int = option(4, "generations at a time; as many more may wait")
     max_tokens: int = option(1024, "most tokens that one generation may ask for")
     max_context: int = option(4096, "most tokens of a prompt and its answer together")
-    max_wait: float = option(0.003, "seconds to wait for more texts when requests come close together")
+    max_wait: float = option(
+        0.003, "seconds to wait for more texts after a batch of several requests, or a twentieth of its time"
+    )
     timeout: float = option(
         300.0,
         "seconds that a request for embeddings may take, and that a server waits for its requests when it ends",

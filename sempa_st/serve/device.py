@@ -24,15 +24,15 @@ the next token of a text."""
 class DeviceTurns:
     """Give the places of a device to as many threads, and the same share of its time to either kind of work that waits.
 
-    A GPU has one place. A CPU with two threads or more has two, each with half of the threads while both are taken:
-    two pieces of work side by side do not wait for each other after each matrix product, as the threads of one do, so
-    that they end sooner than one after the other.
+    A GPU has one place. A CPU with two threads or more has two, and half of the threads for work that begins beside
+    other work: two pieces side by side do not wait for each other after each matrix product, as the threads of one do,
+    so that they end sooner than one after the other.
 
     One generation runs at a time, whatever the places: what it draws comes from torch's own generator, which threads
     share. The kind that has fewer places goes next. Between kinds that have as many, this is start-time fair queueing:
     each kind has a clock of the seconds that it has had, and the kind whose clock is behind goes next. A kind that
     comes back after a pause starts at the clock of the work last begun, so that a pause earns no credit; a moment is no
-    pause: the kind keeps its credit, and the place that it is to have next is kept free for it. Within a kind, who came
+    pause: the kind keeps its credit, and the last free place is kept for it if it goes next. Within a kind, who came
     first goes first.
 
     Args:
@@ -114,6 +114,7 @@ class DeviceTurns:
         """Let the calling thread compute with its share of the device's threads: all while there is no other work."""
         if self.places > 1:
             shared = more or self._running.total() > 1 or any(self._waits_for_place(kind) for kind in self._waiting)
+            torch.get_num_threads()  # a thread that has not asked yet takes over what another thread sets last
             torch.set_num_threads(self._threads // self.places if shared else self._threads)
 
     def is_wanted(self, kind: str) -> bool:
@@ -134,7 +135,9 @@ class DeviceTurns:
         return bool(self._waiting[kind]) and not (kind == GENERATION and self._running[kind])
 
     def _held_for_another(self, kind: str) -> float:
-        """Return for how many seconds a place is kept free for a kind that goes first and has left a moment ago."""
+        """Return for how many seconds the last place is kept free for a kind that goes first and left a moment ago."""
+        if self.places - self._running.total() > 1:
+            return 0.0
         first = [other for other in self._clocks if other != kind and self._claim(other) < self._claim(kind)]
         times = [self._left[other] + _MOMENT - time.monotonic() for other in first if not self._waiting[other]]
         return max(times, default=0.0)

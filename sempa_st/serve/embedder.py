@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from sempa_st.utils.finite import NotFiniteError
 _MAX_TEXTS = 32
 """Texts of a batch."""
 _MAX_TEXTS_BESIDE_GENERATION = 16
-"""The same while a generation waits for its next token, so that its text does not stutter."""
+"""The same while a generation waits for the device, so that its text does not stutter."""
 _MAX_CHARACTERS = 32 * 256
 _PATIENCE = 0.05
 """Share of the time of a batch for which its thread waits for the next one to fill."""
@@ -58,8 +59,15 @@ class Request:
     def add(self, index: int, vector: NDArray[np.float32]) -> None:
         """Note the vector of a text; the last one completes the result."""
         self._vectors[index] = vector
-        if len(self._vectors) == len(self.texts) and not self.future.done():
-            self.future.set_result(np.stack([self._vectors[number] for number in range(len(self.texts))]))
+        if len(self._vectors) == len(self.texts):
+            vectors = np.stack([self._vectors[number] for number in range(len(self.texts))])
+            with suppress(InvalidStateError):  # another text has failed, or the client has left
+                self.future.set_result(vectors)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, unless it has ended."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
 
 class Embedder:
@@ -67,8 +75,7 @@ class Embedder:
 
     Each batch takes one text of each waiting request in turn, until it is full, so that a short request does not wait
     for all of a long one. While batches run, the next one gathers by itself. After a batch of several requests its
-    thread waits up to ``max_wait`` for as many texts as it has just answered clients; a request that is alone never
-    waits.
+    thread waits up to ``max_wait`` for as many texts as it has just answered clients. Nothing waits otherwise.
 
     Args:
         model: Embedding model.
@@ -90,6 +97,7 @@ class Embedder:
         self._requests: deque[Request] = deque()
         self._waiting = 0
         self._closed = False
+        self._taking = False  # whether a thread is about to take the next texts; a second one would find none
         self._threads = [
             threading.Thread(target=self._run, name=f"sempa-embedder-{place}", daemon=True)
             for place in range(turns.places)
@@ -114,7 +122,7 @@ class Embedder:
                 raise QueueFullError
             self._requests.append(request)
             self._waiting += len(texts)
-            self._condition.notify()
+            self._condition.notify_all()
         return request
 
     def close(self) -> None:
@@ -134,7 +142,7 @@ class Embedder:
                 batch = self._gather()
                 begun = time.perf_counter()
                 if batch:
-                    self._turns.compute(self._embed, batch, more=self._waiting > 0)
+                    self._compute(batch)
             requests = len({id(request) for request, _ in batch})
             expected = requests if requests > 1 else 0
             patience = max(self._max_wait, _PATIENCE * (time.perf_counter() - begun))
@@ -143,8 +151,9 @@ class Embedder:
         """Wait some seconds for so many texts, then for one; returns False when the work is over."""
         with self._condition:
             self._condition.wait_for(lambda: self._waiting >= expected or self._closed, patience)
-            self._condition.wait_for(lambda: self._requests or self._closed)
-            return bool(self._requests)
+            self._condition.wait_for(lambda: (self._requests and not self._taking) or self._closed)
+            self._taking = bool(self._requests)
+            return self._taking
 
     def _gather(self) -> list[tuple[Request, int]]:
         """Take the next texts from the queue: (request, index of its text)."""
@@ -163,7 +172,16 @@ class Embedder:
                 characters += len(request.texts[index])
                 if request.remaining:
                     self._requests.append(request)
+            self._taking = False
+            self._condition.notify_all()
         return batch
+
+    def _compute(self, batch: list[tuple[Request, int]]) -> None:
+        try:
+            self._turns.compute(self._embed, batch, more=self._waiting > 0)
+        except Exception as error:  # no thread to be had, say; the next batch may have better luck
+            for request, _ in batch:
+                request.fail(error)
 
     def _embed(self, batch: list[tuple[Request, int]]) -> None:
         self._observe(len(batch))
@@ -173,11 +191,11 @@ class Embedder:
             if len(batch) > 1:  # of the one text that it is about, and not of the others
                 for item in batch:
                     self._embed([item])
-            elif not (request := batch[0][0]).future.done():
-                index = batch[0][1]
+            else:
+                request, index = batch[0]
                 named = isinstance(error, NotFiniteError)  # by its place in the request, not in this batch of one
                 own = NotFiniteError([(index, request.texts[index])], len(request.texts)) if named else error
-                request.future.set_exception(own)
+                request.fail(own)
             return
         for (request, index), vector in zip(batch, vectors, strict=True):
             request.add(index, vector)

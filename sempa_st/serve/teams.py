@@ -2,7 +2,7 @@
 
 A team lives as long as the thread that it belongs to. Teams spin from one product to the next, which is what makes them
 fast, but only while the threads of all teams together are no more than the cores: one idle team makes another's work a
-third slower. So a thread that lives long has no team here.
+third slower. So no thread that lives as long as the server has one here; a generation's ends with its text.
 """
 
 from __future__ import annotations

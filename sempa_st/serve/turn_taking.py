@@ -45,12 +45,12 @@ class TurnTakingModel:
         """Generate as the model does."""
         assert self._sampling is not None
         step = _NextTurn(self._model.device, *self._parts, self._sampling)
-        step.begin()
         try:
+            step.begin()
             with torch.inference_mode():
                 return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([step]))
         finally:
-            step.end()
+            step.leave()  # what it drew with is not needed any more
 
 
 class _NextTurn(StoppingCriteria):
@@ -65,16 +65,25 @@ class _NextTurn(StoppingCriteria):
         self._sampling = sampling
         self._draws = Draws(device, sampling.seed)
         self._written = 0
-        self._since = 0.0
+        self._since, self._holds = 0.0, False
 
     def begin(self) -> None:
         self._since = self._turns.acquire(GENERATION)
+        self._holds = True
         self._turns.use_share()
         self._draws.resume()
 
     def end(self) -> None:
-        self._draws.pause()
-        self._turns.release(GENERATION, self._since)
+        try:
+            self._draws.pause()
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Give the place back, if there is one to give."""
+        if self._holds:
+            self._holds = False
+            self._turns.release(GENERATION, self._since)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._written += 1

@@ -50,12 +50,13 @@ def test_embedding_settings_that_do_not_fit_are_refused(adapter_folder: Path) ->
 
 
 @pytest.mark.parametrize("spare", [-1, 0])
-def test_a_length_leaves_room_for_one_token_of_a_sentence(adapter_folder: Path, spare: int) -> None:
-    tokenizer = load_tokenizer(adapter_folder)
+def test_a_length_leaves_room_for_one_token_of_a_sentence(adapter_folder: Path, tmp_path: Path, spare: int) -> None:
+    path = shutil.copytree(adapter_folder, tmp_path / "model")
+    tokenizer = load_tokenizer(path)
     shortest = len(template_ids(tokenizer, "prompteol", "")) + 1
-    settings = read_json(adapter_folder / "sentence_bert_config.json")
-    write_json(adapter_folder / "sentence_bert_config.json", {**settings, "max_seq_length": shortest + spare})
-    folder = ModelFolder(adapter_folder)
+    settings = read_json(path / "sentence_bert_config.json")
+    write_json(path / "sentence_bert_config.json", {**settings, "max_seq_length": shortest + spare})
+    folder = ModelFolder(path)
     if spare < 0:
         with pytest.raises(SempaError, match=f"is {shortest - 1}, which leaves no room .* at least {shortest}:"):
             folder.embedding_settings(tokenizer)

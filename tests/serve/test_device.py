@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -224,3 +225,22 @@ def test_one_generation_at_a_time() -> None:
         assert not thread.is_alive()
     assert most == 1
     assert shares == {2}  # the other place stays free, and its thread helps
+
+
+def test_a_place_is_kept_free_only_when_it_is_the_last() -> None:
+    """Embedding is behind and has left a moment ago; with two free places a token need not wait for it."""
+    clock = Clock()
+    turns = DeviceTurns(threads=2, now=clock)
+    device_left = threading.Event()
+    with turns.turn(GENERATION):
+        clock.now += 100.0
+    with turns.turn(EMBEDDING):
+        pass
+    turns._left[EMBEDDING] = math.inf  # it has always left just now
+
+    def generate() -> None:
+        with turns.turn(GENERATION):
+            device_left.set()
+
+    threading.Thread(target=generate, daemon=True).start()
+    assert device_left.wait(20)

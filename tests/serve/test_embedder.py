@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,15 @@ def batches() -> list[int]:
     return []
 
 
+@pytest.fixture(params=[1, 2], ids=["one place", "two places"])
+def threads(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def embedder(model: Model, batches: list[int]) -> Iterator[Embedder]:
+def embedder(threads: int, model: Model, batches: list[int]) -> Iterator[Embedder]:
     made: Any = model
-    embedder = Embedder(made, DeviceTurns(), max_queue=100, max_wait=60.0, observe=batches.append)
+    embedder = Embedder(made, DeviceTurns(threads=threads), max_queue=100, max_wait=60.0, observe=batches.append)
     yield embedder
     model.free.set()
     embedder.close()
@@ -53,20 +59,76 @@ def answers(requests: list[Request]) -> list[float]:
 
 
 def test_a_batch_waits_for_as_many_clients_as_were_answered(
-    embedder: Embedder, model: Model, batches: list[int]
+    embedder: Embedder, model: Model, batches: list[int], threads: int
 ) -> None:
-    first = submit(embedder, 1)
-    while not batches:
-        time.sleep(0.001)
-    rest = submit(embedder, 4)  # gather while the first batch runs
+    first = []
+    for place in range(threads):  # keep all threads busy
+        first += submit(embedder, 1)
+        while len(batches) <= place:
+            time.sleep(0.001)
+    rest = submit(embedder, 4)  # gather meanwhile
     model.free.set()
-    assert answers(first + rest) == [0, 0, 1, 2, 3]
+    assert answers(first + rest) == [0] * threads + [0, 1, 2, 3]
+    if threads > 1:
+        return  # the other thread, which has answered one client, takes whoever comes
     back = submit(embedder, 2)
     time.sleep(0.1)  # the others are late
     assert batches == [1, 4]
     back += submit(embedder, 2)
     assert answers(back) == [0, 1, 0, 1]
     assert batches == [1, 4, 4]
+
+
+def test_a_lone_request_does_not_wait_beside_a_thread_that_waits_for_others(
+    embedder: Embedder, model: Model, batches: list[int], threads: int
+) -> None:
+    if threads == 1:
+        pytest.skip("there is no other thread")
+    first = submit(embedder, 1)
+    while not batches:
+        time.sleep(0.001)
+    many = submit(embedder, 4)
+    model.free.set()
+    answers(first + many)  # the thread of the four waits for four clients, a minute long
+    for _ in range(5):
+        assert answers(submit(embedder, 1)) == [0]
+
+
+def test_a_client_that_leaves_at_the_last_moment_takes_no_thread_along(
+    embedder: Embedder, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its future is cancelled between the last look at it and the result."""
+    model.free.set()
+    stack = np.stack
+
+    def cancel_and_stack(vectors: list[np.ndarray]) -> np.ndarray:
+        for request in leaving:
+            request.future.cancel()
+        return stack(vectors)
+
+    monkeypatch.setattr("sempa_st.serve.embedder.np.stack", cancel_and_stack)
+    for _ in range(3):
+        leaving: list[Request] = []
+        model.free.clear()
+        leaving += submit(embedder, 1)
+        model.free.set()
+        wait([leaving[0].future], 20)
+    leaving = []
+    assert answers(submit(embedder, 1)) == [0]
+
+
+def test_an_error_outside_of_the_model_is_an_answer_too(embedder: Embedder, model: Model) -> None:
+    model.free.set()
+    compute = embedder._turns.compute
+    embedder._turns.compute = refuse  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        answers(submit(embedder, 1))
+    embedder._turns.compute = compute  # type: ignore[method-assign]
+    assert answers(submit(embedder, 1)) == [0]
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_request_that_is_alone_does_not_wait(embedder: Embedder, model: Model, batches: list[int]) -> None:
