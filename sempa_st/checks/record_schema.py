@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 _OBJECTIVE = r"^[a-z-]{1,32}(:[0-9.e+-]{1,32})?( ?, ?[a-z-]{1,32}(:[0-9.e+-]{1,32})?){0,7}$"
 """A weighted sum of objectives, such as ``dpo:0.3,contrastive:1``. Later versions may add names."""
+_Objective = Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
 
 
 class Settings(BaseModel):
@@ -33,8 +34,13 @@ class _Dev(Settings):
     scores: list[_Score]
 
 
+class _Run(Settings):
+    objective: _Objective
+
+
 class _Averaged(Settings):
     model: str
+    objectives: list[_Run] | None = None
 
 
 class _Start(Settings):
@@ -51,7 +57,7 @@ class _Table(Settings):
 class RunRecord(Settings):
     """Content of ``sempa_run.json``."""
 
-    objective: Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
+    objective: _Objective
     base: str | None = None
     command: str | None = None
     config: dict[str, Any]

@@ -53,7 +53,7 @@ def _table(args: argparse.Namespace) -> None:
     from sempa_st.folder.resolve import find_model
     from sempa_st.loading import check_method
     from sempa_st.methods.registry import methods_for
-    from sempa_st.utils.files import locked
+    from sempa_st.utils.files import lock_beside, locked
 
     source = find_model(args.base, for_method=True)
     methods = methods_for(encoders=source.takes_encoder_methods) if args.methods == [_ALL] else args.methods
@@ -68,7 +68,7 @@ def _table(args: argparse.Namespace) -> None:
     output = Path(args.output)
     # Another one would take half of this one's scores for an interrupted run's.
     running = f"Another table is being made in {output}. Wait for it, or choose another --output."
-    with locked(output.resolve().with_name(f".{output.resolve().name}.lock"), running, "tables"):
+    with locked(lock_beside(output.resolve()), running, "tables"):
         results = score_systems(
             systems,
             output,

@@ -28,6 +28,7 @@ from sempa_st.utils.files import (
     check_not_inside,
     check_output_file,
     check_output_folder,
+    lock_beside,
     locked,
     os_errors_as_sempa_errors,
     read_json,
@@ -100,7 +101,7 @@ class ShardFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with scratch_folder(self.path):
                 pass  # something can be written beside the output
-        with locked(self.path.with_name(f".{self.path.name}.lock"), in_use, "runs"):
+        with locked(lock_beside(self.path), in_use, "runs"):
             self.check_output(overwrite=overwrite)  # another process may have written it meanwhile
             self._prepare(identity, overwrite=overwrite)
             try:

@@ -20,7 +20,7 @@ from sempa_st.training.checkpoints import (
     rename_damaged,
     run_identity,
 )
-from sempa_st.utils.files import check_output_folder, locked, read_json, write_json, write_text
+from sempa_st.utils.files import check_output_folder, lock_beside, locked, read_json, write_json, write_text
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
@@ -48,7 +48,7 @@ class RunFolder:
         self.checkpoints = self.path / _CHECKPOINTS
         self.models = self.path / _MODELS
         self.logs = self.output.with_name(self.output.name + ".logs")
-        self._lock = self.path.with_name(f".{self.path.name}.lock")
+        self._lock = lock_beside(self.path)
         self._stack = ExitStack()
 
     def check_free(self) -> None:

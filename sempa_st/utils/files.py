@@ -88,6 +88,11 @@ def _atomic(target: Path, create: Callable[[Path], None], *, overwrite: bool) ->
                 raise SempaError(_not_empty(target)) from error
 
 
+def lock_beside(path: Path) -> Path:
+    """Return the hidden lock file of an output, which stands beside it."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(path: Path, in_use: str, what: str) -> Iterator[None]:
     """Hold the lock file ``path`` during the block; its folder is created.

@@ -217,6 +217,10 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
     ("sempa", "sempa_run.json", "objective", "dpo\nAnother line"),
     *(("sempa", "sempa_run.json", "averaged", value) for value in ([{}], [{"model": None}], [3])),
+    *(
+        ("sempa", "sempa_run.json", "averaged", [{"model": "a", "objectives": value}])
+        for value in ("dpo", ["dpo"], [{}], [{"objective": 3}], [{"objective": "dpo`\n\n# Injected"}])
+    ),
     *(("sempa", "sempa_run.json", "scale", value) for value in (0, "2", float("nan"))),
     ("sempa", "sempa_run.json", "dev", {**RECORD["dev"], "scores": [{"samples": 1, "spearman": "x"}]}),
     *(("base", "config.json", "architectures", value) for value in (3, [3], ["BertModel"])),

@@ -231,7 +231,7 @@ def test_a_place_is_kept_free_only_when_it_is_the_last() -> None:
     """Embedding is behind and has left a moment ago; with two free places a token need not wait for it."""
     clock = Clock()
     turns = DeviceTurns(threads=2, now=clock)
-    device_left = threading.Event()
+    written = threading.Event()
     with turns.turn(GENERATION):
         clock.now += 100.0
     with turns.turn(EMBEDDING):
@@ -240,7 +240,7 @@ def test_a_place_is_kept_free_only_when_it_is_the_last() -> None:
 
     def generate() -> None:
         with turns.turn(GENERATION):
-            device_left.set()
+            written.set()
 
     threading.Thread(target=generate, daemon=True).start()
-    assert device_left.wait(20)
+    assert written.wait(20)
