@@ -24,6 +24,7 @@ from sempa_st.folder.resolve import (
     source_digest,
 )
 from sempa_st.forward.embed import embed_rows_fast
+from sempa_st.forward.fused_lora import fuse_updates
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.base_model import Base, load_causal_lm
 from sempa_st.model.embedded import EMBEDDED_BASE
@@ -112,6 +113,8 @@ def load(
     avoid_broken_sdpa(opened, str(opened.device))
     if int8:
         _quantize(opened)
+    elif str(opened.device) == "cpu" and not trainable:
+        fuse_updates(opened)
     if trainable:
         _train_adapter(opened, as_trained=not (method or int8))
     set_encode_options(opened, truncate_dim, prompts)

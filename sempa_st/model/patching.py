@@ -127,6 +127,11 @@ def alora_acting_on(tokens: list[int] | int) -> Iterator[None]:
         _ACTS_ON.reset(token)
 
 
+def alora_acts_on_every_token() -> bool:
+    """Whether the activated adapters of patched models act on all tokens, in this thread (:func:`alora_acting_on`)."""
+    return _ACTS_ON.get() == EVERY_TOKEN
+
+
 def patch_alora(model: Any) -> None:
     """Make a PEFT model's activated adapters read from the thread's context which tokens they act on.
 

@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import DPOConfig
 
 from sempa_st.data.preferences import preference_rows
+from sempa_st.forward.fused_lora import fuse_updates
 from sempa_st.training.alignment import AlignmentTrainer
 from sempa_st.training.callbacks import DEV_METRIC, PairProgress, Patience
 from sempa_st.training.checkpoints import Checkpoints
@@ -27,7 +28,6 @@ from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.dpo import PreferenceTrainer
 from sempa_st.training.dropout import check_repeatable, disable_dropout
 from sempa_st.training.forward import TrainingForward
-from sempa_st.training.fused_lora import fuse_updates
 from sempa_st.training.inputs import RunInputs
 from sempa_st.training.reference import answers_identity, reference_identity
 from sempa_st.training.run_folder import RunFolder

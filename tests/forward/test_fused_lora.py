@@ -11,7 +11,8 @@ from helpers.tiny import make_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sempa_st.training.fused_lora import fuse_updates, linear_with_update
+from sempa_st.forward.fused_lora import fuse_updates, linear_with_update
+from sempa_st.model.peft_models import alora_on_last
 
 pytestmark = pytest.mark.names_dtype
 
@@ -102,13 +103,38 @@ def test_a_disabled_or_merged_adapter_is_that_of_peft() -> None:
         torch.testing.assert_close(fused(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"alora_invocation_tokens": [1]}]
-)
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_other_kinds_of_layers_stay_as_peft_has_them(settings: dict[str, Any]) -> None:
-    if "alora_invocation_tokens" in settings:
-        settings = {**settings, "task_type": "CAUSAL_LM"}
     assert fuse_updates(adapted(**settings)) == 0
+
+
+def test_an_activated_adapter_is_fused_where_it_acts_on_every_token() -> None:
+    """It is a plain one there, and elsewhere that of PEFT, down to the bit."""
+    model, plain = adapted(task_type="CAUSAL_LM", alora_invocation_tokens=[7]), adapted(task_type="CAUSAL_LM")
+    fused = copy.deepcopy(model)
+    assert fuse_updates(fused) == LAYERS
+    with torch.no_grad():
+        with alora_on_last(fused, None):
+            found = fused.get_base_model()(input_ids=IDS).logits
+        torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        after, before = fused(input_ids=IDS).logits, model(input_ids=IDS).logits
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert not torch.allclose(after, found, atol=1e-3)
+
+
+def test_a_layer_that_is_changed_later_is_that_of_peft() -> None:
+    model = adapted()
+    fused = copy.deepcopy(model)
+    fuse_updates(fused)
+    for candidate in (model, fused):
+        torch.manual_seed(1)
+        candidate.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        candidate.set_adapter("second")
+        for name, parameter in candidate.named_parameters():
+            parameter.requires_grad_("base_layer" in name or ".second." in name)
+    (expected, gradients), (found, own) = run(model), run(fused)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(torch.equal(own[name], gradient) for name, gradient in gradients.items())
 
 
 def test_layers_of_two_adapters_stay_as_peft_has_them() -> None:

@@ -1,4 +1,4 @@
-"""LoRA layers that compute a linear layer and its update together, for training on a CPU.
+"""LoRA layers that compute a linear layer and its update together, for a CPU.
 
 PEFT adds the update in steps of their own: it converts the input to the adapter's float32, multiplies twice, scales,
 adds, and converts back. Each step reads and writes a tensor as large as the layer's output, which takes longer on a CPU
@@ -12,45 +12,50 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sempa_st.model.patching import compute_by
+from sempa_st.model.patching import alora_acts_on_every_token, compute_by
 
 
 def fuse_updates(model: nn.Module) -> int:
     """Let the LoRA layers of a model compute their updates by :func:`linear_with_update`, and return their number.
 
-    Layers that are quantised, have several adapters, dropout, or a variant of LoRA (DoRA, activated LoRA) stay as PEFT
-    has them. A changed layer computes by PEFT again while its adapter is disabled or merged.
+    Layers that are quantised, have several adapters, dropout, or a variant of LoRA such as DoRA stay as PEFT has them.
+    A changed layer computes by PEFT again while its adapter is disabled, merged or not the only active one, while its
+    own weights are trained, and, if the adapter is an activated one (aLoRA), unless that acts on every token
+    (:func:`~sempa_st.model.peft_models.alora_on_last`).
     """
-    layers = [module for module in model.modules() if type(module) is lora.Linear and _is_plain(module)]
+    layers: list[Any] = [module for module in model.modules() if type(module) is lora.Linear and _is_plain(module)]
     for layer in layers:
-        compute_by(layer, partial(_forward, layer))
+        compute_by(layer, partial(_forward, layer, list(layer.lora_A)))
     return len(layers)
 
 
 def _is_plain(layer: Any) -> bool:
-    base, names = layer.get_base_layer(), list(layer.lora_A)
+    names = list(layer.lora_A)
     return (
-        type(base) is nn.Linear
-        and not base.weight.requires_grad
+        type(layer.get_base_layer()) is nn.Linear
         and layer.active_adapters == names
         and len(names) == 1
-        and not layer.lora_variant
+        and type(layer.lora_variant.get(names[0])) in (type(None), ALoraLinearVariant)
         and not layer.lora_bias[names[0]]
         and isinstance(layer.lora_dropout[names[0]], nn.Identity)
     )
 
 
-def _forward(layer: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base, (name,) = layer.get_base_layer(), layer.active_adapters
-    if layer.disable_adapters or layer.merged or args or kwargs or inputs.dtype != base.weight.dtype:
+def _forward(layer: Any, names: list[str], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    weight = layer.get_base_layer().weight
+    as_peft = layer.disable_adapters or layer.merged or layer.active_adapters != names
+    as_peft = as_peft or (layer.lora_variant and not alora_acts_on_every_token())
+    if as_peft or args or kwargs or weight.requires_grad or inputs.dtype != weight.dtype:
         output: Tensor = type(layer).forward(layer, inputs, *args, **kwargs)
         return output
+    (name,) = names
     first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return linear_with_update(inputs, base.weight, base.bias, first, second, layer.scaling[name])
+    return linear_with_update(inputs, weight, layer.get_base_layer().bias, first, second, layer.scaling[name])
 
 
 def linear_with_update(
@@ -71,7 +76,11 @@ def linear_with_update(
     """
     # The views are outside of the function: one made inside may not be changed in place, as Llama 4 does.
     rows = inputs.reshape(-1, inputs.shape[-1])
-    output: Tensor = _LinearWithUpdate.apply(rows, weight, bias, first, second, scale)
+    if torch.is_grad_enabled():
+        output: Tensor = _LinearWithUpdate.apply(rows, weight, bias, first, second, scale)
+    else:
+        inner = rows @ first.to(rows.dtype).T
+        output = functional.linear(rows, weight, bias).addmm_(inner, second.to(rows.dtype).T, alpha=scale)
     return output.view(*inputs.shape[:-1], -1)
 
 
