@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from sempa_st.evaluation.sts import score_tasks
     from sempa_st.folder.resolve import describe_method, find_model
-    from sempa_st.utils.files import check_output_file, write_json
+    from sempa_st.utils.files import check_output_file, lock_beside, locked, write_json
     from sempa_st.utils.portable import portable_name
     from sempa_st.utils.run_info import run_info
 
@@ -67,7 +67,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     method = describe_method(find_model(args.model, for_method=True), args.template, options["method"])
     protocols = split_list(options.pop("protocol"))
     del options["json"]
-    scores, others = score_tasks(protocols=protocols, **options)
+    # MTEB reads its files and writes them whole: of two at once, the later one would lose the other's lines.
+    running = f"Another evaluation writes to {args.output}. Wait for it, or choose another --output."
+    with locked(lock_beside(Path(args.output).resolve()), running, "evaluations"):
+        scores, others = score_tasks(protocols=protocols, **options)
     rows: list[list[object]] = [list(asdict(score).values()) for score in scores]
     for protocol in dict.fromkeys(score.protocol for score in scores):
         same = [score for score in scores if score.protocol == protocol]

@@ -20,6 +20,7 @@ from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import encode_cache
 from sempa_st.evaluation.sts import expand_tasks, load_cells, score_cells
 from sempa_st.utils.assets import asset_path
+from sempa_st.utils.files import locked
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -170,6 +171,19 @@ def test_offline_without_files_is_one_clear_error(run_cli: Cli, adapter_folder: 
     assert code == 2
     assert "cannot be loaded from the Hub" in err
     assert "--data-dir" in err
+
+
+def test_one_evaluation_at_a_time_writes_to_a_folder(
+    run_cli: Cli, adapter_folder: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    with locked(tmp_path / ".o.lock", "", ""):
+        code, _, err = run_cli(
+            "evaluate", adapter_folder, "--tasks", "STS12", "--data-dir", data_dir, "--output", output
+        )
+    assert code == 2
+    assert "Another evaluation writes to" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pairs_are_checked(tmp_path: Path) -> None:
