@@ -50,7 +50,9 @@ class ServeConfig:
     max_tokens: int = option(1024, "most tokens that one generation may ask for")
     max_context: int = option(4096, "most tokens of a prompt and its answer together")
     max_wait: float = option(
-        0.003, "seconds to wait for more texts after a batch of several requests, or a twentieth of its time"
+        0.003,
+        "least seconds to wait for more texts after a batch of several requests; a twentieth of that batch's time "
+        "where that is longer",
     )
     timeout: float = option(
         300.0,

@@ -167,8 +167,8 @@ def load_data(config: TrainConfig) -> NliData:
     found = f"{config.data} holds pairs alone, without a column of contradicted sentences (negative or hard_neg)"
     if names:
         raise SempaError(
-            f"{found}, and the objective {names[0]} compares with one. Expected contrastive or one-word-listwise, or "
-            "triplets; --columns names a column that is called otherwise."
+            f"{found}, and the objective {names[0]} compares with one. Expected contrastive, retrieval or "
+            "one-word-listwise, or triplets; --columns names a column that is called otherwise."
         )
     if config.neutral != "none" or config.batch_size == 1:
         raise SempaError(

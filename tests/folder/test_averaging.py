@@ -96,7 +96,7 @@ def test_the_record_and_the_card_name_the_runs(
     record = read_json(tmp_path / "mean" / "sempa_run.json")
     assert [each["seed"] for each in record["averaged"]] == [41, 42]
     assert (record["rank"], [each["model"] for each in record["averaged"]]) == (8, ["seed41", "seed42"])
-    assert "of 2 runs, with seeds 41, 42, cut to rank 8" in (tmp_path / "mean" / "README.md").read_text()
+    assert "of 2 adapters: seed41 (dpo), seed42 (dpo), cut to rank 8" in (tmp_path / "mean" / "README.md").read_text()
 
 
 def test_the_card_of_a_mean_has_all_objectives_and_no_figures_of_one_run(tiny_base: Path, tmp_path: Path) -> None:
