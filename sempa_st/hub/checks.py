@@ -38,6 +38,7 @@ def check_publishable(folder: Path, base: Base, *, private_paths: Sequence[Path]
         SempaError: On the first thing that is wrong; the message says how to mend it.
     """
     check_folder(folder)
+    _refuse_foreign_code(folder)
     _check_base(ModelFolder(folder))
     check_card(folder)
     if base.is_gemma and not (folder / "NOTICE").is_file():
@@ -45,6 +46,27 @@ def check_publishable(folder: Path, base: Base, *, private_paths: Sequence[Path]
     for name, text in local_paths(folder, private_paths):
         raise SempaError(f"{name} names a folder of this machine: {text!r:.200}. Remove it from the file.")
     _check_readers(folder, dtype)
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Raise :class:`SempaError` if a settings file names classes (``auto_map``) that a reader would fetch and run."""
+    for path in sorted(folder.rglob("*.json")):
+        if path.name not in _VOCABULARIES and any(_values_of("auto_map", read_json(path))):
+            raise SempaError(
+                f"{path.relative_to(folder).as_posix()} names code of its own (auto_map), which is never run here, and "
+                "would be run by others. Remove the setting, or make the folder anew with `sempa copy`."
+            )
+
+
+def _values_of(key: str, value: Any) -> Iterator[Any]:
+    """Yield all values that JSON content has under a key, at any depth."""
+    if isinstance(value, dict):
+        if key in value:
+            yield value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _values_of(key, each)
 
 
 def _check_base(model: ModelFolder) -> None:
@@ -73,7 +95,7 @@ def local_paths(folder: Path, known: Sequence[Path]) -> Iterator[tuple[str, str]
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
             yield from ((name, text) for text in _strings(read_json(path)) if _is_absolute(text))
-        found = mention.search(path.read_text(encoding="utf-8")) if mention else None
+        found = mention.search(path.read_text(encoding="utf-8", errors="replace")) if mention else None
         if found:
             yield name, found[0]
 

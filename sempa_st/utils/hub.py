@@ -112,10 +112,16 @@ def download(name: str, folder: Path, *, revision: str | None = None) -> str:
     return commit
 
 
+def _transport_faults() -> tuple[type[Exception], ...]:
+    """Return OSError and the base of all that the client's HTTP library raises, which library that may be."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(each for each in HfHubHTTPError.__bases__ if issubclass(each, Exception))
+
+
 @contextmanager
 def _explained(unknown: str) -> Iterator[None]:
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -134,7 +140,7 @@ def _explained(unknown: str) -> Iterator[None]:
         raise SempaError(
             f"{unknown}, since the repository has no such revision. Check the branch or commit."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except _transport_faults() as error:
         raise SempaError(
             f"{unknown}, it is not cached, and the Hub cannot be reached or denies access ({type(error).__name__}). "
             "Check the name and the network, or pass a local folder."

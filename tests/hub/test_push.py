@@ -127,12 +127,15 @@ def test_what_is_refused_before_anything_is_sent(
     (home / "README.md").write_text(f"{(home / 'README.md').read_text()}\nTrained in {Path.home()}/runs.\n")
     card = copied("card")
     (card / "README.md").unlink()
+    mapped = copied("mapped")
+    spoil(mapped, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil--mod.Tokenizer"]})
     before = dict(hub.repositories)
     for wrong, message in (
         (local, "which nobody else has. Push the whole model with --merged"),
         (path, "config_sentence_transformers.json names a folder of this machine: '/home/someone/runs/first'"),
         (home, "README.md names a folder of this machine"),
         (card, "Expected a model card"),
+        (mapped, "tokenizer_config.json names code of its own (auto_map)"),
         (tmp_path / "acme", "is no folder of this package"),
     ):
         with pytest.raises(SempaError) as error:
@@ -162,7 +165,7 @@ def test_names_tokens_and_repositories_that_do_not_fit(
     with pytest.raises(SempaError, match="hf auth whoami"):
         push(str(folder), "me/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SempaError, match="could not be fetched"):
+    with pytest.raises(SempaError, match="the Hub cannot be reached"):
         pull("me/public", tmp_path / "none")
 
 

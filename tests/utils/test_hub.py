@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny import finish_adapter, make_llama, make_tokenizer, save_base
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from sempa_st.errors import SempaError
+from sempa_st.utils.hub import download
 
 pytestmark = pytest.mark.names_dtype
 
@@ -86,3 +91,17 @@ def test_a_folder_trained_on_a_hub_id_names_it(hub: dict[str, str], tmp_path: Pa
     copy = f"-m sempa_st copy {tmp_path / 'model'} {tmp_path / 'copy'}"
     assert subprocess.run([sys.executable, *copy.split()], env=hub, capture_output=True).returncode == 0
     assert base_named_in(tmp_path / "copy") == "me/tiny-base"
+
+
+@pytest.mark.parametrize("fault", HfHubHTTPError.__bases__)
+def test_a_fault_of_the_network_is_one_clear_error(
+    fault: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that refuses, or a connection that ends, is an error of the HTTP library, and none of the Hub's."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise fault("403 Forbidden")
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(SempaError, match="the Hub cannot be reached or denies access"):
+        download("me/tiny", tmp_path)
