@@ -121,12 +121,14 @@ def load(
     asked = {"method": method, "reader": reader, "dtype": str(arguments["dtype"]), "int8": int8}
     if model_kwargs:
         asked["model_kwargs"] = repr(model_kwargs)
-    opened.model_card_data.model_name = digested_name(source.name, {"model": digest, **asked, **_settings_of(opened)})
+    opened.model_card_data.model_name = digested_name(
+        source.name, {"model": digest, **asked, **vector_settings(opened)}
+    )
     return opened
 
 
-def _settings_of(model: SentenceTransformer) -> dict[str, Any]:
-    """Return what of a model decides a vector, beside its files and how it was loaded.
+def vector_settings(model: SentenceTransformer) -> dict[str, Any]:
+    """Return what of a model decides a vector, beside its files and how it was loaded; it may be changed at any time.
 
     Nothing of it differs between machines; only an "auto" dtype depends on the device.
     """

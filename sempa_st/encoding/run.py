@@ -15,7 +15,8 @@ from sempa_st.encoding.shard_writer import ShardWriter
 from sempa_st.encoding.tables import input_schema, text_schema
 from sempa_st.encoding.vectors import WITH_RANGES, VectorSettings, calibrate
 from sempa_st.errors import SempaError, check_known
-from sempa_st.folder.digests import digest_in
+from sempa_st.folder.digests import digest_in, digested_name
+from sempa_st.utils.files import check_not_inside
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -79,6 +80,7 @@ def encode_file(
     settings = VectorSettings(normalize, truncate_dim, precision, prompt, prompt_name)
     folder = ShardFolder(output)
     folder.check_output(overwrite=overwrite)
+    check_not_inside(output, [Path(each) for each in (model, options.get("base")) if isinstance(each, str | Path)])
     sentences = (
         input
         if isinstance(input, Sentences)
@@ -154,8 +156,11 @@ class _ThisProcess:
     @property
     def model_identity(self) -> str:
         """The model's name, which has a digest if this package loaded it; of others an unfinished run starts anew."""
+        from sempa_st.loading import vector_settings
+
         name = self.model.model_card_data.model_name or ""
-        return name if digest_in(name) else uuid4().hex
+        # The settings may have changed since the name was made.
+        return digested_name(name, vector_settings(self.model)) if digest_in(name) else uuid4().hex
 
     def calibrate(self, sentences: Sentences, settings: VectorSettings, batch_size: int) -> Any:
         """Return the ranges of :func:`sempa_st.encoding.vectors.calibrate`."""

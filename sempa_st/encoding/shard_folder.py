@@ -111,6 +111,13 @@ class ShardFolder:
                     shutil.rmtree(self.path, ignore_errors=True)
                 raise
 
+    def _remove(self) -> None:
+        """Remove the folder, what says whose shards it has last: whatever is left by a kill can be told."""
+        for entry in self.path.iterdir():
+            if entry.name != _IDENTITY:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(self.path)
+
     def _prepare(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             known = self.path / _IDENTITY
@@ -123,7 +130,7 @@ class ShardFolder:
                     f"{self.path} holds an unfinished run of another input, model or setting. Repeat that command to "
                     "finish it, or pass --overwrite to delete it."
                 )
-            shutil.rmtree(self.path)
+            self._remove()
             self.path.mkdir()
         write_json(self.path / _IDENTITY, identity)
 
@@ -166,21 +173,30 @@ class ShardFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shards = [self.shard(shard.number) for shard in sentences.shards]
         width = _width(shards[0])
+        ranges = [self.ranges] if self.ranges.exists() else []
+        # The shards stay until the output is in its place.
         if self.suffix == FOLDER:
             with atomic_folder(self.output, overwrite=True) as partial:
-                partial.rmdir()
-                self.path.rename(partial)
-                (partial / _IDENTITY).unlink()
-            return width
-        with atomic_file(self.output) as partial:
-            if self.suffix == ".npy":
-                _join_npy(shards, partial, (sentences.count, width))
-            else:
-                _join_parquet(shards, partial)
-        if self.ranges.exists():
-            publish(self.ranges, self.output.with_name(self.output.name + ".ranges.npy"))
-        shutil.rmtree(self.path)
+                for file in [*shards, *ranges]:
+                    _link(file, partial / file.name)
+        else:
+            for file in ranges:
+                with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
+                    shutil.copyfile(file, partial)
+            with atomic_file(self.output) as partial:
+                if self.suffix == ".npy":
+                    _join_npy(shards, partial, (sentences.count, width))
+                else:
+                    _join_parquet(shards, partial)
+        self._remove()
         return width
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        to.hardlink_to(file)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(file, to)
 
 
 def _width(shard: Path) -> int:

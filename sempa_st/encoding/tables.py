@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from sempa_st.data.rows import parquet_batches, rows_from
@@ -36,7 +38,8 @@ def shard_tables(shard: Shard, column: str | None, schema: Any, size: int) -> It
     if shard.path.suffix.lower() != ".parquet":
         rows = read_shard(shard, column)
         while window := list(islice(rows, size)):
-            arrays = [pa.array([row.get(field.name) for *_, row in window], field.type) for field in schema]
+            with _one_type(shard.path):
+                arrays = [pa.array([row.get(field.name) for *_, row in window], field.type) for field in schema]
             yield [number for number, *_ in window], pa.table(arrays, schema=schema)
         return
     # Rows of parquet are never Python objects, so that their types stay as they are.
@@ -75,7 +78,7 @@ def input_schema(sentences: Sentences) -> Any:
         schemas = (pa.schema([(name, pa.string()) for name in row]) for row in names)
     else:
         schemas = (_inferred(rows) for rows in _windows_of_rows(sentences))
-    try:
+    with _one_type(sentences.path):
         schema = next(schemas)
         for other in schemas:
             if suffix in (".csv", ".parquet") and not other.equals(schema):
@@ -84,12 +87,22 @@ def input_schema(sentences: Sentences) -> Any:
                     f"({', '.join(other.names)}), or other types in them. Expected the same in all."
                 )
             schema = pa.unify_schemas([schema, other], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SempaError(
-            f"A column of {sentences.path} holds values of several types, which no parquet file can: {error}. Give it "
-            "one type, or choose an npy file as output."
-        ) from error
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # Arrow has types that parquet has not
     return schema
+
+
+@contextmanager
+def _one_type(path: Path) -> Iterator[None]:
+    """Turn the errors of values that no column of a parquet file can hold into one that names their file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
+        raise SempaError(
+            f"A column of {path} holds values of several types, or such as no parquet file can hold: {error!s:.200}. "
+            "Give it one type, or choose an npy file as output."
+        ) from error
 
 
 def _windows_of_rows(sentences: Sentences) -> Iterator[list[dict[str, Any]]]:

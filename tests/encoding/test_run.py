@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,9 +18,12 @@ from helpers.rows import LONE_SURROGATE, write_rows
 from helpers.tiny import sample_sentences
 from sentence_transformers.util import quantize_embeddings
 
+import sempa_st
 from sempa_st.encoding import encode_file, read_sentences
+from sempa_st.encoding.sentences import SHARD_ROWS
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import locked
+from sempa_st.utils.leftovers import publish
 
 pytestmark = pytest.mark.names_dtype
 
@@ -282,3 +286,87 @@ def test_a_folder_of_files_becomes_a_folder_of_shards(model: Any, tmp_path: Path
     (tmp_path / "in" / "c.txt").write_text("A cat.")
     with pytest.raises(SempaError, match=r"2 kinds \(\.csv, \.txt\)"):
         read_sentences(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.parquet", "folder"])
+def test_shards_stay_until_the_output_is_in_its_place(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KilledError
+
+    def publish_all_but_the_output(file: Path, target: Path, **kwargs: Any) -> None:
+        fail() if target.name == name else publish(file, target, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("sempa_st.utils.files.publish", publish_all_but_the_output)
+        encode_file(model, text_file, tmp_path / name, shard_size=6)
+    assert len(list((tmp_path / f"{name}.encoding").glob("part-*"))) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode", fail)
+        assert encode_file(model, text_file, tmp_path / name, shard_size=6) == (20, 32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "sentences.txt"])
+
+
+def test_whose_shards_they_are_is_removed_last(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while they are removed leaves what the next run can tell, and goes on from or deletes."""
+    original = Path.unlink
+    removed: list[str] = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("part-"):
+            removed.append(path.name)
+            if len(removed) == 3:
+                raise KilledError
+        original(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Path, "unlink", unlink)
+        encode_file(model, text_file, tmp_path / "v.npy", shard_size=6)
+    assert (tmp_path / "v.npy.encoding" / "identity.json").is_file()
+    encode_file(model, text_file, tmp_path / "v.npy", shard_size=6, overwrite=True)
+    assert not (tmp_path / "v.npy.encoding").exists()
+
+
+@pytest.mark.parametrize("change", [{"default_prompt_name": "query"}, {"truncate_dim": 8}, {"max_seq_length": 24}])
+def test_a_model_whose_settings_changed_is_another_one(
+    adapter_folder: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    model: Any = sempa_st.load(adapter_folder, dtype="float32", device="cpu", prompts={"query": "What: "})
+    done: list[int] = []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        done.append(1)
+        if len(done) > 1:
+            raise KilledError
+        return type(model).encode(model, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(model, "encode", fail)
+        encode_file(model, text_file, tmp_path / "v.npy", shard_size=6)
+    for name, value in change.items():
+        setattr(model, name, value)
+    with pytest.raises(SempaError, match="another input, model or setting"):
+        encode_file(model, text_file, tmp_path / "v.npy", shard_size=6)
+
+
+def test_the_model_that_is_read_is_not_replaced(
+    adapter_folder: Path, tmp_path: Path, text_file: Path, run_cli: Cli
+) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "model")
+    code, _, err = run_cli("encode", folder, text_file, "--output", folder, "--overwrite", *FLOAT32)
+    assert (code, "which is read from" in err) == (2, True), err
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"n": 2**70}], [{"n": "\ud800"}], [{"n": {}}], [{"n": 2**60 + 1}] * SHARD_ROWS + [{"n": 1.5}]],
+    ids=["number", "surrogate", "struct", "float"],
+)
+def test_values_that_no_column_holds_are_told(model: Any, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "A cat.", **row} for row in rows])
+    with pytest.raises(SempaError, match=r"rows\.jsonl holds values of several types, or such as no parquet file"):
+        encode_file(model, path, tmp_path / "v.parquet", column="text", batch_size=256)
