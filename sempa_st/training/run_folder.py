@@ -21,6 +21,7 @@ from sempa_st.training.checkpoints import (
     run_identity,
 )
 from sempa_st.utils.files import check_output_folder, lock_beside, locked, read_json, write_json, write_text
+from sempa_st.utils.leftovers import clear_leftovers
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
@@ -105,6 +106,7 @@ class RunFolder:
             "another --output."
         )
         self._stack.enter_context(locked(self._lock, in_use, "runs"))
+        clear_leftovers(self.models)  # a kept model that was being written when its run was killed
 
     def _check_no_other_files(self) -> None:
         """Raise :class:`SempaError` if the folder holds files that no run has written."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.folder.layout import ModelFolder
-from sempa_st.model.peft_models import ADAPTER_WEIGHTS
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.record import dev_scores, settings_digest
 from sempa_st.training.run_folder import RunFolder
@@ -54,7 +53,7 @@ class RunResult:
     @property
     def has_model(self) -> bool:
         """Whether the folder still holds the model."""
-        return (self.folder / ADAPTER_WEIGHTS).is_file()
+        return any((self.folder / name).is_file() for name in ModelFolder(self.folder).weight_files)
 
     @property
     def failure(self) -> Path:

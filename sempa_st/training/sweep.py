@@ -186,7 +186,10 @@ class _Sweep:
 
     def ensure_best_model(self) -> None:
         """Train the best run again if its model was deleted because a better one was in the grid then."""
-        while (best := self._best(sweep_results(self._runs))) and not best.has_model:
+        for _ in self._runs:  # on another processor it may score less than before, and another run be the best
+            best = self._best(sweep_results(self._runs))
+            if not best or best.has_model:
+                return
             _say(f"The model of the best run was deleted earlier; training it again: {best.label}")
             self.train(best.settings())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import make_config
+from helpers.tiny import make_config, make_llama, make_tokenizer, save_base
 from safetensors.torch import load_file
 
 from sempa_st.errors import SempaError
@@ -27,6 +27,7 @@ from sempa_st.training import run as training
 from sempa_st.training.checkpoints import _sha256, checkpoints_in, fault_in
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.dpo import PreferenceTrainer
+from sempa_st.training.inputs import load_inputs
 from sempa_st.training.run import train
 from sempa_st.training.run_folder import RunFolder
 
@@ -504,3 +505,32 @@ def test_a_killed_process_frees_its_output(tiny_base: Path, tmp_path: Path) -> N
     work.check_free()
     train(replace(config, epochs=1, max_triplets=8))  # it had no checkpoint yet, so nothing is in the way
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kept_model_that_was_being_written_is_put_back(tmp_path: Path) -> None:
+    work = RunFolder(tmp_path / "model")
+    backup = work.models / ".samples-320.old-0123abcd"
+    backup.mkdir(parents=True)
+    (backup / "adapter_config.json").write_text("{}")
+    with pytest.raises(SempaError, match="kept models"):
+        work.open({}, resume=False, overwrite=False)
+    assert [path.name for path in work.models.iterdir()] == ["samples-320"]
+    work.open({}, resume=False, overwrite=True)
+    work.close()
+
+
+def test_a_run_goes_on_with_the_same_base_and_dev_pairs_only(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    dev = tmp_path / "dev.csv"
+    dev.write_text("sentence1,sentence2,score\nA cat.,A dog.,1\nA cat.,A cat sat.,4\n")
+    settings: dict[str, Any] = {"base": str(base), "data": "sample", "dev": str(dev), "output": str(tmp_path / "model")}
+
+    def identity() -> dict[str, Any]:
+        return load_inputs(TrainConfig(**settings, max_triplets=4, dtype="float32"), "cpu").identity
+
+    first = identity()
+    assert identity() == first
+    dev.write_text("sentence1,sentence2,score\nA cat.,A dog.,4\nA cat.,A cat sat.,1\n")
+    assert {name for name, value in identity().items() if first[name] != value} == {"dev_sha256"}
+    save_base(base, make_llama(seed=3), make_tokenizer())
+    assert {name for name, value in identity().items() if first[name] != value} == {"dev_sha256", "base_sha256"}

@@ -535,3 +535,18 @@ def test_the_command_line_from_grid_to_model(run_cli: Cli, tiny_base: Path, tmp_
     code, _, err = run_cli(*command)
     assert code == 2
     assert "sets resume, which a sweep sets itself" in err
+
+
+def test_runs_of_whole_models_end_as_those_of_adapters_do(
+    fake: FakeTrain, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.folder = shutil.copytree(fake.folder, tmp_path / "whole")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (fake.folder / name).unlink()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_base / name, fake.folder)
+    fake.score = lambda config: 50.0 + config.seed
+    run_sweep(*points_of("seed=1,2", tuning="full", base=str(tiny_base)), tmp_path / "s", train=fake)
+    assert [config.seed for config in fake.calls] == [1, 2]
+    assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
+    assert [path.parent.name for path in tmp_path.glob("s/runs/*/model.safetensors")] == ["seed=2"]
