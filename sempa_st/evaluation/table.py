@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sempa_st.data.sts import PROTOCOLS, STS_TASKS
+from sempa_st.data.sts import PROTOCOLS, STS_TASKS, GradedPairs
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import EncodeCost
 from sempa_st.evaluation.sts import PROTOCOLS_DIFFER, Cell, Score, load_cells, score_cells
@@ -20,7 +20,7 @@ from sempa_st.folder.resolve import find_model, source_digest
 from sempa_st.loading import load
 from sempa_st.utils.assets import asset_path
 from sempa_st.utils.devices import pick_device
-from sempa_st.utils.files import read_json, write_json, write_text
+from sempa_st.utils.files import json_digest, read_json, write_json, write_text
 from sempa_st.utils.portable import portable_name
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
@@ -89,10 +89,21 @@ def score_systems(
     cells = load_cells(list(STS_TASKS), protocols=PROTOCOLS, data_dir=data_dir)
     results = []
     for system in systems:
-        file = output / "systems" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', system.name)}.json"
+        file = output / "systems" / f"{_file_name(system.name)}.json"
         print(f"{system.name}:", file=sys.stderr, flush=True)
         results.append(_score(system, file, cells, dtype=dtype, device=device, batch_size=batch_size))
     return results
+
+
+def _fingerprint(cell: Cell) -> str:
+    rows = cell.task.dataset[cell.split]
+    return GradedPairs(rows["sentence1"], rows["sentence2"], rows["score"]).fingerprint()
+
+
+def _file_name(name: str) -> str:
+    """Return a system's name as that of a file; of two names that look alike then, each has its own digits."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+    return plain if plain == name else f"{plain}-{json_digest(name)[:8]}"
 
 
 def _score(
@@ -104,6 +115,7 @@ def _score(
         "method": system.method,
         "dtype": dtype,
         "device": pick_device(device),
+        "data": json_digest([_fingerprint(cell) for cell in cells]),
     }
     record: dict[str, Any] = read_json(file) if file.is_file() else {}
     if record.get("identity") != identity:

@@ -12,6 +12,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.card import objectives_of
 from sempa_st.folder.copying import copy_model, without_results
 from sempa_st.folder.formats import RUN_RECORD
+from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base, find_model
 from sempa_st.folder.write import copy_files
 from sempa_st.model.adapter import check_adapter
@@ -64,6 +65,13 @@ def average_models(
     folders = [source.folder.path for source in sources]
     check_not_inside(output, folders)
     base = adapter_base(sources[0].folder)
+    for source in sources[1:]:
+        other = adapter_base(source.folder)
+        if other.folder != base.folder and ModelFolder(other.folder).digest != ModelFolder(base.folder).digest:
+            raise SempaError(
+                f"{sources[0].name} and {source.name} were trained on different bases, {base.reference} and "
+                f"{other.reference}. Expected adapters of one base."
+            )
     for path in folders:
         check_adapter(base, path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,16 +161,19 @@ def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: Rank of the result.
 
     Returns:
-        Two factors of shapes (rank, inputs) and (outputs, rank).
+        Two factors of shapes (rank, inputs) and (outputs, rank); beyond what the matrix can have, they are zero.
     """
     import torch
+    from torch.nn import functional
 
     # With QR decompositions of both factors, only a matrix of shape (total rank, total rank) is decomposed.
     right, inner = torch.linalg.qr(down.T)
     left, outer = torch.linalg.qr(up)
     vectors, values, others = torch.linalg.svd(outer @ inner.T)
-    roots = values[:rank].sqrt()
-    return roots[:, None] * (others[:rank] @ right.T), left @ vectors[:, :rank] * roots
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    factors = roots[:, None] * (others[:kept] @ right.T), left @ vectors[:, :kept] * roots
+    return functional.pad(factors[0], (0, 0, 0, rank - kept)), functional.pad(factors[1], (0, rank - kept))
 
 
 def _origin(source: Source) -> dict[str, Any]:

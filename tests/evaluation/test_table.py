@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,20 @@ def test_bad_input_is_refused_at_once(
     )
     assert (code, message in err) == (2, True), err
     assert not (tmp_path / "table").exists()
+
+
+def test_systems_whose_names_look_alike_have_files_of_their_own(
+    tiny_base: Path, adapter_folder: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[Any] = []
+    original = table.score_cells
+    monkeypatch.setattr(table, "score_cells", lambda *args, **rest: (scored.append(args), original(*args, **rest))[1])
+    systems = [System(str(shutil.copytree(adapter_folder, tmp_path / name))) for name in ("a b", "a_b", "é", "ö")]
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+    for expected in (4, 4):
+        score_systems(systems, tmp_path / "t", data_dir=str(data_dir), **settings)
+        assert len(scored) == expected
+    other = shutil.copytree(data_dir, tmp_path / "data")
+    shutil.copy(other / "sts" / "sts13.test.parquet", other / "sts" / "sts12.test.parquet")
+    score_systems(systems[:1], tmp_path / "t", data_dir=str(other), **settings)
+    assert len(scored) == 5  # other data, other scores

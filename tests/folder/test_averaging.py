@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import finish_adapter, make_config, make_llama
+from helpers.tiny import finish_adapter, make_config, make_llama, make_tokenizer, save_base
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -167,3 +168,22 @@ def test_what_does_not_go_together_is_refused(
     assert not output.exists()
     code, _, err = run_cli("average", models[0], "--output", output)
     assert (code, "Expected two or more" in err) == (2, True)
+
+
+def test_adapters_of_two_bases_are_refused(tiny_base: Path, models: list[str], tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", make_llama(seed=5), make_tokenizer())
+    strange = finish_adapter(tmp_path / "strange", other, make_llama(), seed=9, r=2, alpha=4)
+    with pytest.raises(SempaError, match="were trained on different bases"):
+        average_models([models[0], str(strange)], tmp_path / "mean")
+    again = shutil.copytree(tiny_base, tmp_path / "again")
+    same = finish_adapter(tmp_path / "same", again, make_llama(), seed=9, r=2, alpha=4)
+    assert average_models([models[0], str(same)], tmp_path / "mean").is_dir()
+
+
+def test_a_rank_beyond_a_layers_width_is_filled_with_zeros(tiny_base: Path, tmp_path: Path) -> None:
+    wide = [str(finish_adapter(tmp_path / f"run{n}", tiny_base, make_llama(), seed=n, r=20)) for n in (1, 2)]
+    whole = updates(tiny_base, average_models(wide, tmp_path / "whole"))
+    cut = average_models(wide, tmp_path / "cut", rank=39)
+    assert read_json(cut / "adapter_config.json")["r"] == 39
+    for name, update in updates(tiny_base, cut).items():
+        torch.testing.assert_close(update, whole[name], atol=1e-5, rtol=1e-3)
