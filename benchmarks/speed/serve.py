@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="least requests of a measurement; 32 of one client")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each part of the mixed load; 0 to leave it out")
+    parser.add_argument(
+        "--systems", nargs="*", help="servers to measure (default: all); encode is measured in any case"
+    )
     parser.add_argument("--infinity", metavar="COMMAND", help="infinity_emb of another environment")
     parser.add_argument("--native", metavar="FOLDER", help="the model as a native folder, for infinity_emb")
     parser.add_argument("--output", required=True, help="JSON file to write")
@@ -52,7 +55,11 @@ def main() -> None:
     texts = sorted({*pairs.first, *pairs.second})
     random.Random(0).shuffle(texts)
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(started(command, port)) for name, command, port in commands(args)}
+        servers = {
+            name: stack.enter_context(started(command, port))
+            for name, command, port in commands(args)
+            if not args.systems or name in args.systems
+        }
         found = measure(args, servers, texts)
         if args.seconds:
             found["mixed"] = asyncio.run(mixed(servers["sempa serve"], args.model, texts, args.seconds))

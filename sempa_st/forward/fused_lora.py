@@ -50,7 +50,8 @@ def _forward(layer: Any, names: list[str], inputs: Tensor, *args: Any, **kwargs:
     weight = layer.get_base_layer().weight
     as_peft = layer.disable_adapters or layer.merged or layer.active_adapters != names
     as_peft = as_peft or (layer.lora_variant and not alora_acts_on_every_token())
-    if as_peft or args or kwargs or weight.requires_grad or inputs.dtype != weight.dtype:
+    as_peft = as_peft or args or kwargs or weight.requires_grad or inputs.dtype != weight.dtype
+    if as_peft or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != weight.dtype):
         output: Tensor = type(layer).forward(layer, inputs, *args, **kwargs)
         return output
     (name,) = names
@@ -81,7 +82,7 @@ def linear_with_update(
     else:
         inner = rows @ first.to(rows.dtype).T
         output = functional.linear(rows, weight, bias).addmm_(inner, second.to(rows.dtype).T, alpha=scale)
-    return output.view(*inputs.shape[:-1], -1)
+    return output.view(*inputs.shape[:-1], weight.shape[0])
 
 
 class _LinearWithUpdate(torch.autograd.Function):

@@ -32,6 +32,7 @@ from sempa_st.serve.stops import StopQueue, first_stop
 from sempa_st.serve.teams import on_own_thread
 from sempa_st.serve.threads import off_loop
 from sempa_st.serve.turn_taking import TurnTakingModel
+from sempa_st.utils.files import lone_surrogates
 
 _RETRY_AFTER = 5
 _LIMITS = ("max_completion_tokens", "max_tokens")
@@ -170,6 +171,8 @@ class Generation:
             prompt = prompt[0]
         if not isinstance(prompt, str) or not prompt:
             raise RequestError(400, f"prompt is {prompt!r:.80}. Expected one text.", param="prompt")
+        if lone_surrogates(prompt):
+            raise RequestError(400, "prompt contains a lone surrogate, which no tokenizer can encode.", param="prompt")
         ids = await off_loop(len(prompt), lambda: self._tokenizer(prompt)["input_ids"])
         return await self._answer(self._completion, body | {"prompt": prompt}, ids, request_id)
 

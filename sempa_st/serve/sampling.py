@@ -13,6 +13,8 @@ from sempa_st.serve.protocol import RequestError
 from sempa_st.serve.stops import stop_sequences
 
 _RANGES = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0), "frequency_penalty": (0.0, 2.0)}
+_COLDEST = 1e-4
+"""Temperature below which the most probable token is as good as certain; the logits over it would overflow."""
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -73,6 +75,8 @@ def read_sampling(body: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
         if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in neutral):
             raise RequestError(400, f"{name} is not supported, but is {given[name]!r:.80}. Leave it out.", param=name)
     numbers = {name: _number(name, given[name]) for name in _RANGES if name in given}
+    if numbers.get("temperature", _COLDEST) < _COLDEST:
+        numbers["temperature"] = 0.0
     seed = given.get("seed")
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
         raise RequestError(400, f"seed is {seed!r:.80}. Expected a whole number of 64 bits.", param="seed")

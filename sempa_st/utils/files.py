@@ -69,7 +69,7 @@ def filled_folder(path: str | Path, replaced: Sequence[str]) -> Iterator[Path]:
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
                 (partial / file).replace(target / file)
             for old in {file for pattern in replaced for file in target.glob(pattern)}:
-                if old.relative_to(target) not in written:
+                if old.relative_to(target) not in written and not old.is_dir():
                     old.unlink()
 
 

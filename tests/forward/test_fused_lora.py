@@ -148,3 +148,18 @@ def test_what_is_saved_is_the_same() -> None:
     names = list(model.state_dict())
     fuse_updates(model)
     assert list(model.state_dict()) == names
+
+
+def test_under_autocast_it_is_that_of_peft() -> None:
+    model = adapted()
+    fused = copy.deepcopy(model)
+    fuse_updates(fused)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_rows_give_no_rows(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        output = linear_with_update(torch.zeros(0, 8), torch.ones(4, 8), None, torch.ones(2, 8), torch.ones(4, 2), 1.0)
+    assert output.shape == (0, 4)

@@ -193,6 +193,7 @@ MALFORMED = [
     ("/v1/completions", {"model": "tiny", "prompt": "a b " * 200}, 400, "200 with the prompt"),
     ("/v1/completions", {"model": "tiny", "prompt": "a", "temperature": "x"}, 400, "temperature is 'x'"),
     ("/v1/completions", {"model": "tiny", "prompt": "a", "temperature": 3}, 400, "from 0 to 2"),
+    ("/v1/completions", '{"model": "tiny", "prompt": "a\\ud800"}', 400, "prompt contains a lone surrogate"),
     ("/v1/completions", {"model": "tiny", "prompt": "a", "frequency_penalty": -1}, 400, "frequency_penalty is -1"),
     ("/v1/completions", {"model": "tiny", "prompt": "a", "seed": 1.5}, 400, "seed is 1.5"),
     ("/v1/completions", {"model": "tiny", "prompt": "a", "stop": [""]}, 400, "stop is ['']"),
@@ -388,7 +389,7 @@ def test_draws_follow_temperature_and_seed(client: openai.OpenAI) -> None:
 
     assert len({draw(None) for _ in range(4)}) > 1
     assert len({draw(seed) for seed in range(4)}) > 1
-    assert len({draw(None, temperature=0.0) for _ in range(3)}) == 1
+    assert len({draw(None, temperature=cold) for cold in (0.0, 0.0, 1e-40, 1e-5)}) == 1
     alone = draw(7)
     with ThreadPoolExecutor(4) as pool:  # together with others, whose draws are their own
         together = list(pool.map(draw, [7, None, 7, 3, None, 7]))

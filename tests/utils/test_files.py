@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.files import atomic_file, atomic_folder, check_output_folder, read_json, write_json
+from sempa_st.utils.files import atomic_file, atomic_folder, check_output_folder, filled_folder, read_json, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -52,3 +52,11 @@ def test_json_round_trip_and_faults(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"é": [1, None]}
     with pytest.raises(SempaError, match="does not exist"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_folder_that_a_pattern_meets_stays(tmp_path: Path) -> None:
+    (tmp_path / "out" / "adapter_notes").mkdir(parents=True)
+    (tmp_path / "out" / "adapter_old.json").touch()
+    with filled_folder(tmp_path / "out", ["adapter_*"]) as folder:
+        (folder / "new.json").touch()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_notes", "new.json"]
