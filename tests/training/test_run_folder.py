@@ -512,7 +512,7 @@ def test_a_kept_model_that_was_being_written_is_put_back(tmp_path: Path) -> None
     backup = work.models / ".samples-320.old-0123abcd"
     backup.mkdir(parents=True)
     (backup / "adapter_config.json").write_text("{}")
-    with pytest.raises(SempaError, match="kept models"):
+    with pytest.raises(SempaError, match="earlier run"):
         work.open({}, resume=False, overwrite=False)
     assert [path.name for path in work.models.iterdir()] == ["samples-320"]
     work.open({}, resume=False, overwrite=True)
