@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from sempa_st.folder.formats import RUN_RECORD
 from sempa_st.model.templates import DEFAULT_TEMPLATE
 from sempa_st.utils.files import read_json
 
+_AS_IT_IS = (None, DEFAULT_TEMPLATE, "sempa", "sentence-transformers")
+"""Labels of models that are embedded with as they are."""
+_TWO = "Give one of the two files, or rename one of the models."
 StsCell = tuple[str, str, str]
 """Task, split and protocol of a score."""
 
@@ -83,30 +86,47 @@ def _add(records: Records, value: Any, name: str, file: Path) -> None:
                 raise SempaError(f"{file} is a second run record of {name!r}. Rename one of the runs.")
         elif keys >= {"model", "results"}:
             cells = {(row["task"], row["split"], row["protocol"]): _score(row["spearman"]) for row in value["results"]}
-            records.sts.setdefault(Path(value["model"]).name, {}).update(cells)
+            _add_cells(records, _system(value["model"], value.get("method")), cells, file)
         elif keys >= {"system", "scores"}:
-            method, model = value["identity"]["method"], Path(value["model"]).name
-            name = model if method in (None, DEFAULT_TEMPLATE) else f"{method}:{model}"
             cells = {
                 (task, "test", protocol): _score(score)
                 for protocol, row in value["scores"].items()
                 for task, score in row.items()
             }
-            records.sts.setdefault(name, {}).update(cells)
+            _add_cells(records, _system(value["model"], value["identity"]["method"]), cells, file)
         elif keys >= {"models", "run"}:
             for model in value["models"]:
                 own = Path(model["model"]).name
-                for score in model["scores"]:
-                    _score(score["score"])
-                records.generation.setdefault(own, []).extend(model["scores"])
+                _add_generation(records.generation.setdefault(own, []), model["scores"], own, file)
                 records.methods[own] = model["method"]
         else:
             raise KeyError("dev")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SempaError(
             f"{file} is no result of this package, or an incomplete one ({type(error).__name__}: {error}). Expected a "
             "run folder, or a JSON file of sempa train, evaluate, table or generation."
         ) from error
+
+
+def _system(model: str, method: str | None) -> str:
+    """Return the name of a model, or of a method to embed with it."""
+    return Path(model).name if method in _AS_IT_IS else f"{method}:{Path(model).name}"
+
+
+def _add_cells(records: Records, name: str, cells: Mapping[tuple[str, str, str], float], file: Path) -> None:
+    own = records.sts.setdefault(name, {})
+    for cell, score in cells.items():
+        if own.setdefault(cell, score) != score:
+            raise SempaError(f"{file} has another score of {name!r} on {cell[0]}. {_TWO}")
+
+
+def _add_generation(known: list[dict[str, Any]], scores: Iterable[dict[str, Any]], name: str, file: Path) -> None:
+    for score in scores:
+        _score(score["score"])
+        same = [each for each in known if all(each[key] == score[key] for key in ("task", "metric"))]
+        if same and same[0]["score"] != score["score"]:
+            raise SempaError(f"{file} has another {score['metric']} of {name!r} on {score['task']}. {_TWO}")
+        known += [] if same else [score]
 
 
 def _score(value: Any) -> float:

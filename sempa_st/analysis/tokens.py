@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sempa_st.errors import SempaError
+from sempa_st.forward.decoder import final_logits
 from sempa_st.forward.sentence_transformers import hidden_states
 from sempa_st.methods.module import MethodModule
 from sempa_st.methods.registry import parse_method
@@ -116,7 +117,7 @@ class LanguageHead:
             values, places = logits.topk(min(k, logits.shape[1]))
             best, chosen = torch.cat([best, values], dim=1).topk(min(k, best.shape[1] + values.shape[1]))
             ids = torch.cat([ids, places + start], dim=1).gather(1, chosen)
-        return ids, self._final(best)
+        return ids, final_logits(self._config, best)  # which keeps their order
 
     def aligned(self, vectors: Tensor, k: int) -> list[list[AlignedToken]]:
         """Return the tokens of :meth:`top`; arguments and errors as there."""
@@ -125,16 +126,6 @@ class LanguageHead:
             [AlignedToken(token, self.text(token), logit) for token, logit in zip(tokens, own, strict=True)]
             for tokens, own in zip(ids, logits, strict=True)
         ]
-
-    def _final(self, logits: Tensor) -> Tensor:
-        """Return logits as the decoder gives them; none of these steps changes their order."""
-        if scale := getattr(self._config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(self._config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma 2 and 3
-            logits = cap * torch.tanh(logits / cap)
-        return logits
 
     def text(self, token: int) -> str:
         """Return a token's text; a space at its beginning is shown as ``▁``, and bytes without a character by name."""

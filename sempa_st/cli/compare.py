@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.cli.arguments import add_batch_size, add_command, add_compute_options, given, positive
+from sempa_st.errors import SempaError
 from sempa_st.utils.tables import table
 
 
@@ -44,7 +45,11 @@ def add(commands: Any) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from sempa_st.evaluation.significance import compare
     from sempa_st.folder.resolve import find_model
+    from sempa_st.utils.portable import portable_name
     from sempa_st.utils.run_info import run_info
+
+    if args.seed < 0:
+        raise SempaError(f"--seed is {args.seed}. Expected 0 or more.")
 
     for model in (args.first, args.second):
         find_model(model)
@@ -53,6 +58,7 @@ def _compare(args: argparse.Namespace) -> None:
     results = compare(options.pop("first"), options.pop("second"), **options)
     if args.json:
         chosen = {name: getattr(args, name) for name in ("first", "second", "split", "resamples", "seed", "dtype")}
+        chosen |= {name: portable_name(chosen[name]) for name in ("first", "second")}
         report = {**chosen, "results": [asdict(result) for result in results], "run": run_info()}
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return

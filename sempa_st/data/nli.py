@@ -97,6 +97,8 @@ def load_nli(
         raise SempaError(f"{source} holds no rows. Expected NLI triplets or labelled pairs.")
     rows = _renamed(rows, columns or {}, source)
     layouts = (*_LAYOUTS, *(_PAIRS_ALONE if pairs else ()))
+    # Names that were given come before columns that happen to be called as another layout's.
+    layouts = tuple(sorted(layouts, key=lambda names: len({*(columns or {})} - {*names, "neutral"})))
     layout = find_columns(rows, layouts, source, "Rename its columns" + (", or pass --columns." if pairs else "."))
     build = _from_pairs if layout == _PAIR_COLUMNS else _from_triplets
     triplets, skipped = build(rows, layout, source, skip_bad_rows)

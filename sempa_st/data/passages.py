@@ -37,6 +37,8 @@ def read_passages(path: str, tokenizer: PreTrainedTokenizerBase) -> Passages:
     Raises:
         SempaError: If the file cannot be read or is shorter than one passage.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise SempaError(f"The text {path} is no file. Expected a text file in UTF-8.")
     try:
         content = Path(path).read_bytes()
         text = content.decode(UTF8)

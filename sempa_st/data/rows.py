@@ -90,7 +90,7 @@ def rows_from(path: Path, start: int = 0, columns: Sequence[str] | None = None) 
             yield row, tell
     except SempaError:
         raise
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, NotImplementedError, RecursionError, csv.Error) as error:
         kind = "UTF-8 text" if suffix == ".txt" else path.suffix[1:]
         raise SempaError(f"{path} cannot be read as {kind}: {error}") from error
 

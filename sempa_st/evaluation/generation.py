@@ -250,6 +250,11 @@ class GenerationEvaluator:
         metric, kind = measure.key.split(",")
         error = metrics.get(f"{metric}_stderr,{kind}")
         scale = 100 if measure.percent else 1
+        if not math.isfinite(metrics[measure.key]):
+            raise SempaError(
+                f"The {measure.metric} of {task.name} is {metrics[measure.key]}: the model's probabilities overflow. "
+                "Choose dtype float32 or bfloat16; with those, it has diverged or its files are damaged."
+            )
         score = GenerationScore(
             task=task.name,
             metric=measure.metric,

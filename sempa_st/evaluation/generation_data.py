@@ -77,6 +77,9 @@ def read_splits(data_dir: str | Path, task: str) -> Splits:
 
 
 def _checked(file: Path, task: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    empty = [n for n, row in enumerate(rows, 1) if any(row.get(column) is None for column in _COLUMNS[task])]
+    if empty:
+        raise SempaError(f"{file}, rows {list_first(empty)}: expected a value in each of {', '.join(_COLUMNS[task])}.")
     if task == "mmlu":
         bad = [n for n, row in enumerate(rows, 1) if len(row["choices"]) != 4 or row["answer"] not in range(4)]
         if bad:

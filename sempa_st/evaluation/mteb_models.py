@@ -193,7 +193,7 @@ def _meta(name: str, source: str, folder: ModelFolder, decoder: Decoder, digest:
     record = folder.record
     length = folder.max_seq_length if folder.format else DEFAULT_MAX_SEQ_LENGTH
     if record:
-        length = record["config"]["max_seq_length"]
+        length = record["config"].get("max_seq_length", length)
     parameters = decoder.parameters + (_parameters(folder.path) if folder.is_adapter else 0)
     datasets = _NLI_DATA.get(record["data"]["sha256"]) if record else None
     return ModelMeta(

@@ -13,6 +13,7 @@ cache of its own if it saves enough tokens. Three questions after the same examp
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -116,7 +117,20 @@ class SharedPrefixLM(HFLM):
             plain = super()._loglikelihood_tokens([requests[number] for number in whole], disable_tqdm, override_bs)
             for number, answer in zip(whole, plain, strict=True):
                 answers[number] = answer
+        _check_finite(answers, requests)
         return answers
+
+
+def _check_finite(answers: Sequence[tuple[float, bool]], requests: Sequence[Any]) -> None:
+    """Raise :class:`SempaError` on a log-likelihood of NaN; the harness would take the first answer for the best."""
+    bad = [number for number, (value, _) in enumerate(answers) if not math.isfinite(value)]
+    if bad:
+        texts = "".join(requests[bad[0]][0])
+        raise SempaError(
+            f"{len(bad)} of {len(answers)} log-likelihoods are infinite or NaN: of {texts!a:.80}. Many models overflow "
+            "in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its files are "
+            "damaged."
+        )
 
 
 def _contains(tokens: tuple[int, ...], piece: tuple[int, ...]) -> bool:

@@ -7,6 +7,7 @@ training rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sempa_st.data.rows import find_columns, read_rows
-from sempa_st.errors import SempaError
-from sempa_st.evaluation.mteb_tasks import TaskScore
+from sempa_st.errors import SempaError, list_first
+from sempa_st.evaluation.mteb_tasks import TaskScore, check_score
 from sempa_st.utils.finite import check_finite
 from sempa_st.utils.run_info import fingerprint
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 STRENGTHS = [2.0**power for power in range(-2, 4)]
 """Values of C that SentEval tries."""
 _FOLDS, _SEED = 10, 1111  # SentEval's
+_LEAST = 3
+"""Rows of a label, so that one is left when folds of folds have taken theirs."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,22 @@ def read_task(name: str, data_dir: str | None) -> dict[str, Rows]:
                     f"{path}, row {number}: expected sentences and a label, got {row!a:.200}. Fix the row."
                 )
         *sentences, labels = ([row[column] for row in found] for column in task.columns)
+        _check_labels(path, split, labels)
         rows[split] = Rows(tuple(sentences), labels)
     return rows
+
+
+def _check_labels(path: Path, split: str, labels: Sequence[Any]) -> None:
+    """Raise :class:`SempaError` unless a classifier can learn the labels, in each fold where there are folds."""
+    counts = Counter(labels) if all(isinstance(label, str | int) for label in labels) else Counter()
+    learned = split in ("all", "train")
+    few = len(labels) < _FOLDS or len(counts) < 2 or min(counts.values()) < _LEAST
+    if not counts or (learned and few):
+        raise SempaError(
+            f"{path} has {len(labels)} rows with the labels {list_first(list(dict.fromkeys(map(str, labels))), 5)}. "
+            f"Expected {_FOLDS} rows or more, and whole numbers or names, two or more of them, each in {_LEAST} rows "
+            "or more."
+        )
 
 
 def load_transfer(names: Sequence[str], data_dir: str | None) -> dict[str, dict[str, Rows]]:
@@ -141,8 +158,9 @@ def score_transfer(
     scores = []
     for name, rows in tasks.items():
         splits = {split: (features(model, each.sentences, batch_size), each.labels) for split, each in rows.items()}
+        check_score(accuracy := 100 * probe(splits), name)
         revision = fingerprint(row for each in rows.values() for row in zip(*each.sentences, each.labels, strict=True))
-        scores.append(TaskScore(name, "Transfer", list(rows)[-1], "accuracy", 100 * probe(splits), revision[:40]))
+        scores.append(TaskScore(name, "Transfer", list(rows)[-1], "accuracy", accuracy, revision[:40]))
     return scores
 
 
@@ -176,9 +194,9 @@ def probe(splits: dict[str, tuple[NDArray[Any], Sequence[Any]]]) -> float:
         return LogisticRegression(C=strength, max_iter=1000, random_state=_SEED)
 
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=_SEED)
-    by_folds = GridSearchCV(classifier(), {"C": STRENGTHS}, cv=folds)
+    by_folds = GridSearchCV(classifier(), {"C": STRENGTHS}, cv=folds, error_score="raise")
     if "all" in splits:
-        return fmean(cross_val_score(by_folds, *splits["all"], cv=folds))
+        return fmean(cross_val_score(by_folds, *splits["all"], cv=folds, error_score="raise"))
     if "dev" not in splits:
         return float(by_folds.fit(*splits["train"]).score(*splits["test"]))
     fitted = [classifier(strength).fit(*splits["train"]) for strength in STRENGTHS]

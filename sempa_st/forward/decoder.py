@@ -14,6 +14,8 @@ from transformers import DynamicCache
 from sempa_st.errors import SempaError
 from sempa_st.model.patching import edited
 
+_LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Settings that a decoder multiplies its logits by, as TRL reads them: Cohere's, Muse Glimmer's, Falcon-H1's."""
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -90,6 +92,23 @@ def within_sliding_window(decoder: Any, width: int) -> bool:
 def accepts_position_ids(decoder: Any) -> bool:
     """Whether a decoder takes positions; without them, padding or another sequence in front would shift a token."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
+
+
+def final_logits(config: Any, logits: Tensor) -> Tensor:
+    """Return the logits of an LM head as the decoder gives them: scaled, then soft-capped, where it does so.
+
+    Args:
+        config: Settings of the model.
+        logits: What its LM head computes, of any shape.
+    """
+    text = config.get_text_config()
+    scale = next(filter(lambda each: each is not None, (getattr(text, name, None) for name in _LOGIT_SCALES)), None)
+    divisor = getattr(text, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    logits = logits if scale is None else logits * scale
+    cap = getattr(text, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def attention_only(decoder: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sempa_st.errors import SempaError
-from sempa_st.forward.decoder import states_after_layers
+from sempa_st.forward.decoder import attention_only, states_after_layers
 from sempa_st.forward.packing import DENSE_MASK_ATTENTION, additive_mask
 from sempa_st.methods.method import Batch, Method, Rendered, mean_pooled
 from sempa_st.model.patching import attention_implementation
@@ -43,6 +43,11 @@ class LLM2Vec(Method):
     def check(self, model: Any) -> None:
         """Raise :class:`SempaError` if the decoder's attention takes no mask of queries by keys."""
         super().check(model)
+        if not attention_only(model):
+            raise SempaError(
+                f"llm2vec cannot let the layers of {type(model).__name__} see what follows: they are not attention "
+                "alone. Choose mean, or a decoder of attention layers."
+            )
         attention = attention_implementation(model.config.get_text_config())
         if attention not in DENSE_MASK_ATTENTION:
             raise SempaError(

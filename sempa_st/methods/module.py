@@ -149,6 +149,14 @@ class MethodModule(InputModule):
         tokenizer.add_tokens([PLACEHOLDER])
         return tokenizer
 
+    @cached_property
+    def _position_limit(self) -> int | None:
+        """Most tokens that have a position; those of RoBERTa and its kin begin after the padding token's id."""
+        limit = position_limit(self.decoder.config)
+        tables = [part for name, part in self.decoder.named_modules() if name.endswith("position_embeddings")]
+        first = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+        return limit and limit - first - 1
+
     def _fitting(self, sentence: str) -> list[dict[str, list[int]]]:
         """Return the sequences of a sentence's texts; the sentence is cut at its end if one of them is too long."""
         while True:
@@ -156,7 +164,7 @@ class MethodModule(InputModule):
             # A placeholder is not part of the text, but takes a position.
             longest = max(len(sequence["input_ids"]) for sequence in sequences)
             text = max(len(sequence["input_ids"]) - sum(sequence["placeholder"]) for sequence in sequences)
-            excess = max(text - self.max_seq_length, longest - (position_limit(self.decoder.config) or longest))
+            excess = max(text - self.max_seq_length, longest - (self._position_limit or longest))
             if excess <= 0 or not sentence:
                 return sequences
             ((_, spans),) = tokenize(self.tokenizer, [sentence], add_special_tokens=False)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sempa_st.forward.batching import group_by_length
-from sempa_st.forward.decoder import can_cache
+from sempa_st.forward.decoder import can_cache, final_logits
 from sempa_st.forward.embed import embed_rows_fast
 from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.forward.prefix_cache import PrefixCache
@@ -93,7 +93,7 @@ def word_logits(causal_lm: PreTrainedModel, states: Tensor, words: Tensor) -> Te
     """Return the logits of some tokens only.
 
     Args:
-        causal_lm: Model with an LM head; its final soft cap, if any, is applied.
+        causal_lm: Model with an LM head; its scale and final soft cap, if any, are applied.
         states: Last hidden states, of shape (batch, hidden).
         words: Token ids, of shape (words,).
 
@@ -105,13 +105,7 @@ def word_logits(causal_lm: PreTrainedModel, states: Tensor, words: Tensor) -> Te
     logits = functional.linear(
         states.float(), head.weight[words].float(), None if bias is None else bias[words].float()
     )
-    return cap_logits(causal_lm, logits)
-
-
-def cap_logits(causal_lm: PreTrainedModel, logits: Tensor) -> Tensor:
-    """Apply the model's final soft cap, c tanh(logits / c), if it has one (Gemma 2)."""
-    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return final_logits(causal_lm.config, logits)
 
 
 def answer_log_probabilities(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -140,7 +134,7 @@ def answer_token_logps(causal_lm: PreTrainedModel, batch: dict[str, Tensor]) -> 
 
 def full_logits(causal_lm: PreTrainedModel, states: Tensor) -> Tensor:
     """Return float32 logits over the whole vocabulary, of shape (..., vocab_size)."""
-    return cap_logits(causal_lm, causal_lm.get_output_embeddings()(states).float())
+    return final_logits(causal_lm.config, causal_lm.get_output_embeddings()(states).float())
 
 
 def shared_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -144,6 +144,11 @@ def load_inputs(config: TrainConfig, device: str) -> RunInputs:
     tokenizer = load_tokenizer(base.folder)
     tokenizer.chat_template = chat_template(config.chat_format, tokenizer)
     if config.objective_weights.keys() & set(SEQUENCE_OBJECTIVES):
+        if tokenizer.chat_template is None and tokenizer.eos_token is None:
+            raise SempaError(
+                f"The tokenizer of {base.reference} has no end-of-sequence token, with which an answer in plain text "
+                "ends. Choose a --chat-format, or an objective of the embedding such as contrastive."
+            )
         data = drop_too_long(data, tokenizer, paraphrase=config.paraphrase, max_length=config.max_length)
     model = _load_base(config, base, device)
     scorer = DevScorer(pairs, embedder, config.template, config.max_seq_length, config.dev_batch_size)

@@ -97,7 +97,8 @@ def similarity_score(first: Tensor, second: Tensor, temperature: float, width: i
     Returns:
         Scores of shape (batch, candidates).
     """
-    first, second = (functional.normalize(vectors[:, :width], dim=-1) for vectors in (first, second))
+    # In float32: over a small temperature, the steps of bfloat16 near a cosine of 1 are larger than the differences.
+    first, second = (functional.normalize(vectors[:, :width].float(), dim=-1) for vectors in (first, second))
     return first @ second.T / temperature
 
 

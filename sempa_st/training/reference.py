@@ -33,6 +33,8 @@ from sempa_st.utils.leftovers import clear_leftovers, unwritable_reason
 
 REFERENCE = "reference_log_probabilities"
 """Name of the log-probabilities of whole answers, best first, of shape (triplets, num_answers)."""
+_LOGITS = 2
+"""Which way log-probabilities are computed; another one makes earlier results another model's."""
 _MAX_TOKENS = 2048
 """Number of tokens in a batch of the reference model, padding included."""
 _MAX_CHARACTERS = 4 * _MAX_TOKENS
@@ -108,6 +110,7 @@ def reference_identity(data: NliData, model: PreTrainedModel, dtype: torch.dtype
         "dtype": str(dtype),
         "attention": attention_implementation(model.config),
         "transformers": version("transformers"),
+        "logits": _LOGITS,
     }
 
 

@@ -142,3 +142,27 @@ def test_no_record_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / parent / "run" / "sempa_run.json").write_text(json.dumps(record_of([10], [60.0])))
     with pytest.raises(SempaError, match="second run record of 'run'"):
         read_records([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+
+
+def result(spearman: float, **more: Any) -> dict[str, Any]:
+    row = {"task": "STS12", "split": "test", "protocol": "mteb", "spearman": spearman}
+    return {"model": "runs/best", "results": [row], **more}
+
+
+def test_a_method_is_another_system(tmp_path: Path) -> None:
+    for name, method in (("a", "sempa"), ("b", "mean")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(60.0 if name == "a" else 33.0, method=method)))
+    records = read_records([tmp_path / "a.json", tmp_path / "b.json"])
+    cell = ("STS12", "test", "mteb")
+    assert records.sts == {"best": {cell: 60.0}, "mean:best": {cell: 33.0}}
+
+
+@pytest.mark.parametrize("kind", ["sts", "generation"])
+def test_two_models_of_one_name_are_refused(tmp_path: Path, kind: str) -> None:
+    for score in (21.0, 99.0):
+        own = {"task": "mmlu", "metric": "accuracy", "score": score}
+        generation = {"models": [{"model": "best", "method": "sempa", "scores": [own]}], "run": {}}
+        (tmp_path / f"{score}.json").write_text(json.dumps(result(score) if kind == "sts" else generation))
+    assert read_records([tmp_path / "21.0.json", tmp_path / "21.0.json"])
+    with pytest.raises(SempaError, match=r"99\.0\.json has another .* of 'best' on .*rename one of the models"):
+        read_records([tmp_path / "21.0.json", tmp_path / "99.0.json"])

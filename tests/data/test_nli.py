@@ -272,3 +272,11 @@ def test_a_sentence_of_megabytes_is_a_bad_row(tmp_path: Path, column: str) -> No
         load_nli(str(path))
     data = load_nli(str(path), skip_bad_rows=True)
     assert (len(data.triplets), data.skipped) == (1, 1)
+
+
+def test_columns_that_are_named_come_before_those_that_are_called_so(tmp_path: Path) -> None:
+    row = {"sent0": "A", "sent1": "B", "hard_neg": "C", "q": "Q", "p": "P", "n": "N"}
+    file = write_rows(tmp_path / "both.jsonl", [row])
+    assert load_nli(str(file)).triplets == [Triplet("A", "B", "C")]
+    names = {"anchor": "q", "positive": "p", "negative": "n"}
+    assert load_nli(str(file), columns=names).triplets == [Triplet("Q", "P", "N")]

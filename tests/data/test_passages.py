@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,9 @@ def test_a_text_inside_the_output_is_not_overwritten(text: Path, tiny_base: Path
     with pytest.raises(SempaError, match=r"text\.txt"):
         train(make_config(tiny_base, output, objective="contrastive", kl=0.1, kl_text=str(inside), overwrite=True))
     assert inside.is_file()
+
+
+def test_a_text_that_never_ends_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SempaError, match="is no file"):
+        read_passages(str(tmp_path / "pipe"), make_tokenizer())

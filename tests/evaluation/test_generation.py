@@ -198,6 +198,9 @@ def test_local_data_is_checked(data_dir: Path, tmp_path: Path) -> None:
     write("truthfulqa_mc1", [{"question": "?", "choices": ["a", "b"], "labels": [1, 1]}])
     with pytest.raises(SempaError, match="rows 1: expected a label for each choice, 1 for one"):
         read_splits(tmp_path, "truthfulqa_mc1")
+    write("truthfulqa_mc1", [{"question": "?", "choices": ["a", "b"], "labels": None}])
+    with pytest.raises(SempaError, match="rows 1: expected a value in each of question, choices, labels"):
+        read_splits(tmp_path, "truthfulqa_mc1")
     write("gsm8k_test", [{"question": "?"}])
     with pytest.raises(SempaError, match=r"columns \(question\). Expected \(question, answer\)"):
         read_splits(tmp_path, "gsm8k")

@@ -95,3 +95,15 @@ def test_an_activated_adapter_sees_its_tokens_in_one_piece() -> None:
 def test_an_answer_that_is_too_long_is_refused() -> None:
     with pytest.raises(SempaError, match="An answer of 513 tokens cannot be scored: the model takes 512"):
         SharedPrefixLM(**arguments(make_llama()))._loglikelihood_tokens([(None, [1], [5] * 513)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_log_likelihood_that_is_no_number_is_told(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness would take the first answer for the best, which is the true one of TruthfulQA."""
+    model = make_llama()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    if not shared:
+        monkeypatch.setattr(shared_prefix, "can_cache", lambda *_: False)
+    with pytest.raises(SempaError, match=r"2 of 2 log-likelihoods are infinite or NaN: of 'Is it\? yes'"):
+        requests: Any = [(("Is it?", " yes"), [5, 6], [7]), (("Is it?", " no"), [5, 6], [8])]
+        SharedPrefixLM(**arguments(model))._loglikelihood_tokens(requests)

@@ -139,6 +139,7 @@ def test_the_command_compares_two_models(
     assert "50 resamples, seed 0" in note
     code, out, err = run_cli(*command, "--json")
     assert code == 0, err
+    assert str(tiny_base.parent) not in out
     (result,) = json.loads(out)["results"]
     assert result["difference"] == pytest.approx(expected[1] - expected[0], abs=1e-4)
     assert sempa_st.compare is significance.compare
@@ -148,6 +149,7 @@ def test_bad_requests(run_cli: Cli, tiny_base: Path) -> None:
     for flags, message in (
         (["no-such-model"], "no-such-model"),
         ([tiny_base, "--resamples", "0"], "not a number above 0"),
+        ([tiny_base, "--seed", "-1"], "--seed is -1. Expected 0 or more"),
         ([tiny_base, "--data-dir", "/nowhere"], "no test split of any STS set in /nowhere"),
     ):
         code, _, err = run_cli("compare", tiny_base, *flags)

@@ -95,3 +95,14 @@ def test_missing_and_broken_data(data_dir: Path) -> None:
     pq.write_table(table, data_dir / "sts" / "sickr.dev.parquet")
     with pytest.raises(SempaError, match=r"sickr.dev.parquet, row 1: expected sentences and a label"):
         load_transfer(["SICK-E"], str(data_dir))
+
+
+@pytest.mark.parametrize(
+    "labels", [[0] * 39 + [1], [0] * 40, [0, 1] * 4, [0.5, 1.5] * 20], ids=["lone", "one", "few", "floats"]
+)
+def test_labels_that_no_classifier_learns_are_refused(tmp_path: Path, labels: list[Any]) -> None:
+    (tmp_path / "transfer").mkdir()
+    rows = [{"sentence": f"Row {number}.", "label": label} for number, label in enumerate(labels)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "transfer" / "mr.all.parquet")
+    with pytest.raises(SempaError, match=r"mr\.all\.parquet has .* Expected 10 rows or more"):
+        load_transfer(["MR"], str(tmp_path))

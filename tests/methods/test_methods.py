@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import naive
+from helpers.families import make_causal_lm
 from helpers.tiny import make_gemma, make_llama, make_tokenizer, randomise, save_base, save_random_adapter
 from mteb.mocks.mock_tasks import MockSTSTask
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import sempa_st
 from sempa_st.cli.main import build_parser
@@ -456,3 +457,23 @@ def test_an_encoder_method_is_saved_and_loaded(encoder_folder: Path, tmp_path: P
     model.save_pretrained(str(tmp_path / "bert"))
     again = SentenceTransformer(str(tmp_path / "bert"), device="cpu", trust_remote_code=True)
     torch.testing.assert_close(again.encode(SENTENCES, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "mamba"])
+def test_llm2vec_is_for_layers_of_attention(family: str) -> None:
+    with pytest.raises(SempaError, match="they are not attention alone"):
+        MethodModule(make_causal_lm(family).base_model, make_tokenizer(), "llm2vec")
+
+
+@torch.no_grad()
+def test_positions_that_begin_after_the_padding_token_are_kept_within(tmp_path: Path) -> None:
+    """As those of RoBERTa, whose table has two rows more than tokens that it takes."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=610, max_position_embeddings=42, pad_token_id=1, **small)
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    folder = save_base(tmp_path / "roberta", RobertaModel(config, add_pooling_layer=False).eval(), tokenizer)
+    model = sempa_st.load(folder, method="bert-avg", dtype="float32", device="cpu")
+    assert model.preprocess(["word " * 200])["input_ids"].shape[1] == 40
+    assert torch.isfinite(model.encode(["word " * 200], convert_to_tensor=True)).all()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers.families import make_causal_lm
 from helpers.tiny import CHAT_TEMPLATE, add_random_adapter, make_gemma, make_llama, make_tokenizer, randomise
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
@@ -16,7 +17,7 @@ from sempa_st.data.nli import Triplet, load_nli
 from sempa_st.data.preferences import DEFAULT_PARAPHRASE, preference_rows, ranked_answers
 from sempa_st.model.adapter import lora_config
 from sempa_st.training.batches import AnswerInputs
-from sempa_st.training.forward import answer_log_probabilities, shared_states, word_logits
+from sempa_st.training.forward import answer_log_probabilities, full_logits, shared_states, word_logits
 from sempa_st.training.losses import (
     ranked_answers_loss,
 )
@@ -156,3 +157,23 @@ def test_logits_of_some_words_are_the_models(kind: str) -> None:
         states = model.model(ids).last_hidden_state[:, -1]
         torch.testing.assert_close(word_logits(model, states, words), expected[:, words], rtol=0, atol=1e-5)
     assert kind != "soft cap" or expected.abs().max() < 3
+
+
+SCALED = {
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "falcon_h1": {"lm_head_multiplier": 0.5},
+    "gemma2": {"final_logit_softcapping": 3.0},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_logits_are_scaled_as_the_model_does(family: str) -> None:
+    """A log ratio of unscaled logits is another model's."""
+    model = make_causal_lm(family, **SCALED[family])
+    ids, words = torch.tensor([[1, 7, 30], [1, 99, 4]]), torch.tensor([5, 17, 400])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1].float()
+        states = model.base_model(ids, use_cache=False).last_hidden_state[:, -1]
+        torch.testing.assert_close(full_logits(model, states), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(word_logits(model, states, words), expected[:, words], rtol=1e-5, atol=1e-5)

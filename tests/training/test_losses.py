@@ -250,3 +250,13 @@ def test_pairs_alone_are_compared_with_the_other_pairs_of_a_batch() -> None:
     by_hand = [torch.logsumexp(scores[row, left[row]], 0) - scores[row, row] for row in (0, 1)]
     by_hand += [torch.logsumexp(scores[row], 0) - scores[row, row] for row in (2, 3)]
     torch.testing.assert_close(masked.loss, torch.stack(by_hand).mean())
+
+
+def test_similarities_of_bfloat16_are_computed_in_float32() -> None:
+    """Of vectors that are all alike, as early in training, half of the pairs would have equal scores."""
+    common = numbers(1, 64, seed=3)
+    first, second = (common + 0.2 * numbers(8, 64, seed=seed) for seed in (1, 2))
+    found = similarity_score(first.bfloat16(), second.bfloat16(), 0.05)
+    rows, columns = (side.bfloat16().double() for side in (first, second))
+    expected = torch.nn.functional.cosine_similarity(rows[:, None], columns[None], dim=-1) / 0.05
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)

@@ -534,3 +534,13 @@ def test_a_run_goes_on_with_the_same_base_and_dev_pairs_only(tiny_base: Path, tm
     assert {name for name, value in identity().items() if first[name] != value} == {"dev_sha256"}
     save_base(base, make_llama(seed=3), make_tokenizer())
     assert {name for name, value in identity().items() if first[name] != value} == {"dev_sha256", "base_sha256"}
+
+
+def test_answers_in_plain_text_need_an_end(tiny_base: Path, tmp_path: Path) -> None:
+    """They would end with the word "None"."""
+    tokenizer = make_tokenizer(chat=None)
+    tokenizer.eos_token = None
+    base = save_base(tmp_path / "base", make_llama(), tokenizer)
+    config = TrainConfig(base=str(base), data="sample", dev="sample", output=str(tmp_path / "model"), max_triplets=4)
+    with pytest.raises(SempaError, match="has no end-of-sequence token"):
+        load_inputs(replace(config, dtype="float32"), "cpu")
