@@ -28,7 +28,7 @@ from sempa_st.methods.module import MethodModule, batches_in
 from sempa_st.methods.registry import parse_method
 from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.embedded import EMBEDDED_BASE
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.utils.devices import pick_device
 from sempa_st.utils.files import read_json, write_json

@@ -28,8 +28,7 @@ from sempa_st.forward.fused_lora import fuse_updates
 from sempa_st.methods.registry import methods_for, parse_method
 from sempa_st.model.base_model import Base, load_causal_lm
 from sempa_st.model.embedded import EMBEDDED_BASE
-from sempa_st.model.load_options import checked_model_kwargs, set_encode_options
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa, checked_model_kwargs, set_encode_options
 from sempa_st.model.peft_models import is_peft_model
 from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.tokenizer import embedding_rows, load_tokenizer
@@ -119,11 +118,8 @@ def load(
         _train_adapter(opened, as_trained=not (method or int8))
     set_encode_options(opened, truncate_dim, prompts)
     asked = {"method": method, "reader": reader, "dtype": str(arguments["dtype"]), "int8": int8}
-    if model_kwargs:
-        asked["model_kwargs"] = repr(model_kwargs)
-    opened.model_card_data.model_name = digested_name(
-        source.name, {"model": digest, **asked, **vector_settings(opened)}
-    )
+    decisive = {"model": digest, **asked, **({"model_kwargs": repr(model_kwargs)} if model_kwargs else {})}
+    opened.model_card_data.model_name = digested_name(source.name, decisive | vector_settings(opened))
     return opened
 
 

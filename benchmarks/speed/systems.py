@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import sempa_st
 from benchmarks.speed.peers import flash_rows, in_other_environment
 from sempa_st.errors import SempaError
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.tokenizer import load_tokenizer
 

@@ -1,11 +1,15 @@
-"""Check and apply what :func:`sempa_st.load` passes on: arguments of ``from_pretrained``, prompts, width of vectors."""
+"""Check and apply what a model is loaded with: arguments of ``from_pretrained``, prompts, width, kind of attention."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from sempa_st.errors import SempaError
+from sempa_st.model.patching import attention_implementation
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -60,3 +64,22 @@ def set_encode_options(model: SentenceTransformer, truncate_dim: int | None, pro
         if not isinstance(prompt, str):
             raise SempaError(f"The prompt {name!r} is {prompt!r}. Expected a text.")
         model.prompts[name] = prompt
+
+
+def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
+    """Select eager attention where a device's faster attention gives wrong hidden states.
+
+    Under a mask, CUDA's memory-efficient kernel is wrong for some numbers of keys (32 n + 1) if one key/value head is
+    broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
+
+    Args:
+        model: Any module that contains models of transformers.
+        device: Device that it will run on.
+    """
+    if not device.startswith("cuda"):
+        return
+    for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
+        config = part.config.get_text_config()
+        one_head = getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
+        if one_head and attention_implementation(part.config) == "sdpa":
+            part.set_attn_implementation("eager")

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _ST = "sentence_transformers.SentenceTransformer"
 OVERRIDDEN = {
@@ -194,25 +193,6 @@ def _offsets_in_context(lora: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
 def attention_implementation(config: Any) -> str:
     """Return the name of a model's attention function (``sdpa``, ``eager``, ...), which has a public setter only."""
     return str(config._attn_implementation)
-
-
-def avoid_broken_sdpa(model: nn.Module, device: str) -> None:
-    """Select eager attention where a device's faster attention gives wrong hidden states.
-
-    Under a mask, CUDA's memory-efficient kernel is wrong for some numbers of keys (32 n + 1) if one key/value head is
-    broadcast to all query heads, as in the small Gemma models (pytorch/pytorch issue 191937).
-
-    Args:
-        model: Any module that contains models of transformers.
-        device: Device that it will run on.
-    """
-    if not device.startswith("cuda"):
-        return
-    for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
-        config = part.config.get_text_config()
-        one_head = getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))
-        if one_head and attention_implementation(part.config) == "sdpa":
-            part.set_attn_implementation("eager")
 
 
 def tokenizer_as_saved(folder: Path, class_name: str) -> Any:

@@ -25,7 +25,7 @@ from sempa_st.forward.packing import can_pack, states_packed, unpadded
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import load_config, named_decoder, settings_folder
 from sempa_st.model.chat_formats import chat_template
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa
 from sempa_st.model.prompt_eol import PromptEOL, within_positions
 from sempa_st.model.templates import embedding_template
 from sempa_st.model.token_rows import pad_rows

@@ -22,7 +22,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.model.adapter import left_out, lora_config
 from sempa_st.model.base_model import Base, load_causal_lm, load_config
 from sempa_st.model.chat_formats import chat_template, chat_template_sha256
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa
 from sempa_st.model.prompt_eol import embedding_width, within_positions
 from sempa_st.model.tokenizer import check_saved_tokenizer, load_tokenizer
 from sempa_st.training.answers import drop_too_long

@@ -31,7 +31,7 @@ from sempa_st.folder.write import write_notices
 from sempa_st.model.adapter import lora_config
 from sempa_st.model.base_model import Base, load_causal_lm, resolve_base
 from sempa_st.model.embedded import EMBEDDED_BASES, embedded_folder
-from sempa_st.model.patching import avoid_broken_sdpa
+from sempa_st.model.load_options import avoid_broken_sdpa
 from sempa_st.model.tokenizer import load_tokenizer
 from sempa_st.training.run import load_inputs
 from sempa_st.utils.devices import pick_device, pick_dtype, trim_malloc
