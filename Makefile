@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs lint types tests unit unit-bfloat16 unit-float32 integration test-lowest recipes audit clean
+.PHONY: demo test docs lint types tests robustness unit unit-bfloat16 unit-float32 integration test-lowest recipes audit clean
 
 demo: $(VENV)/.ready
 	$(BIN)/sempa demo --output runs/demo
 
-test: lint types tests
+test: lint types tests robustness
 
 # The documentation site, in site/; a broken link or reference is an error, and nothing is fetched.
 docs: $(VENV)/.ready
@@ -28,6 +28,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durat
 tests: $(VENV)/.ready
 	$(PYTEST) -m "not integration and not names_dtype" --auto-dtype bfloat16
 	$(PYTEST) --auto-dtype float32
+
+# A few trials of each attack, on tiny models: kills, full disks, hostile text and files, races, secrets, memory.
+robustness: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.robustness --quick --output $(VENV)/robustness.json
 
 unit-bfloat16 unit-float32: unit-%: $(VENV)/.ready
 	$(PYTEST) -m "not integration" --auto-dtype $*

@@ -1,7 +1,7 @@
 """Attack the package and count what fails: kills, full disks, hostile input, odd numbers, leaks, races, long runs.
 
     python -m benchmarks.robustness --output FILE.json            # all of it, three hours of two cores
-    python -m benchmarks.robustness --quick --output FILE.json    # a few trials of each attack, minutes
+    python -m benchmarks.robustness --quick --output FILE.json    # a few trials of each attack, 4 minutes
 
 Everything happens in a scratch folder, on tiny random models. The exit code is 1 if anything failed.
 """

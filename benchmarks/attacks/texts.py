@@ -112,7 +112,7 @@ def _order(model: Any, texts: Sequence[str], expected: np.ndarray) -> Outcome:
 def _command_line(world: World, texts: Sequence[str], expected: np.ndarray) -> Outcome:
     outcome, started = Outcome("texts: sempa encode, from a jsonl file"), time.perf_counter()
     rows = world.root / "hostile.jsonl"
-    kept = [index for index, text in enumerate(texts) if text]  # a file with empty sentences is refused
+    kept = [index for index, text in enumerate(texts) if text.strip()]  # a file with blank sentences is refused
     rows.write_text("".join(json.dumps({"text": texts[index]}) + "\n" for index in kept), encoding="utf-8")
     output = world.root / "hostile.npy"
     words = world.words(f"encode NATIVE {rows} --column text --output {output} {CPU}", output)
