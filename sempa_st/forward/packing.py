@@ -184,8 +184,8 @@ def plan_packs(sequences: list[list[int]], *, views: bool) -> PackPlan:
     >>> plan = plan_packs([[1, 2, 3], [1, 2, 4, 5], [6]], views=False)
     >>> plan.ids.tolist(), plan.positions.tolist(), plan.ends.tolist()
     ([[1, 2, 3, 4, 5, 6]], [[0, 1, 2, 2, 3, 0]], [[5, 5, 3, 5, 5, 6]])
-    >>> [indices.tolist() for indices in plan.indices]
-    [[0, 1, 2], [0, 1, 3, 4], [5]]
+    >>> plan.indices[1].tolist()
+    [0, 1, 3, 4]
     """
     order = sorted(range(len(sequences)), key=lambda number: sequences[number])
     pairs = [(sequences[one], sequences[two]) for one, two in pairwise(order)]
