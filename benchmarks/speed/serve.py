@@ -61,7 +61,7 @@ def main() -> None:
             if not args.systems or name in args.systems
         }
         found = measure(args, servers, texts)
-        if args.seconds:
+        if args.seconds and "sempa serve" in servers:
             found["mixed"] = asyncio.run(mixed(servers["sempa serve"], args.model, texts, args.seconds))
     write_json(args.output, {**run_info(), "model": args.model, **found})
     print(table(list(found["load"][0]), [list(row.values()) for row in found["load"]]))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.cli.arguments import add_batch_size, add_command, add_compute_options, given, positive
-from sempa_st.errors import SempaError
 from sempa_st.utils.tables import table
 
 
@@ -47,9 +46,6 @@ def _compare(args: argparse.Namespace) -> None:
     from sempa_st.folder.resolve import find_model
     from sempa_st.utils.portable import portable_name
     from sempa_st.utils.run_info import run_info
-
-    if args.seed < 0:
-        raise SempaError(f"--seed is {args.seed}. Expected 0 or more.")
 
     for model in (args.first, args.second):
         find_model(model)

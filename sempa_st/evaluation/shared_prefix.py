@@ -31,6 +31,7 @@ from sempa_st.forward.decoder import cache_argument, can_cache
 from sempa_st.model.patching import edited
 from sempa_st.model.peft_models import invocation_tokens, is_peft_model
 from sempa_st.model.token_rows import common_prefix
+from sempa_st.utils.finite import OVERFLOW_ADVICE
 
 _BATCH_TOKENS = 1 << 14
 """Most tokens in the key/value cache of a batch (batch size times length), which bounds its memory."""
@@ -127,9 +128,7 @@ def _check_finite(answers: Sequence[tuple[float, bool]], requests: Sequence[Any]
     if bad:
         texts = "".join(requests[bad[0]][0])
         raise SempaError(
-            f"{len(bad)} of {len(answers)} log-likelihoods are infinite or NaN: of {texts!a:.80}. Many models overflow "
-            "in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its files are "
-            "damaged."
+            f"{len(bad)} of {len(answers)} log-likelihoods are infinite or NaN: of {texts!a:.80}. {OVERFLOW_ADVICE}"
         )
 
 

@@ -74,7 +74,7 @@ def compare(
         split: ``test`` or ``dev``.
         data_dir: Folder with ``sts/*.parquet``; the shipped sample of graded pairs when None.
         resamples: Number of resamples, at least 1.
-        seed: Seed of the resamples.
+        seed: Seed of the resamples, 0 or more.
         batch_size: Sentences per batch.
         **loading: Arguments of :func:`sempa_st.load` for models that are named.
 
@@ -82,8 +82,10 @@ def compare(
         One comparison per set, and one of the mean over the sets if there are several. SICK-R is its test rows.
 
     Raises:
-        SempaError: On an unknown model, task or split, or if pairs are missing or too few.
+        SempaError: On an unknown model, task or split, a seed below 0, or if pairs are missing or too few.
     """
+    if seed < 0:
+        raise SempaError(f"--seed is {seed}. Expected 0 or more.")
     sets = sets_at_hand(tasks, split, data_dir)
     # One after the other: two models may not fit into memory.
     cosines = [_cosines(model, list(sets.values()), batch_size, loading) for model in (first, second)]

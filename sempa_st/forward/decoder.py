@@ -102,7 +102,8 @@ def final_logits(config: Any, logits: Tensor) -> Tensor:
         logits: What its LM head computes, of any shape.
     """
     text = config.get_text_config()
-    scale = next(filter(lambda each: each is not None, (getattr(text, name, None) for name in _LOGIT_SCALES)), None)
+    scales = [value for name in _LOGIT_SCALES if (value := getattr(text, name, None)) is not None]
+    scale = scales[0] if scales else None
     divisor = getattr(text, "logits_scaling", None)
     if scale is None and divisor is not None:
         scale = divisor if text.model_type == "hyperclovax" else 1 / divisor

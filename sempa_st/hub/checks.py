@@ -51,22 +51,21 @@ def check_publishable(folder: Path, base: Base, *, private_paths: Sequence[Path]
 def _refuse_foreign_code(folder: Path) -> None:
     """Raise :class:`SempaError` if a settings file names classes (``auto_map``) that a reader would fetch and run."""
     for path in sorted(folder.rglob("*.json")):
-        if path.name not in _VOCABULARIES and any(_values_of("auto_map", read_json(path))):
+        if path.name in _VOCABULARIES:
+            continue
+        if any(isinstance(value, dict) and value.get("auto_map") for value in _values(read_json(path))):
             raise SempaError(
                 f"{path.relative_to(folder).as_posix()} names code of its own (auto_map), which is never run here, and "
                 "would be run by others. Remove the setting, or make the folder anew with `sempa copy`."
             )
 
 
-def _values_of(key: str, value: Any) -> Iterator[Any]:
-    """Yield all values that JSON content has under a key, at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            yield from _values_of(key, each)
+def _values(value: Any) -> Iterator[Any]:
+    """Yield JSON content and all that is in it, at any depth."""
+    yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        yield from _values(each)
 
 
 def _check_base(model: ModelFolder) -> None:
@@ -94,21 +93,11 @@ def local_paths(folder: Path, known: Sequence[Path]) -> Iterator[tuple[str, str]
             continue
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
-            yield from ((name, text) for text in _strings(read_json(path)) if _is_absolute(text))
+            texts = (value for value in _values(read_json(path)) if isinstance(value, str))
+            yield from ((name, text) for text in texts if _is_absolute(text))
         found = mention.search(path.read_text(encoding="utf-8", errors="replace")) if mention else None
         if found:
             yield name, found[0]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
 
 
 def _is_absolute(text: str) -> bool:

@@ -92,9 +92,15 @@ class RunInputs:
         """Everything that determines the result. A run is resumed only with the same identity."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _NOT_IDENTITY}
         start = {"from_sha256": self.start.folder.digest} if self.start else {}
-        sources = {"base_sha256": ModelFolder(self.base.folder).digest, "data_sha256": self.data.fingerprint()}
-        dev = {"dev_sha256": self.scorer.pairs.fingerprint(), "processes": PartialState().num_processes}
-        return settings | self.digests | start | sources | dev
+        return {
+            **settings,
+            **self.digests,
+            **start,
+            "base_sha256": ModelFolder(self.base.folder).digest,
+            "data_sha256": self.data.fingerprint(),
+            "dev_sha256": self.scorer.pairs.fingerprint(),
+            "processes": PartialState().num_processes,
+        }
 
     def adapter_settings(self, invocation: list[int] | None = None) -> Any:
         """Return PEFT's settings of the adapter, those of the start if there is one.

@@ -19,6 +19,12 @@ def check_texts(texts: Sequence[Any]) -> None:
         )
 
 
+OVERFLOW_ADVICE = (
+    "Many models overflow in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or "
+    "its files are damaged."
+)
+
+
 class NotFiniteError(SempaError):
     """Error for vectors with infinite or NaN values.
 
@@ -30,9 +36,7 @@ class NotFiniteError(SempaError):
 
     def __init__(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> None:
         super().__init__(
-            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_shown(bad, word)}. Many models "
-            "overflow in float16: choose dtype float32 or bfloat16. With those dtypes, the model has diverged or its "
-            "files are damaged."
+            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_shown(bad, word)}. {OVERFLOW_ADVICE}"
         )
         self.bad = list(bad)
         self.texts = [text for _, text in bad]
