@@ -67,6 +67,16 @@ def adapter_folder(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) ->
 
 
 @pytest.fixture
+def prefix_pass(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a pass over a shared prefix pay always, so that short sequences have one; returns what it costs otherwise."""
+    from sempa_st.forward import packing
+
+    cost = packing._PASS
+    monkeypatch.setattr(packing, "_PASS", -1_000_000)
+    return cost
+
+
+@pytest.fixture
 def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process; returns exit code, standard output and standard error."""
     from sempa_st.cli.main import main

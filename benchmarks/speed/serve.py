@@ -4,7 +4,8 @@
 
 Each client sends its next request when it has its answer. Measured are requests a second and the 50th and 99th
 percentile of the latency, beside a bare ``encode`` of one sentence and of all of them. Then 64 clients of embeddings
-and two streams of text, alone and together. Everything runs on this machine, clients included.
+and two streams of text, alone and together. Everything runs on this machine, clients included, so they are aiohttp's:
+a request costs them 0.2 ms, and with httpx 0.8.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import aiohttp
 import httpx2
 import numpy as np
 
@@ -149,19 +151,30 @@ def row(name: str, clients: int, latencies: list[float], wall: float, count: int
 async def load(url: str, model: str, texts: Sequence[str], clients: int) -> tuple[list[float], float]:
     """Send one request for each text from this many clients; return their latencies and the whole time."""
     waiting, latencies = iter(texts), []
-    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx2.AsyncClient(limits=limits, timeout=_TIMEOUT, trust_env=False) as session:
+    async with _session(clients) as session:
 
         async def client() -> None:
             for text in waiting:
                 begun = time.perf_counter()
-                answer = await session.post(f"{url}/v1/embeddings", json={"model": model, "input": text})
-                answer.raise_for_status()
+                await _embed(session, url, model, text)
                 latencies.append(time.perf_counter() - begun)
 
         begun = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         return latencies, time.perf_counter() - begun
+
+
+def _session(connections: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=connections),
+        timeout=aiohttp.ClientTimeout(_TIMEOUT),
+        raise_for_status=True,
+    )
+
+
+async def _embed(session: aiohttp.ClientSession, url: str, model: str, text: str) -> None:
+    async with session.post(f"{url}/v1/embeddings", json={"model": model, "input": text}) as answer:
+        await answer.read()
 
 
 async def mixed(url: str, model: str, texts: Sequence[str], seconds: float) -> dict[str, float]:
@@ -184,27 +197,23 @@ async def _both(
     """Return the texts embedded and the tokens written within some seconds."""
     done = [0, 0]
     deadline = time.perf_counter() + seconds
-    async with httpx2.AsyncClient(
-        limits=httpx2.Limits(max_connections=clients + streams), timeout=_TIMEOUT, trust_env=False
-    ) as session:
+    async with _session(clients + streams) as session:
 
         async def embed(number: int) -> None:
             index = number
             while time.perf_counter() < deadline:
-                body = {"model": model, "input": texts[index % len(texts)]}
-                (await session.post(f"{url}/v1/embeddings", json=body)).raise_for_status()
+                await _embed(session, url, model, texts[index % len(texts)])
                 done[0] += time.perf_counter() < deadline
                 index += clients
 
         async def write() -> None:
             body = {"model": model, "prompt": _PROMPT, "max_tokens": 1000, "stream": True, "temperature": 1.0}
             while time.perf_counter() < deadline:
-                async with session.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                    answer.raise_for_status()
-                    async for line in answer.aiter_lines():
+                async with session.post(f"{url}/v1/completions", json=body) as answer:
+                    async for line in answer.content:
                         if time.perf_counter() >= deadline:
                             break
-                        if line.startswith("data: {"):  # the last line is no JSON
+                        if line.startswith(b"data: {"):  # the last line is no JSON
                             done[1] += bool(json.loads(line[6:])["choices"][0]["text"])
 
         await asyncio.gather(*(embed(number) for number in range(clients)), *(write() for _ in range(streams)))

@@ -161,7 +161,7 @@ def _last_token_states(module: PromptEOL, input_ids: Tensor, attention_mask: Ten
             width = whole.shape[1]
             last = torch.arange(len(whole)) * width + attention_mask.sum(dim=1) - 1
             states = whole.flatten(0, 1)[last]
-    # A prefix that all rows share runs in a call of its own, before the one with the last tokens.
+    # A prefix that all rows share may run in a call of its own, before the one with the last tokens.
     prefix = sum(hidden[0].shape[:2].numel() for hidden in found[:-1])
     # Some decoders list their last layer without the final norm.
     inner = [layer.flatten(0, 1)[last - prefix] for layer in found[-1][1:-1]]

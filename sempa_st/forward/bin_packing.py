@@ -45,7 +45,18 @@ def fill_packs(sizes: Sequence[int], shared: Sequence[int]) -> tuple[list[Pack],
     # The second way leaves less empty space where lengths differ much and little is shared.
     candidates = [_fill_in_order(sizes, shared, width) for width in widths]
     candidates += [_fill_longest_first(sizes, shared, width) for width in widths]
-    return min(candidates, key=lambda filled: len(filled[0]) * filled[1] * (_EVEN + filled[1]))
+    return min(candidates, key=lambda filled: cost(len(filled[0]), filled[1]))
+
+
+def cost(packs: int, width: int, before: int = 0) -> float:
+    """Return what packs cost, in tokens without attention.
+
+    Args:
+        packs: Number of packs.
+        width: Tokens of a pack, each of which attends to all of them.
+        before: Tokens in front of each pack, which it attends to.
+    """
+    return packs * width * (1 + (before + width) / _EVEN)
 
 
 def _fill_in_order(sizes: Sequence[int], shared: Sequence[int], limit: int) -> tuple[list[Pack], int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from sempa_st.forward.bin_packing import fill_packs
+from sempa_st.forward.bin_packing import cost, fill_packs
 from sempa_st.forward.decoder import (
     forward_with_cache,
     gradient_checkpointing_enabled,
@@ -29,6 +29,8 @@ from sempa_st.model.token_rows import common_prefix
 
 DENSE_MASK_ATTENTION = (*ATTENTIONS, *ATTENTIONS.values())
 """Attention implementations that take a mask of queries by keys."""
+_PASS = 128
+"""Tokens of packs that cost about as much as one more pass, which reads all weights again."""
 
 
 class PackedStates(NamedTuple):
@@ -58,9 +60,9 @@ class Packs(NamedTuple):
     """Packs that are ready to run.
 
     Attributes:
-        plan: Tokens of the packs, without the prefix that all sequences share.
+        plan: Tokens of the packs, without the prefix that has run.
         cache: Keys and values of that prefix.
-        shared_prefix: Hidden states of that prefix, of shape (tokens, hidden).
+        shared_prefix: Hidden states of that prefix, of shape (tokens, hidden); it may be empty.
     """
 
     plan: PackPlan
@@ -71,9 +73,9 @@ class Packs(NamedTuple):
 def states_packed(decoder: Any, sequences: Sequence[Tensor]) -> PackedStates:
     """Run a decoder on packed sequences and return all hidden states, with gradients.
 
-    The prefix that all sequences share runs once, into a key/value cache. A longer prefix that some sequences of a pack
-    share runs once for these. Positions and a mask let each token see its own sequence and no other. Equal sequences
-    run once, except in training, where dropout makes two views of them.
+    The prefix that all sequences share runs once, into a key/value cache, unless packs that repeat it cost less. A
+    longer prefix that some sequences of a pack share runs once for these. Positions and a mask let each token see its
+    own sequence and no other. Equal sequences run once, except in training, where dropout makes two views of them.
 
     Args:
         decoder: Layers without the LM head, for which :func:`can_pack` holds.
@@ -144,11 +146,19 @@ def can_pack(decoder: Any, longest: int) -> bool:
 
 
 def prepare_packs(decoder: Any, sequences: Sequence[Tensor]) -> Packs:
-    """Run the prefix that all sequences share, and plan packs of the rest; arguments as for :func:`states_packed`."""
+    """Run the prefix that all sequences share, if that saves time, and plan packs of the rest.
+
+    Arguments as for :func:`states_packed`.
+    """
     lists = [sequence.tolist() for sequence in sequences]
     shortest = min(len(tokens) for tokens in lists)
     shared = 0 if gradient_checkpointing_enabled(decoder) else min(common_prefix(lists), shortest - 1)
     plan = plan_packs([tokens[shared:] for tokens in lists], views=decoder.training)
+    if shared and shared * (len(plan.ids) - 1) < 4 * _PASS:  # the packs may as well repeat it
+        whole = plan_packs(lists, views=decoder.training)
+        first = _PASS + (shared + cost(1, shared)) / 2  # its tokens attend to those before them, half of all pairs
+        if cost(*whole.ids.shape) < first + cost(*plan.ids.shape, before=shared):
+            shared, plan = 0, whole
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
     if shared:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, Field
 from sentence_transformers import SentenceTransformer
 from starlette.exceptions import HTTPException
@@ -130,9 +130,9 @@ class Service:
         self.metrics.tokens.labels("prompt").inc(tokens)
         vectors = await self._vectors(texts)
 
-        def answer() -> JSONResponse:
+        def answer() -> Response:
             cut = shortened(vectors, request.dimensions)
-            return JSONResponse(embedding_response(cut, request.encoding_format, self.name, tokens))
+            return embedding_response(cut, request.encoding_format, self.name, tokens)
 
         return await off_loop(vectors.size, answer)
 

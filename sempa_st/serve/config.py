@@ -51,8 +51,8 @@ class ServeConfig:
     max_context: int = option(4096, "most tokens of a prompt and its answer together")
     max_wait: float = option(
         0.003,
-        "least seconds to wait for more texts after a batch of several requests; a twentieth of that batch's time "
-        "where that is longer",
+        "least seconds to wait after a batch for its clients to come back, unless one is alone; a twentieth of that "
+        "batch's time where that is longer",
     )
     timeout: float = option(
         300.0,

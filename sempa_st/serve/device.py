@@ -95,25 +95,19 @@ class DeviceTurns:
             self._running[kind] -= 1
             self._condition.notify_all()
 
-    def compute(self, work: Callable[..., Any], *args: Any, more: bool = False) -> Any:
-        """Run work of a turn with its share of the device's threads.
-
-        Args:
-            work: What to run.
-            args: Its arguments.
-            more: Whether there is other work that does not wait for a turn yet.
-        """
+    def compute(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Run work of a turn with its share of the device's threads."""
 
         def with_share() -> Any:
-            self.use_share(more)
+            self.use_share()
             return work(*args)
 
         return on_own_thread(with_share) if self.places > 1 else work(*args)
 
-    def use_share(self, more: bool = False) -> None:
+    def use_share(self) -> None:
         """Let the calling thread compute with its share of the device's threads: all while there is no other work."""
         if self.places > 1:
-            shared = more or self._running.total() > 1 or any(self._waits_for_place(kind) for kind in self._waiting)
+            shared = self._running.total() > 1 or any(self._waits_for_place(kind) for kind in self._waiting)
             torch.get_num_threads()  # a thread that has not asked yet takes over what another thread sets last
             torch.set_num_threads(self._threads // self.places if shared else self._threads)
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StrictInt, StrictStr
-from starlette.responses import JSONResponse
+from pydantic_core import to_json
+from starlette.responses import JSONResponse, Response
 
 
 class EmbeddingRequest(BaseModel):
@@ -75,7 +76,8 @@ def input_texts(value: Any, tokenizer: Any, most: int) -> list[str]:
         raise _input_error(400, "input is empty. Expected at least one text.")
     if len(items) > most:
         raise _input_error(400, f"input has {len(items)} texts. Expected {most} at most.")
-    size = len(tokenizer)  # some tokenizers count anew each time
+    ids = any(isinstance(item, list) for item in items)
+    size = len(tokenizer) if ids else 0  # counted anew each time, which takes half a millisecond for 262,144 tokens
     return [_text(item, index, tokenizer, size) for index, item in enumerate(items)]
 
 
@@ -114,10 +116,8 @@ def shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[n
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def embedding_response(
-    vectors: NDArray[np.float32], encoding_format: str | None, model: str, tokens: int
-) -> dict[str, Any]:
-    """Return the body of the response to an :class:`EmbeddingRequest`.
+def embedding_response(vectors: NDArray[np.float32], encoding_format: str | None, model: str, tokens: int) -> Response:
+    """Return the response to an :class:`EmbeddingRequest`, written by pydantic: ``json`` takes six times as long.
 
     Args:
         vectors: Embeddings of shape (texts, dimensions).
@@ -125,7 +125,7 @@ def embedding_response(
         model: Name of the model.
         tokens: Number of tokens of the texts.
     """
-    return {
+    body = {
         "object": "list",
         "data": [
             {"object": "embedding", "index": index, "embedding": embedding}
@@ -134,6 +134,7 @@ def embedding_response(
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+    return Response(to_json(body), media_type="application/json")
 
 
 def _encoded(vectors: NDArray[np.float32], encoding_format: str | None) -> Sequence[Any]:

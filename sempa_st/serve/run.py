@@ -37,6 +37,7 @@ def serve(config: ServeConfig) -> None:
         server = _Server(
             uvicorn.Config(
                 build_app(service),
+                http="h11",  # which bounds the headers; httptools takes any number of bytes, before a key is looked at
                 log_level="error",
                 access_log=False,
                 timeout_keep_alive=_KEEP_ALIVE,

@@ -22,7 +22,7 @@ from sempa_st.loading import load
 from sempa_st.methods.module import MethodModule
 from sempa_st.utils.assets import asset_path
 
-pytestmark = pytest.mark.names_dtype
+pytestmark = [pytest.mark.names_dtype, pytest.mark.usefixtures("prefix_pass")]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from helpers.tiny import add_random_adapter, make_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sempa_st.forward import varlen
+from sempa_st.forward import packing, varlen
 from sempa_st.forward.decoder import can_cache
 from sempa_st.forward.packing import can_pack, last_states_packed
 from sempa_st.forward.prefix_cache import PrefixCache
@@ -49,11 +49,15 @@ def check_close(found: Tensor, expected: Tensor) -> None:
 
 @EVERY_ARCHITECTURE
 @torch.no_grad()
-def test_packs(family: str) -> None:
+def test_packs(family: str, prefix_pass: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_windowed(family, WINDOW).base_model
     for sequences in (make_sequences(LENGTHS), make_sequences([40, *LENGTHS])):
         if can_pack(decoder, max(map(len, sequences))):
-            check_close(last_states_packed(decoder, sequences), alone(decoder, sequences))
+            expected = alone(decoder, sequences)
+            check_close(last_states_packed(decoder, sequences), expected)
+            with monkeypatch.context() as patch:
+                patch.setattr(packing, "_PASS", prefix_pass)
+                check_close(last_states_packed(decoder, sequences), expected)
 
 
 @EVERY_ARCHITECTURE

@@ -16,6 +16,7 @@ from helpers.tiny import make_llama, make_tokenizer
 from sentence_transformers import SentenceTransformer
 from transformers import CONFIG_MAPPING
 
+from sempa_st.forward import packing
 from sempa_st.forward.batching import min_batch_characters
 from sempa_st.forward.bin_packing import fill_packs
 from sempa_st.forward.embed import embed_rows_fast
@@ -26,7 +27,7 @@ from sempa_st.model.prompt_eol import PromptEOL
 from sempa_st.model.templates import EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import install_template
 
-pytestmark = pytest.mark.names_dtype
+pytestmark = [pytest.mark.names_dtype, pytest.mark.usefixtures("prefix_pass")]
 
 
 def make_decoder(family: str, **changes: Any) -> Any:
@@ -265,6 +266,22 @@ def test_a_shared_prefix_runs_once() -> None:
     states_packed(decoder, rows)
     assert seen == [5, 4 * (20 + 18)]
     assert sum(len(row) for row in rows) == 12 * 31
+
+
+def test_a_shared_prefix_runs_first_if_that_saves_more_than_a_pass(
+    prefix_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_PASS", prefix_pass)
+    decoder = make_llama().base_model
+    seen: list[tuple[int, ...]] = []
+    decoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    last_states_packed(decoder, make_rows([9], 5))
+    assert seen == [(1, 14)]  # one sequence, one pass
+    check_equal(decoder, make_rows([40, 3, 1, 22, 30, 8, 9, 51, 12], 4))
+    assert (1, 4) not in seen
+    seen.clear()
+    check_last(decoder, make_rows([60] * 8, 80))
+    assert seen[0] == (1, 80)  # before several packs
 
 
 def test_equal_sequences_run_once_except_in_training() -> None:

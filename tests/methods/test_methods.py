@@ -41,7 +41,7 @@ from sempa_st.model.base_model import load_causal_lm
 from sempa_st.model.templates import EMBEDDING_TEMPLATES, normalize_sentence
 from sempa_st.utils.assets import asset_path
 
-pytestmark = pytest.mark.names_dtype
+pytestmark = [pytest.mark.names_dtype, pytest.mark.usefixtures("prefix_pass")]
 
 Cli = Callable[..., tuple[int, str, str]]
 SENTENCES = ["A cat sleeps", 'Is it "red"?', "Two dogs run over the wet grass after a ball.", "Snow"]

@@ -310,11 +310,11 @@ def test_texts_of_a_client_that_left_are_not_embedded(folder: Path) -> None:
     with running_server(load_float32(folder)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.3)
         with held(server), pytest.raises(openai.APITimeoutError):
-            client.embeddings.create(model="tiny", input=sample_sentences()[:60])
+            client.embeddings.create(model="tiny", input=sample_sentences()[:60] * 3)
         patient = client.with_options(timeout=60)
         assert patient.embeddings.create(model="tiny", input="A").data
         assert eventually(lambda: server.service.embedder.waiting == 0)
-        assert server.service.metrics.batch._sum.get() < 40  # one batch may have been gathered
+        assert server.service.metrics.batch._sum.get() < 100  # one batch may have been gathered
 
 
 def test_a_request_that_takes_too_long_is_given_up(folder: Path) -> None:

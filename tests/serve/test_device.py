@@ -156,21 +156,6 @@ def test_two_places_are_taken_at_once_and_share_the_threads() -> None:
     assert torch.get_num_threads() == before  # a thread's own number
 
 
-def test_work_that_follows_counts_as_other_work() -> None:
-    turns, found = DeviceTurns(threads=4), []
-
-    def work() -> None:
-        with turns.turn(EMBEDDING):
-            for more in (False, True):
-                turns.use_share(more)
-                found.append(torch.get_num_threads())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(20)
-    assert found == [4, 2]
-
-
 def test_each_kind_keeps_a_place_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three threads of one kind and one of the other, which comes back after each token: each kind has one place."""
     monkeypatch.setattr(device, "_MOMENT", 5.0)

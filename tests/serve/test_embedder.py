@@ -35,15 +35,18 @@ def batches() -> list[int]:
     return []
 
 
-@pytest.fixture(params=[1, 2], ids=["one place", "two places"])
-def threads(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+@pytest.fixture
+def embedder(model: Model, batches: list[int]) -> Iterator[Embedder]:
+    yield from running(model, batches, max_wait=60.0)
 
 
 @pytest.fixture
-def embedder(threads: int, model: Model, batches: list[int]) -> Iterator[Embedder]:
-    made: Any = model
-    embedder = Embedder(made, DeviceTurns(threads=threads), max_queue=100, max_wait=60.0, observe=batches.append)
+def impatient(model: Model, batches: list[int]) -> Iterator[Embedder]:
+    yield from running(model, batches, max_wait=0.1)
+
+
+def running(model: Any, batches: list[int], max_wait: float) -> Iterator[Embedder]:
+    embedder = Embedder(model, DeviceTurns(threads=2), max_queue=100, max_wait=max_wait, observe=batches.append)
     yield embedder
     model.free.set()
     embedder.close()
@@ -57,19 +60,18 @@ def answers(requests: list[Request]) -> list[float]:
     return [float(request.future.result(20)[0, 0]) for request in requests]
 
 
-def test_a_batch_waits_for_as_many_clients_as_were_answered(
-    embedder: Embedder, model: Model, batches: list[int], threads: int
+def test_a_batch_waits_for_the_clients_that_were_answered_beside_those_that_wait(
+    embedder: Embedder, model: Model, batches: list[int]
 ) -> None:
-    first = []
-    for place in range(threads):  # keep all threads busy
-        first += submit(embedder, 1)
-        while len(batches) <= place:
-            time.sleep(0.001)
-    rest = submit(embedder, 4)  # gather meanwhile
+    first = submit(embedder, 1)
+    while not batches:
+        time.sleep(0.001)
+    rest = submit(embedder, 3)  # gather meanwhile
     model.free.set()
-    assert answers(first + rest) == [0] * threads + [0, 1, 2, 3]
-    if threads > 1:
-        return  # the other thread, which has answered one client, takes whoever comes
+    assert answers(first) == [0]
+    time.sleep(0.1)
+    assert batches == [1]  # the fourth client is still to come back
+    assert answers(rest + submit(embedder, 1)) == [0, 1, 2, 0]
     back = submit(embedder, 2)
     time.sleep(0.1)  # the others are late
     assert batches == [1, 4]
@@ -78,19 +80,25 @@ def test_a_batch_waits_for_as_many_clients_as_were_answered(
     assert batches == [1, 4, 4]
 
 
-def test_a_lone_request_does_not_wait_beside_a_thread_that_waits_for_others(
-    embedder: Embedder, model: Model, batches: list[int], threads: int
+def test_a_batch_does_not_wait_for_a_request_that_has_more_texts(
+    embedder: Embedder, model: Model, batches: list[int]
 ) -> None:
-    if threads == 1:
-        pytest.skip("there is no other thread")
-    first = submit(embedder, 1)
+    model.free.set()
+    long = embedder.submit([str(number) for number in range(150)])
+    assert long.future.result(20)[:, 0].tolist() == list(range(150))
+    assert batches == [64, 64, 22]
+
+
+def test_clients_that_do_not_come_back_are_not_waited_for(
+    impatient: Embedder, model: Model, batches: list[int]
+) -> None:
+    first = submit(impatient, 1)
     while not batches:
         time.sleep(0.001)
-    many = submit(embedder, 4)
+    rest = submit(impatient, 3)
     model.free.set()
-    answers(first + many)  # the thread of the four waits for four clients, a minute long
-    for _ in range(5):
-        assert answers(submit(embedder, 1)) == [0]
+    assert answers(first + rest + submit(impatient, 1)) == [0, 0, 1, 2, 0]
+    assert answers(submit(impatient, 1)) == [0]  # after a batch of several
 
 
 def test_a_client_that_leaves_at_the_last_moment_takes_no_thread_along(

@@ -22,7 +22,7 @@ from sempa_st.training.losses import (
     ranked_answers_loss,
 )
 
-pytestmark = pytest.mark.names_dtype
+pytestmark = [pytest.mark.names_dtype, pytest.mark.usefixtures("prefix_pass")]
 
 TRIPLETS = load_nli("sample").triplets[:8]
 
