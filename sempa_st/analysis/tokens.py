@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,13 @@ def aligned_tokens(
     """
     head = LanguageHead(model)
     states = hidden_states(model)
-    vectors = states.encode(list(sentences), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+    vectors = states.encode(
+        list(sentences),
+        batch_size=batch_size,
+        convert_to_tensor=True,
+        show_progress_bar=False,
+        truncate_dim=cast(PromptEOL, model[0]).get_embedding_dimension(),  # whole, whatever the model's own setting
+    )
     return head.aligned(vectors, k)
 
 

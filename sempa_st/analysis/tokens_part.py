@@ -54,6 +54,12 @@ def run(context: Context) -> PartResult:
 def head_or_note(context: Context, name: str, notes: list[str]) -> LanguageHead | None:
     """Return the LM head of a model; if it has none, add to ``notes`` why it is left out, and return None."""
     model = context.load(name)
+    if model.truncate_dim:
+        notes.append(
+            f"{name} is left out. Its embeddings are the first {model.truncate_dim} numbers of hidden states that the "
+            "LM head reads whole."
+        )
+        return None
     try:
         return LanguageHead(model)
     except SempaError as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints
 
 _OBJECTIVE = r"^[a-z-]{1,32}(:[0-9.e+-]{1,32})?( ?, ?[a-z-]{1,32}(:[0-9.e+-]{1,32})?){0,7}$"
 """A weighted sum of objectives, such as ``dpo:0.3,contrastive:1``. Later versions may add names."""
 _Objective = Annotated[str, StringConstraints(pattern=_OBJECTIVE)]
+
+
+def _check_moment(value: str) -> str:
+    datetime.fromisoformat(value)  # a ValueError, which pydantic words
+    return value
 
 
 class Settings(BaseModel):
@@ -60,6 +66,7 @@ class RunRecord(Settings):
     objective: _Objective
     base: str | None = None
     command: str | None = None
+    created: Annotated[str, AfterValidator(_check_moment)] | None = None
     config: dict[str, Any]
     data: _Data
     dev: _Dev

@@ -118,6 +118,15 @@ def _identity(worker: Any, sentences: Sentences, settings: VectorSettings) -> di
     }
 
 
+def _bit_sums(model: SentenceTransformer) -> list[int]:
+    """Return the sum of the numbers of each tensor, their bits read as integers: exact, and changed by training."""
+    import torch
+
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    weights = [tensor.detach().flatten() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    return [int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)) for tensor in weights]
+
+
 def _output_schema(sentences: Sentences) -> Any:
     schema = input_schema(sentences)
     if EMBEDDING in schema.names:
@@ -159,8 +168,10 @@ class _ThisProcess:
         from sempa_st.loading import vector_settings
 
         name = self.model.model_card_data.model_name or ""
-        # The settings may have changed since the name was made.
-        return digested_name(name, vector_settings(self.model)) if digest_in(name) else uuid4().hex
+        if not digest_in(name):
+            return uuid4().hex
+        # Settings and weights may have changed since the name was made.
+        return digested_name(name, {**vector_settings(self.model), "weights": _bit_sums(self.model)})
 
     def calibrate(self, sentences: Sentences, settings: VectorSettings, batch_size: int) -> Any:
         """Return the ranges of :func:`sempa_st.encoding.vectors.calibrate`."""

@@ -41,8 +41,8 @@ def _validated(answers: Any) -> Iterator[Mapping[str, Any]]:
 def _spans(answer: Mapping[str, Any]) -> tuple[str, ...]:
     if answer["number"] not in ("", None):
         return (str(answer["number"]),)
-    if answer["spans"]:
-        return tuple(" ".join(span.split()) for span in answer["spans"])
+    if spans := [span for span in answer["spans"] or () if span is not None]:
+        return tuple(" ".join(span.split()) for span in spans)
     date = answer["date"] or {}
     return (" ".join(filter(None, (date.get(part) for part in ("day", "month", "year")))),)
 

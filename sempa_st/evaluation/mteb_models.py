@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -194,6 +195,7 @@ def _meta(name: str, source: str, folder: ModelFolder, decoder: Decoder, digest:
     length = folder.max_seq_length if folder.format else DEFAULT_MAX_SEQ_LENGTH
     if record:
         length = record["config"].get("max_seq_length", length)
+    created = record and record.get("created")
     parameters = decoder.parameters + (_parameters(folder.path) if folder.is_adapter else 0)
     datasets = _NLI_DATA.get(record["data"]["sha256"]) if record else None
     return ModelMeta(
@@ -201,7 +203,7 @@ def _meta(name: str, source: str, folder: ModelFolder, decoder: Decoder, digest:
         loader_kwargs={"dtype": "float32"},
         name=name,
         revision=digest[:40],
-        release_date=record["created"][:10] if record else None,
+        release_date=str(datetime.fromisoformat(created).date()) if created else None,
         languages=["eng-Latn"] if record else None,
         n_parameters=parameters,
         n_embedding_parameters=decoder.vocabulary * decoder.width,

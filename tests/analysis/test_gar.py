@@ -11,6 +11,7 @@ import sempa_st
 from sempa_st.analysis import gar
 from sempa_st.analysis.data import AnalysisData
 from sempa_st.analysis.gar import AlignmentRate
+from sempa_st.analysis.tokens import aligned_tokens
 from sempa_st.errors import SempaError
 
 pytestmark = pytest.mark.names_dtype
@@ -76,3 +77,16 @@ def test_the_part_against_brute_force(
         assert found["surface tokens"] == len(surface)
     report = (tmp_path / "out" / "report.html").read_text()
     assert "prompteol:layer=1:tiny-llama is left out." in report
+
+
+def test_a_model_of_shortened_vectors_is_left_out(run_cli: Cli, adapter_folder: Path, tmp_path: Path) -> None:
+    model = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
+    expected = aligned_tokens(model, ["A cat sleeps."])
+    model.truncate_dim = 8
+    assert aligned_tokens(model, ["A cat sleeps."]) == expected  # the head reads whole vectors
+    model.save_pretrained(str(tmp_path / "cut"))
+    options = ("--only", "gar,tokens", "--sentences", 20, "--dtype", "float32", "--device", "cpu")
+    code, _, err = run_cli("analyze", tmp_path / "cut", *options, "--output", tmp_path / "out")
+    assert code == 0, err
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("cut is left out. Its embeddings are the first 8 numbers") == 2

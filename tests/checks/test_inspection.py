@@ -216,6 +216,7 @@ WRONG_KEYS: list[tuple[str, str, str, Any]] = [
     *(("sempa", "tokenizer_config.json", "model_max_length", value) for value in ([], "x", {})),
     *(("sempa", "sempa_run.json", key, 3) for key in ("objective", "base", "data", "dev", "config")),
     ("sempa", "sempa_run.json", "objective", "dpo\nAnother line"),
+    *(("sempa", "sempa_run.json", "created", value) for value in (3, "yesterday", "2026-13-01")),
     *(("sempa", "sempa_run.json", "averaged", value) for value in ([{}], [{"model": None}], [3])),
     *(
         ("sempa", "sempa_run.json", "averaged", [{"model": "a", "objectives": value}])

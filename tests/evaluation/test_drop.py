@@ -83,6 +83,7 @@ def test_answers_are_read_from_both_layouts() -> None:
     assert answers_of(row) == [["14.5"], ["14.5 metre"]]
     listed = [drop_answer(spans=("14.5 metre",)), drop_answer(number="14.5"), drop_answer()]
     assert answers_of({**row, "validated_answers": listed}) == [["14.5"], ["14.5 metre"]]
+    assert answers_of({**row, "answer": {**drop_answer(), "spans": [None, "14.5 metre"]}})[0] == ["14.5 metre"]
 
 
 def test_an_example_has_an_answer() -> None:
