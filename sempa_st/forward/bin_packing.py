@@ -55,6 +55,9 @@ def cost(packs: int, width: int, before: int = 0) -> float:
         packs: Number of packs.
         width: Tokens of a pack, each of which attends to all of them.
         before: Tokens in front of each pack, which it attends to.
+
+    >>> cost(2, 750), cost(2, 600, before=150)
+    (2250.0, 1800.0)
     """
     return packs * width * (1 + (before + width) / _EVEN)
 

@@ -157,7 +157,7 @@ def prepare_packs(decoder: Any, sequences: Sequence[Tensor]) -> Packs:
     if shared and shared * (len(plan.ids) - 1) < 4 * _PASS:  # the packs may as well repeat it
         whole = plan_packs(lists, views=decoder.training)
         first = _PASS + (shared + cost(1, shared)) / 2  # its tokens attend to those before them, half of all pairs
-        if cost(*whole.ids.shape) < first + cost(*plan.ids.shape, before=shared):
+        if cost(len(whole.ids), whole.ids.shape[1]) < first + cost(len(plan.ids), plan.ids.shape[1], shared):
             shared, plan = 0, whole
     cache = DynamicCache()
     states = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
