@@ -83,8 +83,7 @@ class Embedder:
         model: Embedding model.
         turns: Turns on its device.
         max_queue: Texts that may wait.
-        max_wait: Seconds to wait for more texts, or this share of those that the last batch took, where that is more:
-            a twentieth.
+        max_wait: Seconds to wait for clients to come back; a twentieth of the last batch's time where that is longer.
         observe: Called with the number of texts of each batch.
     """
 
