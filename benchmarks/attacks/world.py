@@ -16,6 +16,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import torch
 from helpers.server import activated_adapter
 from helpers.tiny import finish_adapter, make_llama, make_tokenizer, sample_sentences, save_base, save_sts
+from tqdm import tqdm
 
 import sempa_st
 from sempa_st.cli import main
@@ -89,6 +91,10 @@ class World:
     def build(cls, root: Path, *, quick: bool = False) -> World:
         """Write the models and data, import all that a command needs, and return the world."""
         torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+        # tqdm's own lock is one semaphore of all processes: a command killed while it holds it would stop every other.
+        # Its monitor would be a thread that may hold the lock at a fork.
+        tqdm.set_lock(threading.RLock())
+        tqdm.monitor_interval = 0
         os.environ["SEMPA_CACHE_DIR"] = str(root / "cache")
         for module in pkgutil.walk_packages(sempa_st.__path__, "sempa_st."):
             if not module.name.endswith(("__main__", "on_ray")) and ".serve" not in module.name:
