@@ -154,7 +154,7 @@ def prepare_packs(decoder: Any, sequences: Sequence[Tensor]) -> Packs:
     shortest = min(len(tokens) for tokens in lists)
     shared = 0 if gradient_checkpointing_enabled(decoder) else min(common_prefix(lists), shortest - 1)
     plan = plan_packs([tokens[shared:] for tokens in lists], views=decoder.training)
-    if shared and shared * (len(plan.ids) - 1) < 4 * _PASS:  # the packs may as well repeat it
+    if shared and shared * (len(plan.ids) - 1) < 4 * _PASS:  # beyond that, repeating it cannot pay
         whole = plan_packs(lists, views=decoder.training)
         first = _PASS + (shared + cost(1, shared)) / 2  # its tokens attend to those before them, half of all pairs
         if cost(len(whole.ids), whole.ids.shape[1]) < first + cost(len(plan.ids), plan.ids.shape[1], shared):
