@@ -6,12 +6,14 @@
         identity.json                   input, model and settings; only the same run goes on from the shards
         _ranges.npy                     ranges of the dimensions, for the precisions int8 and uint8
         part-00000.parquet              vectors of the first shard; appears complete, by a rename
+        published.json                  the output that was about to be moved to its place, when all shards are there
 
 A shard has one name and one content, whoever computes it and how often, so that no row can be lost or doubled.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -42,6 +44,7 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 EMBEDDING = "embedding"
 """Column of the vectors in a parquet file."""
 _IDENTITY = "identity.json"
+_PUBLISHED = "published.json"
 _RANGES = "_ranges.npy"  # readers of parquet folders pass over names with an underscore
 
 
@@ -73,7 +76,12 @@ class ShardFolder:
         return len(self._finished()) if self.path.is_dir() else 0
 
     def check_output(self, *, overwrite: bool) -> None:
-        """Raise :class:`SempaError` unless the output can be written, and is not there or may be replaced."""
+        """Raise :class:`SempaError` unless the output can be written, and is not there or may be replaced.
+
+        The output of the unfinished run is all right: that run was killed after it had written the output.
+        """
+        if self._is_published():
+            return
         if self.suffix == FOLDER:
             check_output_folder(self.output, overwrite=overwrite)
             return
@@ -105,7 +113,7 @@ class ShardFolder:
             self.check_output(overwrite=overwrite)  # another process may have written it meanwhile
             self._prepare(identity, overwrite=overwrite)
             try:
-                yield self._finished()
+                yield {shard.number for shard in sentences.shards} if self._is_published() else self._finished()
             except BaseException:
                 if not self._finished():
                     shutil.rmtree(self.path, ignore_errors=True)
@@ -166,30 +174,49 @@ class ShardFolder:
 
     def finish(self, sentences: Sentences) -> int:
         """Make the output of the shards, remove the folder, and return the number of values of a vector."""
+        if not self._is_published():
+            self._publish(sentences)
+        width = _width(self.output / self.shard(0).name if self.suffix == FOLDER else self.output)
+        self._remove()
+        return width
+
+    def _publish(self, sentences: Sentences) -> None:
         missing = {shard.number for shard in sentences.shards} - self._finished()
         if missing:
             raise SempaError(f"{len(missing)} shard(s) are missing in {self.path}. Run the command again.")
         for leftover in self.path.glob(".*"):  # of workers that were killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shards = [self.shard(shard.number) for shard in sentences.shards]
-        width = _width(shards[0])
         ranges = [self.ranges] if self.ranges.exists() else []
         # The shards stay until the output is in its place.
         if self.suffix == FOLDER:
             with atomic_folder(self.output, overwrite=True) as partial:
                 for file in [*shards, *ranges]:
                     _link(file, partial / file.name)
-        else:
-            for file in ranges:
-                with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
-                    shutil.copyfile(file, partial)
-            with atomic_file(self.output) as partial:
-                if self.suffix == ".npy":
-                    _join_npy(shards, partial, (sentences.count, width))
-                else:
-                    _join_parquet(shards, partial)
-        self._remove()
-        return width
+                write_json(self.path / _PUBLISHED, _stamp(partial))
+            return
+        for file in ranges:
+            with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
+                shutil.copyfile(file, partial)
+        with atomic_file(self.output) as partial:
+            if self.suffix == ".npy":
+                _join_npy(shards, partial, (sentences.count, _width(shards[0])))
+            else:
+                _join_parquet(shards, partial)
+            write_json(self.path / _PUBLISHED, _stamp(partial))
+
+    def _is_published(self) -> bool:
+        """Whether the output is what this run has written, so that only this folder is left to be removed."""
+        try:
+            return bool(json.loads((self.path / _PUBLISHED).read_text()) == _stamp(self.output))
+        except (FileNotFoundError, ValueError):  # no such file; or none of this package's
+            return False
+
+
+def _stamp(output: Path) -> dict[str, int]:
+    """Return what a rename keeps, and what another file or folder of the name does not have."""
+    status = output.stat()
+    return {"inode": status.st_ino, "modified_ns": status.st_mtime_ns}
 
 
 def _link(file: Path, to: Path) -> None:

@@ -22,6 +22,7 @@ from sentence_transformers.util import quantize_embeddings
 import sempa_st
 from sempa_st.encoding import encode_file, read_sentences
 from sempa_st.encoding.sentences import SHARD_ROWS
+from sempa_st.encoding.shard_folder import ShardFolder
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import locked
 from sempa_st.utils.leftovers import publish
@@ -307,6 +308,52 @@ def test_shards_stay_until_the_output_is_in_its_place(
         patch.setattr(model, "encode", fail)
         assert encode_file(model, text_file, tmp_path / name, shard_size=6) == (20, 32)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "sentences.txt"])
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.parquet", "folder"])
+def test_a_run_that_was_killed_after_the_output_is_finished(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The folder beside the output is all that is left to be removed, unless the output is another one by now."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KilledError
+
+    def removes_one(folder: ShardFolder) -> None:
+        folder.shard(1).unlink()
+        raise KilledError
+
+    output = tmp_path / name
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(ShardFolder, "_remove", removes_one)
+        encode_file(model, text_file, output, shard_size=6)
+    written = vectors_of(output)
+    with pytest.raises(SempaError, match="another input, model or setting"):
+        encode_file(model, text_file, output, shard_size=6, normalize=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode", fail)
+        assert encode_file(model, text_file, output, shard_size=6) == (20, 32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "sentences.txt"])
+    np.testing.assert_array_equal(vectors_of(output), written)
+
+
+def test_an_output_that_came_after_a_killed_run_is_not_taken_for_its_own(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "v.npy"
+
+    def fail(folder: ShardFolder) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(ShardFolder, "_remove", fail)
+        encode_file(model, text_file, output, shard_size=6)
+    output.with_name("mine.npy").write_bytes(output.read_bytes())
+    output.with_name("mine.npy").replace(output)
+    with pytest.raises(SempaError, match="exists"):
+        encode_file(model, text_file, output, shard_size=6)
+    assert encode_file(model, text_file, output, shard_size=6, overwrite=True) == (20, 32)
+    assert not (tmp_path / "v.npy.encoding").exists()
 
 
 def test_whose_shards_they_are_is_removed_last(
