@@ -13,6 +13,7 @@ from sempa_st.data.nli import load_nli
 from sempa_st.errors import SempaError, check_known
 from sempa_st.folder.digests import digested_name
 from sempa_st.folder.formats import ST_CONFIG
+from sempa_st.folder.identity import vector_settings
 from sempa_st.folder.plain import load_plain
 from sempa_st.folder.resolve import (
     Source,
@@ -121,20 +122,6 @@ def load(
     decisive = {"model": digest, **asked, **({"model_kwargs": repr(model_kwargs)} if model_kwargs else {})}
     opened.model_card_data.model_name = digested_name(source.name, decisive | vector_settings(opened))
     return opened
-
-
-def vector_settings(model: SentenceTransformer) -> dict[str, Any]:
-    """Return what of a model decides a vector, beside its files and how it was loaded; it may be changed at any time.
-
-    Nothing of it differs between machines; only an "auto" dtype depends on the device.
-    """
-    return {
-        "template": getattr(model[0], "template", None),
-        "max_seq_length": model.max_seq_length,
-        "truncate_dim": model.truncate_dim,
-        "prompts": model.prompts,
-        "default_prompt_name": model.default_prompt_name,
-    }
 
 
 def _train_adapter(opened: SentenceTransformer, *, as_trained: bool) -> None:

@@ -15,7 +15,7 @@ from sempa_st.encoding.shard_writer import ShardWriter
 from sempa_st.encoding.tables import input_schema, text_schema
 from sempa_st.encoding.vectors import WITH_RANGES, VectorSettings, calibrate
 from sempa_st.errors import SempaError, check_known
-from sempa_st.folder.digests import digest_in, digested_name
+from sempa_st.folder.identity import current_name
 from sempa_st.utils.files import check_not_inside
 
 if TYPE_CHECKING:
@@ -118,15 +118,6 @@ def _identity(worker: Any, sentences: Sentences, settings: VectorSettings) -> di
     }
 
 
-def _bit_sums(model: SentenceTransformer) -> list[int]:
-    """Return the sum of the numbers of each tensor, their bits read as integers: exact, and changed by training."""
-    import torch
-
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = [tensor.detach().flatten() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-    return [int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)) for tensor in weights]
-
-
 def _output_schema(sentences: Sentences) -> Any:
     schema = input_schema(sentences)
     if EMBEDDING in schema.names:
@@ -164,14 +155,8 @@ class _ThisProcess:
 
     @property
     def model_identity(self) -> str:
-        """The model's name, which has a digest if this package loaded it; of others an unfinished run starts anew."""
-        from sempa_st.loading import vector_settings
-
-        name = self.model.model_card_data.model_name or ""
-        if not digest_in(name):
-            return uuid4().hex
-        # Settings and weights may have changed since the name was made.
-        return digested_name(name, {**vector_settings(self.model), "weights": _bit_sums(self.model)})
+        """The model's name, with a digest of what it is now; of models that others loaded a run starts anew."""
+        return current_name(self.model) or uuid4().hex
 
     def calibrate(self, sentences: Sentences, settings: VectorSettings, batch_size: int) -> Any:
         """Return the ranges of :func:`sempa_st.encoding.vectors.calibrate`."""

@@ -14,6 +14,7 @@ from sempa_st.evaluation.tasks import quiet
 from sempa_st.folder.card import hub_id, licence_of
 from sempa_st.folder.citation import BIBTEX, PAPER_URL
 from sempa_st.folder.digests import digest_in, digested_name
+from sempa_st.folder.identity import current_name
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import adapter_base, find_model, source_digest
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
@@ -131,7 +132,8 @@ def local_meta(model: str) -> ModelMeta:
 def describe(model: SentenceTransformer) -> ModelMeta:
     """Return MTEB's metadata of an open model, with its size and a revision; what it was trained on is unknown.
 
-    The revision is the digest in the name of a model that :func:`sempa_st.load` opened.
+    The revision is a digest of the settings and weights of a model that :func:`sempa_st.load` opened, as they are now:
+    MTEB takes the scores that it has of one revision for another's never.
     """
     from mteb.models import ModelMeta
 
@@ -142,8 +144,8 @@ def describe(model: SentenceTransformer) -> ModelMeta:
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "memory_usage_mb": round(sum(each.numel() * each.element_size() for each in parameters) / _MEBIBYTE),
     }
-    if digest := digest_in(str(meta.name)):
-        known["revision"] = digest
+    if name := current_name(model):
+        known["revision"] = digest_in(name)
     return meta.model_copy(update=known)
 
 

@@ -19,7 +19,8 @@ import sempa_st
 import sempa_st.mteb
 from sempa_st.errors import SempaError
 from sempa_st.evaluation.encode_cache import encode_cache
-from sempa_st.evaluation.mteb_models import as_encoder
+from sempa_st.evaluation.mteb_models import as_encoder, describe
+from sempa_st.evaluation.mteb_tasks import score_on_tasks
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.shipped import SHIPPED_MODELS, shipped_names
 from sempa_st.model.embedded import EMBEDDED_BASES
@@ -138,11 +139,29 @@ def test_results_pass_mtebs_own_checks(
     (result,) = cache.load_results(tasks=list(tasks.values()), validate_and_filter=True, require_model_meta=True)
     assert {each.task_name for each in result.task_results} == set(tasks)
     name = model.model_card_data.model_name
-    assert (result.model_name, result.model_revision) == (name, name.rpartition("-")[2])
+    assert (result.model_name, result.model_revision) == (name, describe(model).revision)
     for each in result.task_results:
         own = mteb.evaluate(as_encoder(model), tasks[each.task_name], cache=None, co2_tracker=False)
         assert each.get_score() == pytest.approx(own.task_results[0].get_score(), abs=1e-4)
         assert f"{100 * each.get_score():.2f}" in out
+
+
+@pytest.mark.parametrize("change", ["weights", "truncate_dim"])
+def test_a_model_that_was_changed_does_not_get_its_earlier_scores(
+    adapter_folder: Path, tmp_path: Path, change: str
+) -> None:
+    model = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
+
+    def results() -> int:
+        score_on_tasks(model, [MockSTSTask()], output=tmp_path)
+        return len(list(tmp_path.rglob("MockSTSTask.json")))
+
+    assert [results(), results()] == [1, 1]  # the second time they are those of the folder
+    if change == "weights":
+        next(model.parameters()).data.neg_()
+    else:
+        model.truncate_dim = 3
+    assert [results(), results()] == [2, 2]
 
 
 def test_names_and_benchmarks_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
