@@ -12,7 +12,7 @@ import stat
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from safetensors.torch import load_file, save_file
 
+from benchmarks.attacks.changes import (
+    Change,
+    all_of,
+    edit,
+    edited,
+    header,
+    merge,
+    pipe,
+    post_processors,
+    put,
+    tensors,
+)
 from benchmarks.attacks.world import CPU, TRAIN, Child, Outcome, World
 from sempa_st.utils.files import cache_folder
 
@@ -44,91 +54,17 @@ _COMMANDS = {
     "texts": (f"encode NATIVE INPUT --output OUT {CPU}",),
 }
 """Commands by what an input is made from: a model of the world, or for data and texts an empty folder."""
-Change = Callable[[Path], Any]
-
-
-def _put(name: str, content: str | bytes | Path | None) -> Change:
-    """Return a change that writes a file, a link if the content is a path, or nothing in the place of a file."""
-
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        if isinstance(content, Path):
-            path.symlink_to(content)
-        elif content is not None:
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return change
-
-
-def _bytes(name: str, edit: Callable[[bytes], bytes]) -> Change:
-    return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
-
-
-def _edit(name: str, edit: Callable[[Any], Any] | None = None, **keys: Any) -> Change:
-    """Return a change of the content of a JSON file: of some keys, or by a function."""
-
-    def change(raw: bytes) -> bytes:
-        content = json.loads(raw)
-        _ = edit(content) if edit else content.update(keys)
-        return json.dumps(content).encode()
-
-    return _bytes(name, change)
-
-
-def _merge(content: Any, patch: dict[str, Any]) -> None:
-    """Change some keys of nested objects; None removes one."""
-    for key, value in patch.items():
-        if value is None:
-            del content[key]
-        elif isinstance(value, dict):
-            _merge(content.setdefault(key, {}), value)
-        else:
-            content[key] = value
-
-
-def _header(patch: dict[str, Any]) -> Change:
-    """Return a change of what the header of the weights says of one tensor."""
-
-    def change(raw: bytes) -> bytes:
-        end = 8 + struct.unpack("<Q", raw[:8])[0]
-        content = json.loads(raw[8:end])
-        _merge(content[_NORM], patch)
-        header = json.dumps(content).encode()
-        return struct.pack("<Q", len(header)) + header + raw[end:]
-
-    return _bytes(_W, change)
-
-
-def _tensors(name: str, shapes: dict[str, list[int] | None]) -> Change:
-    """Return a change of tensors in weights: each gets another shape, or is removed if that is None."""
-
-    def change(folder: Path) -> None:
-        weights = {key: tensor for key, tensor in load_file(folder / name).items() if key not in shapes}
-        weights |= {key: torch.ones(shape) for key, shape in shapes.items() if shape is not None}
-        save_file(weights, folder / name, metadata={"format": "pt"})
-
-    return change
-
-
-def _all(*changes: Change) -> Change:
-    return lambda folder: [change(folder) for change in changes]
-
-
-def _pipe(name: str) -> Change:
-    return lambda folder: os.mkfifo(folder / name)
 
 
 def _keys(name: str) -> dict[str, Change]:
     """Return changes of a JSON file, one for each value of each key and one for each patch."""
     settings, patches = _MALFORMED["settings"][name], _MALFORMED["patches"].get(name, {})
-    changes = {f"{key} {value!r:.60}": _edit(name, **{key: value}) for key in settings for value in settings[key]}
-    return changes | {what: _edit(name, partial(_merge, patch=patch)) for what, patch in patches.items()}
+    changes = {f"{key} {value!r:.60}": edit(name, **{key: value}) for key in settings for value in settings[key]}
+    return changes | {what: edit(name, partial(merge, patch=patch)) for what, patch in patches.items()}
 
 
 def _contents(*names: str) -> dict[str, Change]:
-    return {f"{name} {kind}": _put(name, content) for name in names for kind, content in _CONTENTS.items()}
+    return {f"{name} {kind}": put(name, content) for name in names for kind, content in _CONTENTS.items()}
 
 
 _CONTENTS: dict[str, str | bytes] = {
@@ -141,41 +77,42 @@ _MALFORMED = json.loads(Path(__file__).with_name("malformed.json").read_text())
 _W, _A, _NORM = "model.safetensors", "adapter_model.safetensors", "model.norm.weight"
 _BASES: dict[str, Change] = {
     **_contents("config.json", "generation_config.json", _W), **_keys("config.json"),
-    "a key twice": _bytes("config.json", lambda raw: raw.replace(b"{", b'{"hidden_size": -1, "vocab_size": "x",', 1)),
-    "a BOM": _bytes("config.json", lambda raw: b"\xef\xbb\xbf" + raw), "none": _put(_W, None),
-    "truncated": _bytes(_W, lambda raw: raw[:-100]), "more at the end": _bytes(_W, lambda raw: raw + bytes(100)),
-    "a huge header": _bytes(_W, lambda raw: struct.pack("<Q", 1 << 62) + raw[8:]),
-    "a header of 90 MB": _bytes(_W, lambda raw: struct.pack("<Q", 90 << 20) + raw[8:] + bytes(90 << 20)),
-    **{name: _header(patch) for name, patch in _MALFORMED["headers"].items()},
-    **{name: _tensors(_W, shapes) for name, shapes in _MALFORMED["tensors"][_W].items()},
-    "a folder": _all(_put(_W, None), _put(f"{_W}/x", "x")), "a pipe": _all(_put(_W, None), _pipe(_W)),
-    "beside": _put("pytorch_model.bin", PICKLE), "alone": _all(_put(_W, None), _put("pytorch_model.bin", PICKLE)),
-    "by an index": _all(_put(_W, None), _put("x.bin", PICKLE), _put(
+    "a key twice": edited("config.json", lambda raw: raw.replace(b"{", b'{"hidden_size": -1, "vocab_size": "x",', 1)),
+    "a BOM": edited("config.json", lambda raw: b"\xef\xbb\xbf" + raw), "none": put(_W, None),
+    "truncated": edited(_W, lambda raw: raw[:-100]), "more at the end": edited(_W, lambda raw: raw + bytes(100)),
+    "a huge header": edited(_W, lambda raw: struct.pack("<Q", 1 << 62) + raw[8:]),
+    "a header of 90 MB": edited(_W, lambda raw: struct.pack("<Q", 90 << 20) + raw[8:] + bytes(90 << 20)),
+    **{name: header(_W, _NORM, patch) for name, patch in _MALFORMED["headers"].items()},
+    **{name: tensors(_W, shapes) for name, shapes in _MALFORMED["tensors"][_W].items()},
+    "a folder": all_of(put(_W, None), put(f"{_W}/x", "x")), "a pipe": all_of(put(_W, None), pipe(_W)),
+    "beside": put("pytorch_model.bin", PICKLE), "alone": all_of(put(_W, None), put("pytorch_model.bin", PICKLE)),
+    "by an index": all_of(put(_W, None), put("x.bin", PICKLE), put(
         "pytorch_model.bin.index.json", json.dumps({"weight_map": {_NORM: "x.bin"}}))),
-    **{f"an index of {name!r}": _all(_put(_W, None), _put(f"{_W}.index.json", json.dumps({"weight_map": {"x": name}})))
+    **{f"an index of {name!r}": all_of(put(_W, None), put(f"{_W}.index.json", json.dumps({"weight_map": {"x": name}})))
        for name in _MALFORMED["names"]["index"]},
-    **{f"{name} a link to {to}": _put(name, Path(to)) for name in ("config.json", _W, "tokenizer.json")
+    **{f"{name} a link to {to}": put(name, Path(to)) for name in ("config.json", _W, "tokenizer.json")
        for to in (f"../../../base/{name}", "/dev/zero", name)},
 }  # fmt: skip
 _FOLDERS: dict[str, Change] = {
-    **{f"{key} {name!r}": _edit("modules.json", lambda found, key=key, name=name: found[1].update({key: name}))
+    **{f"{key} {name!r}": edit("modules.json", lambda found, key=key, name=name: found[1].update({key: name}))
        for key in ("type", "path") for name in _MALFORMED["names"][key]},
     **_contents("modules.json"),
-    "modules twice": _edit("modules.json", lambda found: found.extend(found * 20)),
+    "modules twice": edit("modules.json", lambda found: found.extend(found * 20)),
     **_keys("1_Pooling/config.json"), **_keys("sentence_bert_config.json"), **_keys("config_sentence_transformers.json")
 }  # fmt: skip
 _ADAPTERS: dict[str, Change] = {
     **_contents("adapter_config.json", _A), **_keys("adapter_config.json"),
-    "a long expression": _edit("adapter_config.json", target_modules="(" * 5000),
-    "a long base": _edit("adapter_config.json", base_model_name_or_path="x" * 5000),
-    "pickled": _all(_put(_A, None), _put("adapter_model.bin", PICKLE)), "none": _put(_A, None),
-    **{name: _tensors(_A, shapes) for name, shapes in _MALFORMED["tensors"][_A].items()},
+    "a long expression": edit("adapter_config.json", target_modules="(" * 5000),
+    "a long base": edit("adapter_config.json", base_model_name_or_path="x" * 5000),
+    "pickled": all_of(put(_A, None), put("adapter_model.bin", PICKLE)), "none": put(_A, None),
+    **{name: tensors(_A, shapes) for name, shapes in _MALFORMED["tensors"][_A].items()},
 }  # fmt: skip
 _TOKENIZERS: dict[str, Change] = {
     **_contents("tokenizer.json", "tokenizer_config.json"), **_keys("tokenizer_config.json"), **_keys("tokenizer.json"),
-    "truncated": _bytes("tokenizer.json", lambda raw: raw[:9000]), "missing": _put("tokenizer.json", None),
-    "texts that swell": _edit("tokenizer.json", normalizer={"type": "Prepend", "prepend": "x" * 1_000_000}),
-    "a long pad token": _edit("tokenizer_config.json", pad_token="x" * 5_000_000),
+    "truncated": edited("tokenizer.json", lambda raw: raw[:9000]), "missing": put("tokenizer.json", None),
+    **{name: edit("tokenizer.json", post_processor=made) for name, made in post_processors().items()},
+    "texts that swell": edit("tokenizer.json", normalizer={"type": "Prepend", "prepend": "x" * 1_000_000}),
+    "a long pad token": edit("tokenizer_config.json", pad_token="x" * 5_000_000),
 }  # fmt: skip
 _TEMPLATES = _MALFORMED["templates"] | {"deep": "{{ " + "(" * 5000, "long": "x" * (2 << 20)}
 _TABLE = {name: [text] * 99 for name, text in {"sent0": "A cat.", "sent1": "An animal.", "hard_neg": "No cat."}.items()}
@@ -188,32 +125,32 @@ def _table(**columns: Any) -> Change:
 
 
 _FILES: dict[str, Change] = {
-    **{name: _put(*pair) for name, pair in _MALFORMED["data"].items()},
-    "csv in latin-1": _put("x.csv", b"a,b\n\xe9,\n"), "csv binary": _put("x.csv", bytes(range(256))),
-    "csv of a huge field": _put("x.csv", _SOUND_FILES["data"][1] + "x" * 5_000_000 + ",b,c\n"),
-    "csv of many columns": _put("x.csv", ",".join(map(str, range(10**6))) + "\n1\n"),
-    "a device": _put("x.csv", Path("/dev/zero")), "a pipe": _pipe("x.csv"),
-    "a link to nothing": _put("x.csv", Path("nothing")), "deep jsonl": _put("x.jsonl", _CONTENTS["deep"]),
-    "deep json": _put("x.json", _CONTENTS["deep"]), "a long number": _put("x.jsonl", "9" * 5000),
-    "jsonl of a 5-MB line": _put("x.jsonl", json.dumps(dict.fromkeys(_TABLE, "a " * 2_500_000))),
-    "jsonl of 1-MB texts": _put("x.jsonl", json.dumps(dict.fromkeys(_TABLE, "a " * 499_999))),
-    "parquet cut": _all(_table(), _bytes("x.parquet", lambda raw: raw[:500])),
-    "parquet overwritten": _all(_table(), _bytes("x.parquet", lambda raw: bytes(90) + raw[90:])),
+    **{name: put(*pair) for name, pair in _MALFORMED["data"].items()},
+    "csv in latin-1": put("x.csv", b"a,b\n\xe9,\n"), "csv binary": put("x.csv", bytes(range(256))),
+    "csv of a huge field": put("x.csv", _SOUND_FILES["data"][1] + "x" * 5_000_000 + ",b,c\n"),
+    "csv of many columns": put("x.csv", ",".join(map(str, range(10**6))) + "\n1\n"),
+    "a device": put("x.csv", Path("/dev/zero")), "a pipe": pipe("x.csv"),
+    "a link to nothing": put("x.csv", Path("nothing")), "deep jsonl": put("x.jsonl", _CONTENTS["deep"]),
+    "deep json": put("x.json", _CONTENTS["deep"]), "a long number": put("x.jsonl", "9" * 5000),
+    "jsonl of a 5-MB line": put("x.jsonl", json.dumps(dict.fromkeys(_TABLE, "a " * 2_500_000))),
+    "jsonl of 1-MB texts": put("x.jsonl", json.dumps(dict.fromkeys(_TABLE, "a " * 499_999))),
+    "parquet cut": all_of(_table(), edited("x.parquet", lambda raw: raw[:500])),
+    "parquet overwritten": all_of(_table(), edited("x.parquet", lambda raw: bytes(90) + raw[90:])),
     "parquet nested": _table(sent0=[["a"]] * 99, sent1=[{"x": ["b"]}] * 99),
     "parquet without rows": _table(sent0=[], sent1=[], hard_neg=[]), "parquet of bytes": _table(sent0=[b"\xff"] * 99),
 }  # fmt: skip
 _TEXTS: dict[str, Change] = {
-    **{name: _put(*pair) for name, pair in _MALFORMED["texts"].items()}, "no UTF-8": _put("x.txt", b"A cat.\n\xff\n"),
-    "half a character": _put("x.txt", b"\xc3"), "5 MB": _put("x.txt", "a " * 2_500_000),
-    "two kinds": _all(_put("x/a.txt", "x"), _put("x/b.csv", "x")), "a device": _put("x.txt", Path("/dev/zero")),
-    "a pipe": _pipe("x.txt"), "nested": _table(sent0=[["a"]] * 99),
+    **{name: put(*pair) for name, pair in _MALFORMED["texts"].items()}, "no UTF-8": put("x.txt", b"A cat.\n\xff\n"),
+    "half a character": put("x.txt", b"\xc3"), "5 MB": put("x.txt", "a " * 2_500_000),
+    "two kinds": all_of(put("x/a.txt", "x"), put("x/b.csv", "x")), "a device": put("x.txt", Path("/dev/zero")),
+    "a pipe": pipe("x.txt"), "nested": _table(sent0=[["a"]] * 99),
 }  # fmt: skip
 _PLACES = {"base": "chat_template.jinja", "native": "additional_chat_templates/prompteol.jinja"}
 CORPUS: dict[str, dict[str, dict[str, Change]]] = {
-    "model folders": {"base": _BASES, "native": _FOLDERS, "activated": {"code": _put("prompt_eol.py", CODE)}},
+    "model folders": {"base": _BASES, "native": _FOLDERS, "activated": {"code": put("prompt_eol.py", CODE)}},
     "adapters": {"native": _ADAPTERS},
     "tokenizers": {"base": _TOKENIZERS},
-    "chat templates": {of: {name: _put(_PLACES[of], _TEMPLATES[name]) for name in _TEMPLATES} for of in _PLACES},
+    "chat templates": {of: {name: put(_PLACES[of], _TEMPLATES[name]) for name in _TEMPLATES} for of in _PLACES},
     "data files": {"data": _FILES, "texts": _TEXTS},
 }
 """Changes that make malformed inputs: by kind, by what is changed (see :data:`_COMMANDS`) and by name."""
@@ -226,7 +163,7 @@ def attack(world: World) -> Iterator[Outcome]:
         for of, changes in table.items():
             first, *others = _COMMANDS[of]
             for command in _COMMANDS[of]:
-                _try(world, outcome, (of, "sound", command), _put(*_SOUND_FILES.get(of, ("README.md", ""))))
+                _try(world, outcome, (of, "sound", command), put(*_SOUND_FILES.get(of, ("README.md", ""))))
             for number, (name, change) in list(enumerate(changes.items()))[:: 5 if world.quick else 1]:
                 for command in (first, *others[number % len(others or "1") :][:1]):
                     _try(world, outcome, (of, name, command), change)

@@ -33,6 +33,11 @@ _MAX_COUNT = 1024
 """Maximum number of layers, or of experts in a layer: several times that of the largest models."""
 _MAX_LABELS = 1 << 20
 """Maximum number of labels of a classifier: transformers makes a name for each, though a decoder has none."""
+_MAX_SQUARE = 1 << 14
+"""Maximum number of positions of a model that allocates a mask of all pairs of them: twice that of the largest one."""
+_SQUARE = {"gpt_bigcode", "gpt_neo"}
+"""Types of such models."""
+_POSITIONS = {"max_position_embeddings", "n_positions"}
 _COUNT_KEY = re.compile(r"(layers?|experts|num_labels)$")
 _MAX_RANK = 4096
 _MAX_PATH, _MAX_PART = 4096, 255
@@ -163,8 +168,7 @@ class _Adapter(Settings):
 
 
 def _bounded_counts(settings: Any) -> Any:
-    for keys, count in _counts(settings):
-        limit = _MAX_LABELS if keys[-1] == "num_labels" else _MAX_COUNT
+    for keys, count, limit in _counts(settings):
         if count > limit:
             errors: list[InitErrorDetails] = [
                 {"type": "less_than_equal", "loc": keys, "input": count, "ctx": {"le": limit}}
@@ -173,13 +177,18 @@ def _bounded_counts(settings: Any) -> Any:
     return settings
 
 
-def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the numbers of layers, experts and labels in a ``config.json``, each with its path of keys."""
-    for name, value in settings.items() if isinstance(settings, dict) else ():
+def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int, int]]:
+    """Yield the numbers in a ``config.json`` that memory grows with, each with its path of keys and its maximum."""
+    if not isinstance(settings, dict):
+        return
+    squares = settings.get("model_type") in _SQUARE
+    for name, value in settings.items():
         if isinstance(value, dict):
-            yield from (((name, *keys), count) for keys, count in _counts(value))
+            yield from (((name, *keys), count, limit) for keys, count, limit in _counts(value))
         elif isinstance(value, int) and _COUNT_KEY.search(name):
-            yield (name,), value
+            yield (name,), value, _MAX_LABELS if name == "num_labels" else _MAX_COUNT
+        elif isinstance(value, int) and squares and name in _POSITIONS:
+            yield (name,), value, _MAX_SQUARE
 
 
 class _Config(Settings):

@@ -16,11 +16,12 @@ _NEW_PAD = "<|pad|>"
 _UNUSED_BYTE = "ÿ"
 """Entry of byte 0xFF in byte-level vocabularies, which occurs in no UTF-8 text; this letter is two other bytes."""
 _MAX_GROWTH = 100
-"""Maximum number of characters that normalisation and pre-tokenisation may produce from one character."""
+"""Maximum number of characters that normalisation and pre-tokenisation may produce from one character, and of tokens
+that post-processing may make of one token."""
 
 
 def check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise :class:`SempaError` if the replacements of a tokenizer could make a text much longer."""
+    """Raise :class:`SempaError` if what a tokenizer replaces, or puts around a text, could make it much longer."""
     if not tokenizer.is_fast:
         return
     growth = 1.0
@@ -36,6 +37,25 @@ def check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
             f"The tokenizer replaces one character by up to {growth:.0f}. Expected at most {_MAX_GROWTH}; restore or "
             "download its files again."
         )
+    step = tokenizer.backend_tokenizer.post_processor
+    if step is not None and (made := _post_processed(json.loads(step.__getstate__()), 1)) > _MAX_GROWTH:
+        raise SempaError(
+            f"The tokenizer's post-processor makes {made} tokens of one. Expected at most {_MAX_GROWTH}; restore or "
+            "download its files again."
+        )
+
+
+def _post_processed(settings: dict[str, Any], length: int) -> int:
+    """Return how many tokens a post-processor makes of so many."""
+    if settings["type"] == "Sequence":
+        for step in settings["processors"]:
+            length = _post_processed(step, length)
+        return length
+    if settings["type"] != "TemplateProcessing":
+        return length  # the other types add two tokens at most
+    tokens = {name: len(token["ids"]) for name, token in settings["special_tokens"].items()}
+    pieces = [piece.get("SpecialToken") for piece in settings["single"]]
+    return sum(tokens[piece["id"]] if piece else length for piece in pieces)
 
 
 def _nested_settings(value: Any) -> list[dict[str, Any]]:

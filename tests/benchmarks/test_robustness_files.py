@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.attacks import changes as changes_of
 from benchmarks.attacks import files, world
 from benchmarks.attacks.files import CANARY, CODE, CORPUS, PICKLE, judge
 from benchmarks.attacks.world import Outcome, World
@@ -195,7 +196,7 @@ def test_each_input_goes_to_a_command_of_each_kind_and_failures_name_it(
 ) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
-    changes = {f"x{number}": files._put("config.json", str(number)) for number in range(5)}
+    changes = {f"x{number}": changes_of.put("config.json", str(number)) for number in range(5)}
     monkeypatch.setattr(files, "CORPUS", {"models": {"base": changes}})
     monkeypatch.setattr(
         files, "judge", lambda world, words, folder, sound: "" if sound else (folder / "given/config.json").read_text()

@@ -298,6 +298,18 @@ def test_what_sentence_transformers_cannot_embed_with(
         ("base", "config.json", {"num_hidden_layers": 5000}, "num_hidden_layers is 5000. Expected less than or equal"),
         ("base", "config.json", {"text_config": {"num_experts": 5000}}, "text_config.num_experts is 5000. Expected"),
         ("base", "config.json", {"num_labels": 10**12}, "num_labels is 1000000000000. Expected"),
+        (
+            "base",
+            "config.json",
+            {"model_type": "gpt_neo", "max_position_embeddings": 10**6},
+            "max_position_embeddings is 1000000. Expected",
+        ),
+        (
+            "base",
+            "config.json",
+            {"model_type": "gpt_bigcode", "n_positions": 10**6},
+            "n_positions is 1000000. Expected less than or equal to 16384",
+        ),
         ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x"}, "default_prompt_name is 'x'."),
         ("sempa", "config_sentence_transformers.json", {"default_prompt_name": "x", "prompts": 3}, "prompts is 3."),
         ("sempa", "sempa_run.json", {"averaged": [{}]}, "averaged.0.model is {}. Expected"),

@@ -101,6 +101,40 @@ def test_a_special_token_that_no_text_needs_may_lie_beyond(tmp_path: Path) -> No
     assert max(load_tokenizer(base).added_tokens_decoder) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("pieces", "ids", "steps", "made"),
+    [
+        ("<x> $A <x>", 60, 1, 121),
+        ("$A <x>", 90, 2, 181),
+        ("$A $A", 1, 7, 128),
+        ("$A $A <x>", 1, 1, None),
+        ("<x> $A", 99, 1, None),
+    ],
+)
+def test_a_post_processor_that_makes_much_of_little_is_refused(
+    pieces: str, ids: int, steps: int, made: int | None, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
+    content = read_json(base / "tokenizer.json")
+    parts: dict[str, Any] = {
+        "<x>": {"SpecialToken": {"id": "<x>", "type_id": 0}},
+        "$A": {"Sequence": {"id": "A", "type_id": 0}},
+    }
+    template = {
+        "type": "TemplateProcessing",
+        "single": [parts[piece] for piece in pieces.split()],
+        "pair": [],
+        "special_tokens": {"<x>": {"id": "<x>", "ids": [5] * ids, "tokens": ["a"] * ids}},
+    }
+    content["post_processor"] = {"type": "Sequence", "processors": [template] * steps}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    if made is None:
+        assert len(load_tokenizer(base)("a")["input_ids"]) <= 200
+    else:
+        with pytest.raises(SempaError, match=f"post-processor makes {made} tokens of one. Expected at most 100"):
+            load_tokenizer(base)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_tokenizer_that_lets_texts_swell_is_refused(count: int, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
