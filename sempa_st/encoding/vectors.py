@@ -102,7 +102,7 @@ def encode_window(
     except NotFiniteError as error:  # name rows of the file, not positions in a batch
         bad = set(error.texts)
         named = [(row, text) for row, text in zip(rows, texts, strict=True) if text in bad]
-        raise NotFiniteError(named, error.total, "row") from error
+        raise error.naming(named, error.total, "row") from error
     if settings.truncate_dim and vectors.shape[1] < settings.truncate_dim:
         raise SempaError(
             f"truncate_dim is {settings.truncate_dim}. The model's vectors have {vectors.shape[1]} numbers."

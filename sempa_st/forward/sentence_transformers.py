@@ -75,7 +75,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         So are the vectors, except that a model which normalises does so again after a cut to ``truncate_dim``.
 
         Raises:
-            SempaError: If a text holds a lone surrogate, or a vector holds an infinity or NaN.
+            SempaError: If a text holds a lone surrogate, or a vector holds an infinity or NaN, or nothing but zeros.
         """
         texts: Any = args[0] if args else kwargs.get("inputs")
         singular = self.is_singular_input(texts)
@@ -91,9 +91,11 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         # With output_value None, a method that has no token embeddings is not asked for them.
         tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
         vectors = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
+        # An LLM gives no text a vector of zeros. Other models do, for a text without known words.
+        never_zero = output == "sentence_embedding" and isinstance(self[0], PromptEOL)
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             try:
-                check_finite(checked, names)
+                check_finite(checked, names, nonzero=never_zero)
             except NotFiniteError as error:
                 raise self._by_themselves(error, output) from None
         return vectors
@@ -106,7 +108,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             text: super(SentenceTransformer, self).encode([text], show_progress_bar=False) for text in error.texts
         }
         bad = [(index, text) for index, text in error.bad if not np.isfinite(vectors[text]).all()]
-        return NotFiniteError(bad or error.bad, error.total)
+        return error.naming(bad or error.bad, error.total)
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:

@@ -117,10 +117,12 @@ def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         "missing": expected.keys() - tensors.keys(),
         "unexpected": tensors.keys() - expected.keys(),
         "of another shape": {name for name in expected.keys() & tensors if expected[name].shape != tensors[name].shape},
-        "infinite or no number, as after a training that diverged": {
-            name for name, tensor in tensors.items() if not tensor.isfinite().all()
-        },
     }
     descriptions = [f"{len(names)} {fault} (first: {min(names)})" for fault, names in faults.items() if names]
     if descriptions:
         raise ValueError(f"It does not fit this base; tensors: {'; '.join(descriptions)}.")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{len(bad)} of its tensors hold infinite or NaN values (first: {min(bad)}), as after a training that "
+            "diverged or a damaged download."
+        )

@@ -33,6 +33,7 @@ from sempa_st.serve.metrics import CONTENT_TYPE, Metrics
 from sempa_st.serve.protocol import EmbeddingRequest, RequestError, embedding_response, input_texts, shortened
 from sempa_st.serve.threads import off_loop, while_connected
 from sempa_st.utils.assets import asset_path
+from sempa_st.utils.finite import NotFiniteError
 
 _RETRY_AFTER = 1
 _MAX_TOKEN_TEXTS = 16
@@ -165,6 +166,8 @@ class Service:
         try:
             with self.turns.turn(EMBEDDING):
                 found = self.turns.compute(partial(aligned_tokens, self.model, texts, k=request.k))
+        except NotFiniteError:  # the model's fault, not the request's
+            raise
         except SempaError as error:
             raise RequestError(400, str(error)) from error
         return {"data": [[{"text": token.text, "logit": token.logit} for token in own] for own in found]}

@@ -190,9 +190,9 @@ class Embedder:
                     self._embed([item])
             else:
                 request, index = batch[0]
-                named = isinstance(error, NotFiniteError)  # by its place in the request, not in this batch of one
-                own = NotFiniteError([(index, request.texts[index])], len(request.texts)) if named else error
-                request.fail(own)
+                if isinstance(error, NotFiniteError):  # named by its place in the request, not in this batch of one
+                    error = error.naming([(index, request.texts[index])], len(request.texts))
+                request.fail(error)
             return
         for (request, index), vector in zip(batch, vectors, strict=True):
             request.add(index, vector)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from sempa_st.errors import SempaError
 from sempa_st.serve.device import GENERATION, DeviceTurns
 from sempa_st.serve.metrics import Metrics
 from sempa_st.serve.sampling import Draws, Sampling
 from sempa_st.serve.stops import first_stop
+from sempa_st.utils.finite import OVERFLOW_ADVICE
 
 
 class TurnTakingModel:
@@ -42,15 +44,32 @@ class TurnTakingModel:
         return TurnTakingModel(self._model, *self._parts, sampling)
 
     def generate(self, **kwargs: Any) -> Any:
-        """Generate as the model does."""
+        """Generate as the model does.
+
+        Raises:
+            SempaError: If a logit is infinite or NaN.
+        """
         assert self._sampling is not None
         step = _NextTurn(self._model.device, *self._parts, self._sampling)
         try:
             step.begin()
             with torch.inference_mode():
-                return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([step]))
+                return self._model.generate(
+                    **kwargs,
+                    stopping_criteria=StoppingCriteriaList([step]),
+                    logits_processor=LogitsProcessorList([_Finite()]),
+                )
         finally:
             step.leave()  # what it drew with is not needed any more
+
+
+class _Finite(LogitsProcessor):
+    """Ends a generation whose logits are no numbers: the most probable of them would be the first token, in silence."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        if not scores.amax().isfinite():  # what other processors have ruled out is minus infinity
+            raise SempaError(f"The model's logits are infinite or NaN. {OVERFLOW_ADVICE}")
+        return scores
 
 
 class _NextTurn(StoppingCriteria):

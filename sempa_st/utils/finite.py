@@ -25,40 +25,57 @@ OVERFLOW_ADVICE = (
 )
 
 
+_NOT_FINITE = "contain infinite or NaN values"
+_ZERO = "are zero, as of a norm beyond the range of the type"
+
+
 class NotFiniteError(SempaError):
-    """Error for vectors with infinite or NaN values.
+    """Error for vectors with infinite or NaN values, or that were divided by an infinite norm.
 
     Args:
         bad: Index and content of each text with such a vector.
         total: Number of vectors that were checked.
         word: Noun for the index in the message, such as ``text`` or ``row``.
+        fault: What the vectors do, in the plural.
     """
 
-    def __init__(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> None:
-        super().__init__(
-            f"{len(bad)} of {total} vector(s) contain infinite or NaN values: of {_shown(bad, word)}. {OVERFLOW_ADVICE}"
-        )
+    def __init__(
+        self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text", fault: str = _NOT_FINITE
+    ) -> None:
+        super().__init__(f"{len(bad)} of {total} vector(s) {fault}: of {_shown(bad, word)}. {OVERFLOW_ADVICE}")
         self.bad = list(bad)
         self.texts = [text for _, text in bad]
         self.total = total
+        self.fault = fault
+
+    def naming(self, bad: Sequence[tuple[int, Any]], total: int, word: str = "text") -> NotFiniteError:
+        """Return an error for the same fault that names other texts, or names them in another way."""
+        return NotFiniteError(bad, total, word, self.fault)
 
 
-def check_finite(vectors: Any, texts: Sequence[Any]) -> None:
+def check_finite(vectors: Any, texts: Sequence[Any], *, nonzero: bool = False) -> None:
     """Raise :class:`NotFiniteError` if a vector contains infinite or NaN values; the message names the first.
 
     Args:
         vectors: Array or tensor of shape (texts, width).
         texts: Texts that the vectors embed.
+        nonzero: Raise it also for a vector of zeros.
     """
     import torch
 
     tensor = torch.as_tensor(vectors)
-    # The sum is a cheap test: it is finite for all usual vectors. In float32, since MPS has no float64.
-    if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+    if not tensor.is_floating_point():
         return
-    bad = (~tensor.isfinite()).any(dim=-1).nonzero().flatten().tolist()
-    if bad:
-        raise NotFiniteError([(index, texts[index]) for index in bad], len(tensor))
+
+    def check(faulty: torch.Tensor, fault: str) -> None:
+        if bad := faulty.nonzero().flatten().tolist():
+            raise NotFiniteError([(index, texts[index]) for index in bad], len(tensor), fault=fault)
+
+    # The sum is a cheap test: it is finite for all usual vectors. In float32, since MPS has no float64.
+    if not tensor.sum(dtype=torch.float32).isfinite():
+        check((~tensor.isfinite()).any(dim=-1), _NOT_FINITE)
+    if nonzero:
+        check(~tensor.any(dim=-1), _ZERO)
 
 
 def _shown(bad: Sequence[tuple[int, Any]], word: str) -> str:

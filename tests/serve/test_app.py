@@ -518,6 +518,37 @@ def test_aligned_tokens_are_those_of_the_library(server: Running, folder: Path) 
     assert status == 200 and [token["text"] for token in answer["data"][0]] == [token.text for token in wanted]
 
 
+@pytest.fixture(scope="module")
+def damaged(folder: Path) -> Iterator[Running]:
+    """A server of a model whose weights have become NaN."""
+    model = load_float32(folder)
+    model[0].causal_lm.get_output_embeddings().weight.data[7] = float("nan")
+    next(weight for name, weight in model.named_parameters() if name.endswith("norm.weight")).data.fill_(float("nan"))
+    with running_server(model) as it:
+        yield it
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/embeddings", {"model": "tiny", "input": ["a", "b"]}),
+        ("/v1/completions", {"model": "tiny", "prompt": "A cat", "max_tokens": 3}),
+        ("/v1/completions", {"model": "tiny", "prompt": "A cat", "max_tokens": 3, "temperature": 1.0}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "A cat"}]}),
+        ("/aligned-tokens", {"input": ["a"]}),
+    ],
+)
+def test_a_model_of_no_numbers_is_an_error_of_the_server(damaged: Running, route: str, body: Any) -> None:
+    status, answer = post(f"{damaged.url}{route}", body)
+    assert status == 500 and "infinite or NaN" in answer["error"]["message"]
+
+
+def test_a_stream_of_no_numbers_ends_with_an_error(damaged: Running) -> None:
+    body = {"model": "tiny", "prompt": "A cat", "max_tokens": 3, "stream": True}
+    _, text = post(f"{damaged.url}/v1/completions", body)
+    assert "The model's logits are infinite or NaN" in text and '"text":"' not in text.replace('"text":""', "")
+
+
 def test_the_page_asks_nothing_of_other_hosts(server: Running) -> None:
     _, page = curl(f"{server.url}/")
     assert "http://" not in page and "https://" not in page and "//" not in page.replace("</", "")

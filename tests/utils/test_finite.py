@@ -34,6 +34,30 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("bases") / "overflowing", model, make_tokenizer())
 
 
+@pytest.fixture(scope="module")
+def overflowing_norm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a base whose hidden states are finite, and whose vectors' norms are not."""
+    model = make_llama()
+    model.model.norm.weight.data.fill_(1e30)
+    return save_base(tmp_path_factory.mktemp("bases") / "norms", model, make_tokenizer())
+
+
+@pytest.mark.parametrize("options", [{}, {"convert_to_tensor": True}, {"batch_size": 1}, {"truncate_dim": 8}], ids=str)
+def test_a_norm_that_overflows_is_an_error(overflowing_norm: Path, options: dict[str, Any]) -> None:
+    """Divided by an infinite norm, a vector is all zeros, which is nothing infinite."""
+    model = sempa_st.load(overflowing_norm, dtype="float32", device="cpu")
+    with pytest.raises(SempaError, match=r"3 of 3 vector\(s\) are zero, .*: of text 0 \('A cat sleeps.'\).* damaged"):
+        model.encode(TEXTS, normalize_embeddings=True, **options)
+
+
+def test_encode_names_the_row_of_a_norm_that_overflows(overflowing_norm: Path, tmp_path: Path, run_cli: Cli) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    command = ("encode", overflowing_norm, tmp_path / "texts.txt", "--output", tmp_path / "out.npy", "--normalize")
+    code, _, err = run_cli(*command, "--dtype", "float32", "--device", "cpu")
+    assert code == 2
+    assert "3 of 3 vector(s) are zero, as of a norm beyond the range of the type: of row 1 ('A cat sleeps.')" in err
+
+
 def test_encode_names_the_rows(overflowing: Path, tmp_path: Path, run_cli: Cli) -> None:
     (tmp_path / "texts.csv").write_text('s\n""\n' + "\n".join(TEXTS) + "\n")
     command = ("encode", overflowing, tmp_path / "texts.csv", "--output", tmp_path / "out.npy", "--skip-bad-rows")
