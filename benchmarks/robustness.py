@@ -3,6 +3,8 @@
     python -m benchmarks.robustness --output FILE.json            # all of it, three hours of two cores
     python -m benchmarks.robustness --quick --output FILE.json    # a few trials of each attack, 4 minutes
 
+    python -m benchmarks.robustness --only haul --output FILE.json     # what the file says of the other attacks stays
+
 Everything happens in a scratch folder, on tiny random models. The exit code is 1 if anything failed.
 """
 
@@ -14,10 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.attacks import disk, files, haul, kill, numbers, push, races, secrets, texts
 from benchmarks.attacks.world import Outcome, World
-from sempa_st.utils.files import write_json
+from sempa_st.utils.files import read_json, write_json
 from sempa_st.utils.run_info import run_info
 from sempa_st.utils.tables import table
 
@@ -41,14 +44,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="attacks (default: all)")
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args()
+    output = Path(args.output)
+    record: dict[str, Any] = read_json(output) if output.exists() and len(args.only) < len(ATTACKS) else {}
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch:
         world = World.build(Path(scratch), quick=args.quick)
         for name in args.only:
+            record[name] = {**run_info(), "quick": args.quick, "outcomes": (found := [])}
             for outcome in ATTACKS[name](world):
                 outcomes.append(outcome)
+                found.append(asdict(outcome))
                 print(f"{outcome.attack}: {len(outcome.failures)} of {outcome.trials} failed", file=sys.stderr)
-                write_json(args.output, {**run_info(), "quick": args.quick, "attacks": [asdict(o) for o in outcomes]})
+                write_json(output, record)
     print(report(outcomes))
     return int(any(outcome.failures for outcome in outcomes))
 

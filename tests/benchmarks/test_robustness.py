@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import robustness
 from benchmarks.attacks import kill, world
 from benchmarks.attacks.texts import strings
 from benchmarks.attacks.world import Child, Outcome, World, content
 from benchmarks.robustness import report
-from sempa_st.utils.files import write_json
+from sempa_st.utils.files import read_json, write_json
 
 pytestmark = pytest.mark.names_dtype
 
@@ -24,6 +26,28 @@ def test_a_trial_that_does_not_hold_is_a_failure() -> None:
     outcome.check(False, "lost a row")
     assert (outcome.trials, outcome.failures) == (2, ["lost a row"])
     assert report([outcome]).splitlines()[-1] == "kill: x: lost a row"
+
+
+def test_what_the_file_says_of_other_attacks_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str, failures: tuple[str, ...] = ()) -> int:
+        for name in ("kill", "push"):
+            made = Outcome(f"{name}: x", 1, list(failures))
+            monkeypatch.setitem(robustness.ATTACKS, name, lambda world, made=made: iter([made]))
+        monkeypatch.setattr(sys, "argv", ["robustness", "--output", str(tmp_path / "r.json"), *words])
+        return robustness.main()
+
+    monkeypatch.setattr(robustness, "ATTACKS", {})
+    monkeypatch.setattr(World, "build", lambda root, quick: World(root, quick))
+    assert run() == 0
+    assert run("--only", "push", "--quick", failures=("lost",)) == 1
+    record = read_json(tmp_path / "r.json")
+    assert [(name, record[name]["quick"]) for name in record] == [("kill", False), ("push", True)]
+    assert [record[name]["outcomes"][0]["failures"] for name in record] == [[], ["lost"]]
+    assert "push: x: lost" in capsys.readouterr().out
+    assert run() == 0
+    assert not any(part["outcomes"][0]["failures"] for part in read_json(tmp_path / "r.json").values())
 
 
 def test_records_are_compared_without_what_differs_from_run_to_run(tmp_path: Path) -> None:
