@@ -54,7 +54,8 @@ def run(context: Context) -> PartResult:
 def head_or_note(context: Context, name: str, notes: list[str]) -> LanguageHead | None:
     """Return the LM head of a model; if it has none, add to ``notes`` why it is left out, and return None."""
     model = context.load(name)
-    if model.truncate_dim:
+    decoder: Any = model[0]
+    if model.truncate_dim and model.truncate_dim < decoder.get_embedding_dimension():
         notes.append(
             f"{name} is left out. Its embeddings are the first {model.truncate_dim} numbers of hidden states that the "
             "LM head reads whole."

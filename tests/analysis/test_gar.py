@@ -90,3 +90,8 @@ def test_a_model_of_shortened_vectors_is_left_out(run_cli: Cli, adapter_folder: 
     assert code == 0, err
     report = (tmp_path / "out" / "report.html").read_text()
     assert report.count("cut is left out. Its embeddings are the first 8 numbers") == 2
+    model.truncate_dim = 32  # all of them
+    model.save_pretrained(str(tmp_path / "whole"))
+    code, _, err = run_cli("analyze", tmp_path / "whole", *options, "--output", tmp_path / "out2")
+    assert code == 0, err
+    assert "is left out" not in (tmp_path / "out2" / "report.html").read_text()
