@@ -13,17 +13,17 @@ A shard has one name and one content, whoever computes it and how often, so that
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sempa_st.encoding.sentences import Sentences
 from sempa_st.errors import SempaError
+from sempa_st.utils.claims import claim_output, is_claimed
 from sempa_st.utils.files import (
     atomic_file,
     atomic_folder,
@@ -36,7 +36,7 @@ from sempa_st.utils.files import (
     read_json,
     write_json,
 )
-from sempa_st.utils.leftovers import publish, scratch_folder
+from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, publish, scratch_folder
 
 FOLDER = ""
 """Ending of an output that is a folder of parquet files."""
@@ -44,7 +44,6 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 EMBEDDING = "embedding"
 """Column of the vectors in a parquet file."""
 _IDENTITY = "identity.json"
-_PUBLISHED = "published.json"
 _RANGES = "_ranges.npy"  # readers of parquet folders pass over names with an underscore
 
 
@@ -78,16 +77,27 @@ class ShardFolder:
     def check_output(self, *, overwrite: bool) -> None:
         """Raise :class:`SempaError` unless the output can be written, and is not there or may be replaced.
 
-        The output of the unfinished run is all right: that run was killed after it had written the output.
+        If it is what the unfinished run has written, the run is to be finished. What a run was removing when it was
+        killed is removed first.
         """
-        if self._is_published():
+        if self.path.parent.is_dir():
+            with os_errors_as_sempa_errors(f"{self.path} cannot be read"):
+                clear_leftovers(self.path.parent, self.path.name)
+            with suppress(InUseError, OSError):
+                if (lock := lock_beside(self.path)).exists():
+                    with held(lock):
+                        pass  # it is removed
+        if is_claimed(self.output, self.path):
             return
         if self.suffix == FOLDER:
             check_output_folder(self.output, overwrite=overwrite)
             return
         check_output_file(self.output, OUTPUT_SUFFIXES)
         if self.output.exists() and not overwrite:
-            raise SempaError(f"The output {self.output} exists. Choose another, or pass --overwrite to replace it.")
+            raise SempaError(self._exists())
+
+    def _exists(self) -> str:
+        return f"The output {self.output} exists. Choose another, or pass --overwrite to replace it."
 
     @contextmanager
     def opened(self, sentences: Sentences, identity: dict[str, Any], *, overwrite: bool) -> Iterator[set[int]]:
@@ -113,18 +123,17 @@ class ShardFolder:
             self.check_output(overwrite=overwrite)  # another process may have written it meanwhile
             self._prepare(identity, overwrite=overwrite)
             try:
-                yield {shard.number for shard in sentences.shards} if self._is_published() else self._finished()
+                published = is_claimed(self.output, self.path)
+                yield {shard.number for shard in sentences.shards} if published else self._finished()
             except BaseException:
                 if not self._finished():
                     shutil.rmtree(self.path, ignore_errors=True)
                 raise
 
     def _remove(self) -> None:
-        """Remove the folder, what says whose shards it has last: whatever is left by a kill can be told."""
-        for entry in self.path.iterdir():
-            if entry.name != _IDENTITY:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        shutil.rmtree(self.path)
+        """Remove the folder, in one step: what a kill leaves of it is a leftover, and is not taken for a run."""
+        with scratch_folder(self.path) as scratch:
+            self.path.rename(scratch / self.path.name)
 
     def _prepare(self, identity: dict[str, Any], *, overwrite: bool) -> None:
         if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
@@ -134,6 +143,8 @@ class ShardFolder:
             if read_json(known) == identity:
                 return
             if not overwrite:
+                if is_claimed(self.output, self.path):
+                    raise SempaError(self._exists())
                 raise SempaError(
                     f"{self.path} holds an unfinished run of another input, model or setting. Repeat that command to "
                     "finish it, or pass --overwrite to delete it."
@@ -174,7 +185,10 @@ class ShardFolder:
 
     def finish(self, sentences: Sentences) -> int:
         """Make the output of the shards, remove the folder, and return the number of values of a vector."""
-        if not self._is_published():
+        if is_claimed(self.output, self.path):
+            target = self.output.resolve() if self.suffix == FOLDER else self.output
+            clear_leftovers(target.parent, target.name)
+        else:
             self._publish(sentences)
         width = _width(self.output / self.shard(0).name if self.suffix == FOLDER else self.output)
         self._remove()
@@ -193,7 +207,7 @@ class ShardFolder:
             with atomic_folder(self.output, overwrite=True) as partial:
                 for file in [*shards, *ranges]:
                     _link(file, partial / file.name)
-                write_json(self.path / _PUBLISHED, _stamp(partial))
+                claim_output(partial, self.path)
             return
         for file in ranges:
             with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
@@ -203,20 +217,7 @@ class ShardFolder:
                 _join_npy(shards, partial, (sentences.count, _width(shards[0])))
             else:
                 _join_parquet(shards, partial)
-            write_json(self.path / _PUBLISHED, _stamp(partial))
-
-    def _is_published(self) -> bool:
-        """Whether the output is what this run has written, so that only this folder is left to be removed."""
-        try:
-            return bool(json.loads((self.path / _PUBLISHED).read_text()) == _stamp(self.output))
-        except (FileNotFoundError, ValueError):  # no such file; or none of this package's
-            return False
-
-
-def _stamp(output: Path) -> dict[str, int]:
-    """Return what a rename keeps, and what another file or folder of the name does not have."""
-    status = output.stat()
-    return {"inode": status.st_ino, "modified_ns": status.st_mtime_ns}
+            claim_output(partial, self.path)
 
 
 def _link(file: Path, to: Path) -> None:
@@ -230,7 +231,7 @@ def _width(shard: Path) -> int:
     import numpy as np
     import pyarrow.parquet as pq
 
-    if shard.suffix == ".npy":
+    if shard.suffix.lower() == ".npy":
         return int(np.load(shard, mmap_mode="r").shape[1])
     return int(pq.read_schema(shard).field(EMBEDDING).type.list_size)
 

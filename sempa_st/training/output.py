@@ -17,6 +17,7 @@ from sempa_st.model.tokenizer import prefix_tokens
 from sempa_st.training.config import TrainConfig
 from sempa_st.training.inputs import RunInputs
 from sempa_st.training.record import run_record
+from sempa_st.utils.claims import claim_output
 from sempa_st.utils.files import atomic_folder, write_json
 
 
@@ -52,7 +53,9 @@ class ModelWriter:
             seconds=time.monotonic() - self.started,
         )
 
-    def write(self, checkpoint: Path, output: Path, record: dict[str, Any], *, overwrite: bool) -> None:
+    def write(
+        self, checkpoint: Path, output: Path, record: dict[str, Any], *, overwrite: bool, run: Path | None = None
+    ) -> None:
         """Write the model folder ``output``, which appears complete.
 
         Args:
@@ -60,6 +63,7 @@ class ModelWriter:
             output: Folder to write.
             record: Run record of the model.
             overwrite: Replace the folder if it exists.
+            run: Folder of the run, which claims the output before it appears.
         """
         inputs, config = self.inputs, self.inputs.config
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -79,6 +83,8 @@ class ModelWriter:
             )
             write_json(folder / RUN_RECORD, record)
             write_card(folder, output.resolve().name, inputs.base, record)
+            if run:
+                claim_output(folder, run)
 
 
 class KeptModels(TrainerCallback):

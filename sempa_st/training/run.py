@@ -185,5 +185,5 @@ def _finish(writer: ModelWriter, run_folder: RunFolder, best: str | None, record
             f"The run has no complete checkpoint with a dev score in {run_folder.path}. Start again with --overwrite."
         )
     config = writer.inputs.config
-    writer.write(Path(best), Path(config.output), record, overwrite=config.overwrite)
+    writer.write(Path(best), Path(config.output), record, overwrite=config.overwrite, run=run_folder.path)
     run_folder.remove(models=False)

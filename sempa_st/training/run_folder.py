@@ -20,7 +20,8 @@ from sempa_st.training.checkpoints import (
     rename_damaged,
     run_identity,
 )
-from sempa_st.utils.files import check_output_folder, lock_beside, locked, read_json, write_json, write_text
+from sempa_st.utils.claims import CLAIM, is_claimed
+from sempa_st.utils.files import check_output_folder, is_filled, lock_beside, locked, read_json, write_json, write_text
 from sempa_st.utils.leftovers import clear_leftovers
 
 _IDENTITY = "identity.json"
@@ -29,7 +30,7 @@ _MODELS = "models"
 _PROCESS = "process.txt"
 _MODEL = re.compile(r"samples-[0-9]+|\.samples-[0-9]+\.partial-[0-9a-f]{8}")
 """A kept model, or one that was being written."""
-_SCRATCH = re.compile(r"\.(identity\.json|process\.txt)\.partial-[0-9a-f]{8}")
+_SCRATCH = re.compile(r"\.(identity\.json|process\.txt|published\.json)\.partial-[0-9a-f]{8}")
 _DESKTOP_FILES = (".DS_Store", ".directory")
 """Files that file managers create in folders they display."""
 
@@ -72,6 +73,7 @@ class RunFolder:
             SempaError: If there is nothing to resume, the folder holds another run or other files, or another process
                 uses it.
         """
+        self.clear_finished()
         check_output_folder(self.output, overwrite=overwrite)
         if resume and not checkpoints_in(self.checkpoints):
             raise SempaError(
@@ -97,6 +99,22 @@ class RunFolder:
     def close(self) -> None:
         """Unlock the folder."""
         self._stack.close()
+
+    def clear_finished(self) -> None:
+        """Remove what is left of a run that was killed after its output was in its place.
+
+        Raises:
+            SempaError: If another process uses the folder.
+        """
+        if not (self.path.is_dir() and is_filled(self.output)):
+            return
+        self._take_lock()
+        try:
+            if is_claimed(self.output, self.path):
+                self.remove(models=False)
+                clear_leftovers(self.output.parent, self.output.name)
+        finally:
+            self.close()
 
     def _take_lock(self) -> None:
         path = self.path / _PROCESS
@@ -141,7 +159,8 @@ class RunFolder:
             return path.is_dir()
         if path in (self.checkpoints, self.models) or (path.parent == self.path and _SCRATCH.fullmatch(path.name)):
             return path.is_dir()
-        expected = path.name in _DESKTOP_FILES or (path.parent == self.path and path.name in (_IDENTITY, _PROCESS))
+        own = path.parent == self.path and path.name in (_IDENTITY, _PROCESS, CLAIM)
+        expected = own or path.name in _DESKTOP_FILES
         return expected and path.is_file()
 
     def _clear(self, *, overwrite: bool) -> None:
@@ -221,7 +240,7 @@ class RunFolder:
         Args:
             models: Delete the kept models as well.
         """
-        for path in self._entries():
+        for path in sorted(self._entries(), key=lambda path: path.name == CLAIM):  # last what says that it is finished
             if path in (self.checkpoints, self.models) or not self._is_own(path):
                 continue
             if path.parent == self.models and not models:

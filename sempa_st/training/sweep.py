@@ -30,6 +30,7 @@ from sempa_st.training.config import TrainConfig
 from sempa_st.training.journal import JOURNAL, open_journal, open_study
 from sempa_st.training.launch import is_launched_in_parallel
 from sempa_st.training.run import explain_interruption, train
+from sempa_st.training.run_folder import RunFolder
 from sempa_st.training.run_results import RunResult, assign_folders, results_markdown, results_table, sweep_results
 from sempa_st.training.start import find_start
 from sempa_st.utils.devices import pick_device
@@ -114,6 +115,7 @@ class _Sweep:
         for number, run in enumerate(self._pick_runs(total) if self.search else self.points, 1):
             label, row = f"[{number}/{total}] {run.label}", run.row()
             if row["state"] == "finished":
+                RunFolder(run.folder).clear_finished()
                 _say(f"{label}: already trained, dev {row['dev_score']:.2f}")
             elif row["state"] == "failed" and not retry_failed:
                 _say(f"{label}: failed before; pass --retry-failed to retry it")

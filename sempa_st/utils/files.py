@@ -188,15 +188,16 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
     with os_errors_as_sempa_errors(f"{target} cannot be read"):
         clear_leftovers(target.resolve().parent, target.resolve().name)
         is_file = target.is_file()
-        is_filled = _is_filled(target)
+        filled = is_filled(target)
     if is_file:
         raise SempaError(f"The output {target} is a file. Expected a new or empty folder; choose another path.")
-    if is_filled and not overwrite:
+    if filled and not overwrite:
         raise SempaError(_not_empty(target))
     _check_parent(target)
 
 
-def _is_filled(folder: Path) -> bool:
+def is_filled(folder: Path) -> bool:
+    """Return whether a path is a folder with something in it."""
     try:
         return folder.is_dir() and any(folder.iterdir())
     except FileNotFoundError:  # another process has just moved it away

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,7 +24,6 @@ from sentence_transformers.util import quantize_embeddings
 import sempa_st
 from sempa_st.encoding import encode_file, read_sentences
 from sempa_st.encoding.sentences import SHARD_ROWS
-from sempa_st.encoding.shard_folder import ShardFolder
 from sempa_st.errors import SempaError
 from sempa_st.utils.files import locked
 from sempa_st.utils.leftovers import publish
@@ -42,7 +43,7 @@ def text_file(tmp_path: Path) -> Path:
 
 
 def vectors_of(path: Path) -> Any:
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return np.load(path)
     return np.array(pq.read_table(path)["embedding"].to_pylist())
 
@@ -310,72 +311,82 @@ def test_shards_stay_until_the_output_is_in_its_place(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "sentences.txt"])
 
 
-@pytest.mark.parametrize("name", ["v.npy", "v.parquet", "folder"])
+def run_and_die(folder: Path, text_file: Path, output: Path, step: str, **options: Any) -> None:
+    """Encode in a process that is killed right after the output is in its place, or while its shards are removed."""
+    code = f"""
+import os, pathlib, shutil, sempa_st
+from sempa_st.encoding import encode_file
+from sempa_st.utils import files, leftovers
+original = {{"publish": files.publish, "rmtree": shutil.rmtree}}
+def publish(source, target, **rest):
+    original["publish"](source, target, **rest)
+    if target.name == {output.name!r}:
+        os._exit(9)
+def rmtree(path, **rest):
+    if {f".{output.name}.encoding.partial"!r} in str(path) and any(pathlib.Path(path).glob("*/part-*")):
+        next(pathlib.Path(path).glob("*/part-*")).unlink()
+        os._exit(9)
+    original["rmtree"](path, **rest)
+if {step!r} == "publish":
+    files.publish = publish
+else:
+    leftovers.shutil.rmtree = rmtree
+model = sempa_st.load({str(folder)!r}, dtype="float32", device="cpu")
+encode_file(model, {str(text_file)!r}, {str(output)!r}, shard_size=6, **{options!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+
+@pytest.mark.parametrize("name", ["v.npy", "V.NPY", "v.parquet", "folder"])
 def test_a_run_that_was_killed_after_the_output_is_finished(
-    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    adapter_folder: Path, tmp_path: Path, text_file: Path, name: str
 ) -> None:
-    """The folder beside the output is all that is left to be removed, unless the output is another one by now."""
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise KilledError
-
-    def removes_one(folder: ShardFolder) -> None:
-        folder.shard(1).unlink()
-        raise KilledError
-
+    """What is beside the output is all that is left to be removed."""
+    model: Any = sempa_st.load(adapter_folder, dtype="float32", device="cpu")
     output = tmp_path / name
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(ShardFolder, "_remove", removes_one)
-        encode_file(model, text_file, output, shard_size=6)
+    earlier = encode_file(model, text_file, output, shard_size=6, normalize=True)
+    run_and_die(adapter_folder, text_file, output, "publish", overwrite=True)
+    assert len(list(tmp_path.iterdir())) > 3  # shards, scratch folders, an earlier folder
     written = vectors_of(output)
-    with pytest.raises(SempaError, match="another input, model or setting"):
+    with pytest.raises(SempaError, match="exists"):
         encode_file(model, text_file, output, shard_size=6, normalize=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "encode", fail)
-        assert encode_file(model, text_file, output, shard_size=6) == (20, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "encode", None)
+        assert encode_file(model, text_file, output, shard_size=6) == (20, 32) == earlier
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "sentences.txt"])
     np.testing.assert_array_equal(vectors_of(output), written)
 
 
+def test_shards_that_were_being_removed_are_a_leftover(adapter_folder: Path, tmp_path: Path, text_file: Path) -> None:
+    output = tmp_path / "v.npy"
+    run_and_die(adapter_folder, text_file, output, "rmtree")
+    assert list(tmp_path.glob(".v.npy.encoding.partial-*/*/part-*"))
+    with pytest.raises(SempaError, match="exists"):
+        encode_file(str(adapter_folder), text_file, output, shard_size=6, dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sentences.txt", "v.npy"]
+
+
 def test_an_output_that_came_after_a_killed_run_is_not_taken_for_its_own(
-    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_folder: Path, tmp_path: Path, text_file: Path
 ) -> None:
     output = tmp_path / "v.npy"
-
-    def fail(folder: ShardFolder) -> None:
-        raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(ShardFolder, "_remove", fail)
-        encode_file(model, text_file, output, shard_size=6)
+    run_and_die(adapter_folder, text_file, output, "publish")
     output.with_name("mine.npy").write_bytes(output.read_bytes())
     output.with_name("mine.npy").replace(output)
+    options: dict[str, Any] = {"shard_size": 6, "dtype": "float32", "device": "cpu"}
     with pytest.raises(SempaError, match="exists"):
-        encode_file(model, text_file, output, shard_size=6)
-    assert encode_file(model, text_file, output, shard_size=6, overwrite=True) == (20, 32)
-    assert not (tmp_path / "v.npy.encoding").exists()
+        encode_file(str(adapter_folder), text_file, output, **options)
+    assert encode_file(str(adapter_folder), text_file, output, overwrite=True, **options) == (20, 32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sentences.txt", "v.npy"]
 
 
-def test_whose_shards_they_are_is_removed_last(
-    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill while they are removed leaves what the next run can tell, and goes on from or deletes."""
-    original = Path.unlink
-    removed: list[str] = []
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.name.startswith("part-"):
-            removed.append(path.name)
-            if len(removed) == 3:
-                raise KilledError
-        original(path, missing_ok)
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(Path, "unlink", unlink)
-        encode_file(model, text_file, tmp_path / "v.npy", shard_size=6)
-    assert (tmp_path / "v.npy.encoding" / "identity.json").is_file()
-    encode_file(model, text_file, tmp_path / "v.npy", shard_size=6, overwrite=True)
-    assert not (tmp_path / "v.npy.encoding").exists()
+@pytest.mark.parametrize("name", ["sentences.txt/v.npy", "x" * 251 + ".npy"])
+def test_an_output_that_cannot_be_is_told(model: Any, tmp_path: Path, text_file: Path, name: str) -> None:
+    with pytest.raises(SempaError, match="cannot be"):
+        encode_file(model, text_file, tmp_path / name)
+    (tmp_path / "w.npy.encoding").write_text("mine")
+    with pytest.raises(SempaError, match=r"w\.npy\.encoding"):
+        encode_file(model, text_file, tmp_path / "w.npy")
 
 
 @pytest.mark.parametrize(

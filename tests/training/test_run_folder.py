@@ -280,6 +280,41 @@ def test_no_state_is_without_a_way_out(config: TrainConfig, state: Callable[[Pat
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_that_was_killed_after_its_output_leaves_nothing(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool, keep: bool
+) -> None:
+    """The next command is refused, since the output is there, and removes what is left of the run."""
+
+    def half(folder: RunFolder, *, models: bool = True) -> None:
+        shutil.rmtree(checkpoints_in(folder.checkpoints)[0])
+        raise InterruptError
+
+    config = make_config(tiny_base, tmp_path / "model", epochs=2, keep_checkpoints=keep)
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(RunFolder, "remove", half)
+        train(config)
+    left = tmp_path / "model.training"
+    assert checkpoints_in(left / "checkpoints")
+    written = (tmp_path / "model" / "sempa_run.json").read_bytes()
+    with pytest.raises(SempaError, match="model is not empty"):
+        train(replace(config, resume=resume))
+    assert [path.name for path in left.iterdir()] == ["models"] if keep else not left.exists()
+    assert (tmp_path / "model" / "sempa_run.json").read_bytes() == written
+
+
+def test_a_run_beside_an_earlier_output_is_not_taken_for_a_finished_one(
+    tiny_base: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("of an earlier run")
+    shutil.copytree(interrupted.with_name("model.training"), tmp_path / "model.training")
+    with pytest.raises(SempaError, match="model is not empty"):
+        train(make_config(tiny_base, tmp_path / "model", epochs=2, resume=True))
+    assert checkpoints_in(tmp_path / "model.training" / "checkpoints")
+
+
 def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: bool) -> None:
     work = RunFolder(tmp_path / "model")
     work.path.mkdir()
