@@ -132,8 +132,8 @@ def local_meta(model: str) -> ModelMeta:
 def describe(model: SentenceTransformer) -> ModelMeta:
     """Return MTEB's metadata of an open model, with its size and a revision; what it was trained on is unknown.
 
-    The revision is a digest of the settings and weights of a model that :func:`sempa_st.load` opened, as they are now:
-    MTEB takes the scores that it has of one revision for another's never.
+    The revision is a digest of the settings and weights of a model that :func:`sempa_st.load` opened, as they are now,
+    since MTEB gives a model the scores that it has of its revision.
     """
     from mteb.models import ModelMeta
 

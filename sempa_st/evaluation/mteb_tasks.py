@@ -111,9 +111,11 @@ def score_on_tasks(
     """
     import mteb
 
+    scores: list[TaskScore] = []
+    if not tasks:
+        return scores
     encoder = as_encoder(model)
     cache = whole_results(output)
-    scores = []
     for task in tasks:
         meta = task.metadata
         with quiet("mteb"):

@@ -209,7 +209,9 @@ def score_cells(
         report: Called after each task with its score and the cost of encoding so far.
     """
     done: dict[tuple[str, str, str], Score] = {}
-    scores = []
+    scores: list[Score] = []
+    if not cells:
+        return scores
     encoder = as_encoder(model)
     with encode_cache(model) as cost:
         for cell in cells:

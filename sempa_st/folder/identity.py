@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sempa_st.folder.digests import digest_in, digested_name
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+_PART = 1 << 24
+"""Numbers that are copied from a device at once."""
 
 
 def vector_settings(model: SentenceTransformer) -> dict[str, Any]:
@@ -36,13 +41,39 @@ def current_name(model: SentenceTransformer) -> str | None:
     name = model.model_card_data.model_name or ""
     if not digest_in(name):
         return None
-    return digested_name(name, {**vector_settings(model), "name": name, "weights": _bit_sums(model)})
+    now = {
+        "name": name,
+        "similarity": model.similarity_fn_name,
+        "truncation": getattr(model.tokenizer, "truncation_side", None),
+        "adapters": _adapters(model),
+        "weights": _weights_digest(model),
+    }
+    return digested_name(name, vector_settings(model) | now)
 
 
-def _bit_sums(model: SentenceTransformer) -> list[int]:
-    """Return the sum of the numbers of each tensor, their bits read as integers: exact, and changed by training."""
+def _adapters(model: SentenceTransformer) -> list[str]:
+    """Return which adapters act in each of PEFT's layers, and how strongly."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return [f"{each.active_adapters} {each.disable_adapters} {getattr(each, 'scaling', '')}" for each in layers]
+
+
+def _weights_digest(model: SentenceTransformer) -> str:
+    """Return a SHA-256 (hex) of all weights; what a model computes anew as it runs is none of them."""
     import torch
 
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = [tensor.detach().flatten() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-    return [int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)) for tensor in weights]
+    digest, seen = hashlib.sha256(), set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_quantized:
+            continue  # packed integers, which nothing trains
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place in seen:  # tied weights
+            continue
+        seen.add(place)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in tensor.detach().flatten().split(_PART):
+            digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))
+    return digest.hexdigest()
