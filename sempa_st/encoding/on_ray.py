@@ -157,13 +157,18 @@ def _raise_if(error: str) -> None:
 
 @contextmanager
 def _sigterm_unchanged() -> Iterator[None]:
-    """Keep what SIGTERM does to this process; ``ray.init`` makes it an exit with another code and a traceback."""
+    """Keep what SIGTERM does to this process; ``ray.init`` makes it an exit with the code 15."""
     if threading.current_thread() is not threading.main_thread():  # where Ray leaves it alone, too
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as exit:
+        if exit.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)  # which came meanwhile
     finally:
         signal.signal(signal.SIGTERM, handler)
 

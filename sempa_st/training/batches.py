@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sempa_st.data.nli import Triplet
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.model.token_rows import pad_rows
+from sempa_st.model.token_rows import fitting, pad_rows
 from sempa_st.training.answers import answer_ids
 from sempa_st.training.word_bags import bag_matrix, without_shared
 
@@ -97,12 +97,15 @@ class AnswerInputs:
         examples: Prompt and answers, best first, of each triplet.
         num_answers: Maximum number of answers per prompt: 2 for ``dpo`` (the first and the last), 3 for ``listwise``.
         max_length: Maximum sequence length in tokens; longer sequences are truncated at the end.
+        decoder: Layers with the input embeddings, for tokens that have none (see
+            :func:`sempa_st.model.token_rows.fitting`); None if all have one.
     """
 
     tokenizer: Any
     examples: Sequence[tuple[Any, list[Any]]]
     num_answers: int
     max_length: int
+    decoder: Any = None
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         """Return the tensors of these examples, padded on the right.
@@ -120,6 +123,8 @@ class AnswerInputs:
             used = used + [used[-1]] * (self.num_answers - len(used))
             sequences += [answer_ids(self.tokenizer, prompt, answer) for answer in used]
         token_ids = [(prompt_ids + answer)[: self.max_length] for prompt_ids, answer in sequences]
+        if self.decoder is not None:
+            token_ids = fitting(self.tokenizer, token_ids, self.decoder)
         padded = pad_rows(self.tokenizer, token_ids, "right")
         positions = torch.arange(padded["input_ids"].shape[1])[None]
         starts = torch.tensor([len(prompt_ids) for prompt_ids, _ in sequences])[:, None]

@@ -17,7 +17,7 @@ from sempa_st.data.nli import NliData, Triplet
 from sempa_st.data.passages import PASSAGE_TOKENS, Passages
 from sempa_st.data.preferences import ranked_answers
 from sempa_st.model.prompt_eol import PromptEOL
-from sempa_st.model.token_rows import pad_rows
+from sempa_st.model.token_rows import fitting, pad_rows
 from sempa_st.model.tokenizer import prefix_tokens, suffix_tokens
 from sempa_st.training.batches import AnswerInputs, Batch, EmbeddingInputs
 from sempa_st.training.config import KL_TEMPLATE, TrainConfig
@@ -87,6 +87,7 @@ def make_batch_makers(
             ranked_answers(data.triplets, tokenizer, paraphrase=config.paraphrase),
             3 if "listwise" in objectives else 2,
             config.max_length,
+            module.decoder,
         )
         makers.append(lambda indices, _: answers(indices))
         makers.append(_lookup(reference_answers(config, answers, module, identity)))
@@ -149,11 +150,15 @@ def kl_batches(
     """
     if config.kl_text == KL_TEMPLATE:
         return _kl_sentences(config, module)
-    return _plain_text(config, tokenizer, passages, num_triplets)
+    return _plain_text(config, tokenizer, module.decoder, passages, num_triplets)
 
 
 def _plain_text(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, passages: Passages | None, num_triplets: int
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: Any,
+    passages: Passages | None,
+    num_triplets: int,
 ) -> BatchMaker:
     """Return a maker of batches of ordinary text for the KL term.
 
@@ -169,7 +174,7 @@ def _plain_text(
             first = indices[0] * count // num_triplets
             selected = range(first, first + math.ceil(config.kl_positions / PASSAGE_TOKENS))
             token_ids = [passages.token_ids[index % count] for index in selected]
-        padded = pad_rows(tokenizer, token_ids, "right")
+        padded = pad_rows(tokenizer, fitting(tokenizer, token_ids, decoder), "right")
         return {**_named_for_kl(padded), "kl_mask": padded["attention_mask"].bool()}
 
     return make

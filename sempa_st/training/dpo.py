@@ -16,10 +16,12 @@ from trl import DPOTrainer
 
 from sempa_st.model.patching import completion_tokens_only, replaced
 from sempa_st.model.peft_models import is_peft_model
+from sempa_st.model.token_rows import fitting
 from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import shared_states
 from sempa_st.training.reference import REFERENCE, cached_tensor
 
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -42,12 +44,22 @@ class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
         # TRL caches its results next to a data set on disk; this one is in memory.
         if name == "eval":
             return dataset  # not used: see DevScoreTrainer
+        dataset = self._with_embeddings(dataset)
         main = self.accelerator.is_main_process
         log_probabilities = cached_tensor(
             REFERENCE, self._reference_identity, lambda: self._run_reference(dataset, batch_size), write=main
         )
         for column, values in zip(_REFERENCE_COLUMNS, log_probabilities.T.tolist(), strict=True):
             dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _with_embeddings(self, dataset: Any) -> Any:
+        """Replace tokens that have no embedding (:func:`sempa_st.model.token_rows.fitting`), which TRL does not."""
+        for column in _TOKENS:
+            found = list(dataset[column])
+            fit = fitting(self.processing_class, found, self.generator())
+            if fit is not found:
+                dataset = dataset.remove_columns(column).add_column(column, fit)
         return dataset
 
     def _run_reference(self, dataset: Any, batch_size: int) -> Tensor:

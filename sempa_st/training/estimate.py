@@ -209,7 +209,7 @@ class _Step:
     def _answers(self, listwise: bool) -> tuple[Tensor, _Head]:
         config = self._config
         examples = ranked_answers(self._triplets, self._tokenizer, paraphrase=config.paraphrase)
-        inputs = AnswerInputs(self._tokenizer, examples, 3 if listwise else 2, config.max_length)
+        inputs = AnswerInputs(self._tokenizer, examples, 3 if listwise else 2, config.max_length, self._module.decoder)
         batch = inputs(range(len(examples)))
         states = self._states(batch["answer_input_ids"], batch["answer_attention_mask"])
         self._answer_tokens = count = int(batch["answer_mask"].sum())

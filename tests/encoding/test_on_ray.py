@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,32 @@ def test_sigterm_does_what_it_did_before_ray_was_started(monkeypatch: pytest.Mon
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(RuntimeError, match="started"):
+            RayWorkers("gemma3-270m", {}, None)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_while_ray_starts_is_the_command_line_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler, which it sets first, makes it an exit with the code 15."""
+
+    class OwnError(Exception):
+        pass
+
+    def handler(*_: Any) -> None:
+        raise OwnError
+
+    def start(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(OwnError):
             RayWorkers("gemma3-270m", {}, None)
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
