@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import os
 import pkgutil
 import re
@@ -48,6 +49,8 @@ _VARIES = {"created", "seconds", "command", "speed", "run", "date", "evaluation_
 """Keys of records that differ between two runs of the same command; the last four are MTEB's."""
 _VARYING_COLUMNS = {"seconds", "sentences/s"}
 _TIME = re.compile(rb"\d{4}-\d\d-\d\dT[\d:]+\+00:00")
+_ROUNDED = 1e-5
+"""Difference of scores that another order of sums may make."""
 _JOURNAL = "journal.jsonl"
 """File of a sweep with times, and with numbers of processes."""
 
@@ -141,6 +144,7 @@ class Child:
             return cls(process, log)
         code = 1
         try:
+            torch.set_num_threads(1)  # PyTorch makes its pool of threads anew here, and not in two threads at a time
             os.setsid()
             output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(output, 1)
@@ -207,10 +211,17 @@ def content(path: Path) -> dict[str, str]:
     return {str(name): _digest(file) for file, name in names.items() if name.parts[0] not in (_REMEMBERED, _JOURNAL)}
 
 
-def unlike(output: Path, expected: Sequence[dict[str, str]], which: str) -> str:
-    """Return what is wrong with an output, the only entry of its folder; empty if it is one of those expected."""
+def unlike(output: Path, expected: Sequence[dict[str, str]], which: str, *, rounded: bool = False) -> str:
+    """Return what is wrong with an output, the only entry of its folder; empty if it is one of those expected.
+
+    Args:
+        output: The output.
+        expected: What :func:`content` returned of sound ones.
+        which: What these are.
+        rounded: Take numbers in JSON as equal whose difference is that of another order of sums.
+    """
     found = content(output)
-    if found not in expected:
+    if found not in expected and not (rounded and any(_equal(found, each) for each in expected)):
         keys = sorted(key for key in expected[0].keys() | found.keys() if expected[0].get(key) != found.get(key))
         return f"other than {which}: {', '.join(keys)}"
     left = sorted(path.name for path in output.parent.iterdir() if path != output)
@@ -222,11 +233,32 @@ def files_of(path: Path) -> Iterator[Path]:
     yield from [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
+def _equal(found: dict[str, str], expected: dict[str, str]) -> bool:
+    """Whether two outputs differ in the last digits of numbers in JSON at most."""
+    if found.keys() != expected.keys():
+        return False
+    differing = [name for name in found if found[name] != expected[name]]
+    return all(
+        name.endswith(".json") and _close(json.loads(found[name]), json.loads(expected[name])) for name in differing
+    )
+
+
+def _close(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_close(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_close, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_ROUNDED, abs_tol=_ROUNDED)
+    return bool(one == other)
+
+
 def _digest(file: Path) -> str:
+    """Return a SHA-256 of a file without what varies; of JSON the content itself."""
     raw = file.read_bytes()
     if file.suffix == ".json":
-        raw = json.dumps(_constant(json.loads(raw)), sort_keys=True).encode()
-    elif separator := {".md": "|", ".csv": ","}.get(file.suffix):
+        return json.dumps(_constant(json.loads(raw)), sort_keys=True)
+    if separator := {".md": "|", ".csv": ","}.get(file.suffix):
         raw = repr(list(_constant_cells(raw.decode(), separator))).encode()
     elif file.suffix == ".html":
         raw = _TIME.sub(b"", raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sempa_st.errors import SempaError
-from sempa_st.utils.files import read_json
+from sempa_st.utils.files import lone_surrogates, read_json
 from sempa_st.utils.hub import model_folder
 from sempa_st.utils.names import check_entry, inside
 
@@ -161,6 +162,10 @@ def _read(path: Path, schema: str) -> Any:
     content = read_json(path)
     if _is_deeper(content, _MAX_DEPTH):
         raise SempaError(f"{path} is nested more than {_MAX_DEPTH} deep. Restore or download the file again.")
+    if lone_surrogates(json.dumps(content, ensure_ascii=False)):
+        raise SempaError(
+            f"{path}: a text in it holds a lone surrogate, which is no character. Restore or download the file again."
+        )
     if mismatch := first_mismatch(schema, content):
         key, value, expected = mismatch
         raise SempaError(

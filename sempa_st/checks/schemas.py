@@ -14,7 +14,6 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    FiniteFloat,
     NonNegativeInt,
     PositiveInt,
     TypeAdapter,
@@ -33,13 +32,16 @@ _MAX_COUNT = 1024
 """Maximum number of layers, or of experts in a layer: several times that of the largest models."""
 _MAX_LABELS = 1 << 20
 """Maximum number of labels of a classifier: transformers makes a name for each, though a decoder has none."""
-_MAX_SQUARE = 1 << 14
-"""Maximum number of positions of a model that allocates a mask of all pairs of them: twice that of the largest one."""
-_SQUARE = {"gpt_bigcode", "gpt_neo"}
-"""Types of such models."""
+_MAX_POSITIONS = {
+    **dict.fromkeys(("gpt_bigcode", "gpt_neo", "openai-gpt"), 1 << 13),  # a mask of all pairs, StarCoder's of this size
+    **dict.fromkeys(("codegen", "ctrl", "gptj"), 1 << 18),  # a table
+}
+"""Maximum number of positions by type, of models that allocate what no file of weights holds."""
 _POSITIONS = {"max_position_embeddings", "n_positions"}
 _COUNT_KEY = re.compile(r"(layers?|experts|num_labels)$")
 _MAX_RANK = 4096
+_MAX_ALPHA = 1 << 31
+"""Maximum scale of an adapter's update, before it is divided by the rank: products in float32 hold it."""
 _MAX_PATH, _MAX_PART = 4096, 255
 """Maximum length of a path in characters and of one of its parts in bytes, as of Linux's file systems."""
 _MAX_PATTERNS = 256
@@ -94,6 +96,7 @@ _TokenIds = Annotated[list[int], Field(min_length=1)]
 _Few = Field(max_length=_MAX_PATTERNS)
 _Suffixes = Annotated[list[_Suffix], _Few]
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
+_Alpha = Annotated[float, Field(ge=-_MAX_ALPHA, le=_MAX_ALPHA)]
 
 
 class _Module(Settings):
@@ -144,7 +147,7 @@ class _Adapter(Settings):
     peft_type: str
     base_model_name_or_path: Annotated[str, AfterValidator(_reference)] | None = None
     r: _Rank = 8
-    lora_alpha: FiniteFloat = 8
+    lora_alpha: _Alpha = 8
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0
     target_modules: _PatternOrNames | None = None
     exclude_modules: _PatternOrNames | None = None
@@ -153,7 +156,7 @@ class _Adapter(Settings):
     layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = None
     layers_pattern: _Suffix | _Suffixes | None = None
     rank_pattern: Annotated[dict[_Suffix, _Rank], _Few] | None = None
-    alpha_pattern: Annotated[dict[_Suffix, FiniteFloat], _Few] | None = None
+    alpha_pattern: Annotated[dict[_Suffix, _Alpha], _Few] | None = None
     trainable_token_indices: _TokenIds | dict[str, _TokenIds] | None = None
     alora_invocation_tokens: list[NonNegativeInt] | None = None
     init_lora_weights: bool | Annotated[str, Field(max_length=14)] | None = (
@@ -181,14 +184,14 @@ def _counts(settings: Any) -> Iterator[tuple[tuple[str, ...], int, int]]:
     """Yield the numbers in a ``config.json`` that memory grows with, each with its path of keys and its maximum."""
     if not isinstance(settings, dict):
         return
-    squares = settings.get("model_type") in _SQUARE
+    positions = _MAX_POSITIONS.get(str(settings.get("model_type")))
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from (((name, *keys), count, limit) for keys, count, limit in _counts(value))
         elif isinstance(value, int) and _COUNT_KEY.search(name):
             yield (name,), value, _MAX_LABELS if name == "num_labels" else _MAX_COUNT
-        elif isinstance(value, int) and squares and name in _POSITIONS:
-            yield (name,), value, _MAX_SQUARE
+        elif isinstance(value, int) and positions and name in _POSITIONS:
+            yield (name,), value, positions
 
 
 class _Config(Settings):

@@ -15,6 +15,7 @@ _IN_TEXT = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
 _NEW_PAD = "<|pad|>"
 _UNUSED_BYTE = "ÿ"
 """Entry of byte 0xFF in byte-level vocabularies, which occurs in no UTF-8 text; this letter is two other bytes."""
+_COUNTED = 10**9
 _MAX_GROWTH = 100
 """Maximum number of characters that normalisation and pre-tokenisation may produce from one character, and of tokens
 that post-processing may make of one token."""
@@ -40,8 +41,8 @@ def check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
     step = tokenizer.backend_tokenizer.post_processor
     if step is not None and (made := _post_processed(json.loads(step.__getstate__()), 1)) > _MAX_GROWTH:
         raise SempaError(
-            f"The tokenizer's post-processor makes {made} tokens of one. Expected at most {_MAX_GROWTH}; restore or "
-            "download its files again."
+            f"The tokenizer's post-processor makes {made} tokens or more of one. Expected at most {_MAX_GROWTH}; "
+            "restore or download its files again."
         )
 
 
@@ -49,7 +50,7 @@ def _post_processed(settings: dict[str, Any], length: int) -> int:
     """Return how many tokens a post-processor makes of so many."""
     if settings["type"] == "Sequence":
         for step in settings["processors"]:
-            length = _post_processed(step, length)
+            length = min(_post_processed(step, length), _COUNTED)
         return length
     if settings["type"] != "TemplateProcessing":
         return length  # the other types add two tokens at most

@@ -91,8 +91,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         # With output_value None, a method that has no token embeddings is not asked for them.
         tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
         vectors = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
-        # An LLM gives no text a vector of zeros. Other models do, for a text without known words.
-        never_zero = output == "sentence_embedding" and isinstance(self[0], PromptEOL)
+        # A decoder gives no text a vector of zeros. Other models do, for a text without known words.
+        never_zero = output != "token_embeddings" and hasattr(type(self[0]), "packs_batches")
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             try:
                 check_finite(checked, names, nonzero=never_zero)
@@ -102,7 +102,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
 
     def _by_themselves(self, error: NotFiniteError, output: str | None) -> NotFiniteError:
         """Return the error with the texts alone that are at fault: in a pack, one spoils others."""
-        if output != "sentence_embedding" or not getattr(self[0], "packs_batches", False):
+        if output != "sentence_embedding" or not (error.spreads and getattr(self[0], "packs_batches", False)):
             return error
         vectors = {
             text: super(SentenceTransformer, self).encode([text], show_progress_bar=False) for text in error.texts

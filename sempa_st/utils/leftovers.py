@@ -29,6 +29,8 @@ _DIGITS = 8
 _MAX_STEM = 255 - len("." + _PARTIAL) - _DIGITS
 """Longest output name, in bytes, that fits into the name of a scratch folder; file systems allow 255 bytes."""
 _HASHED_STEM = re.compile(r"[0-9a-f]{16}~")
+_RUST = re.compile(r"\bos error (\d+)\)")
+_TORCH = re.compile(r"inline_container\.cc:\d+\].*(unexpected pos|file write failed)")
 _UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO,
     errno.EFBIG, errno.ENOTSUP,
@@ -243,15 +245,14 @@ def _sync_folder(path: Path) -> None:
 
 def unwritable_reason(error: BaseException) -> str | None:
     """Return the reason if ``error`` or one of its causes says that the disk is full or not writable, else None."""
-    from safetensors import SafetensorError
-
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        if isinstance(cause, SafetensorError):  # it has the errno in its message only
-            match = re.search(r"os error (\d+)", str(cause))
-            number = int(match[1]) if match else None
+        if match := _RUST.search(str(cause)):  # of safetensors and tokenizers: the errno is in the message only
+            number = int(match[1])
         if number in _UNWRITABLE:
             return os.strerror(number)
+        if isinstance(cause, RuntimeError) and _TORCH.search(str(cause)):
+            return f"{os.strerror(errno.ENOSPC)}, most likely: PyTorch could not write all of a file"
         cause = cause.__cause__
     return None

@@ -60,6 +60,18 @@ def test_records_are_compared_without_what_differs_from_run_to_run(tmp_path: Pat
     assert {key for key in a if a[key] != c[key]} == {"x.json"}
 
 
+def test_scores_of_a_job_that_goes_on_may_differ_in_their_last_digits(tmp_path: Path) -> None:
+    for name, score in (("a", 0.8), ("b", 0.8 + 1e-7), ("c", 0.8 + 1e-3)):
+        (tmp_path / name / "out").mkdir(parents=True)
+        write_json(tmp_path / name / "out" / "x.json", {"rows": [{"score": score, "task": "STS12"}]})
+    a, b, c = (tmp_path / name / "out" for name in "abc")
+    assert world.unlike(b, [content(a)], "a") == "other than a: x.json"
+    assert world.unlike(b, [content(a)], "a", rounded=True) == ""
+    assert world.unlike(c, [content(a)], "a", rounded=True) == "other than a: x.json"
+    (b / "y.json").write_text("{}")
+    assert world.unlike(b, [content(a)], "a", rounded=True) == "other than a: x.json, y.json"
+
+
 def test_strings_are_many_kinds_and_none_is_half_a_character() -> None:
     found = strings(4000)
     assert found == strings(4000) and found != strings(4000, seed=1)

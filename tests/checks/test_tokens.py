@@ -102,6 +102,23 @@ def test_a_special_token_that_no_text_needs_may_lie_beyond(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "settings", [{"objective": "dpo"}, {"objective": "listwise"}, {"objective": "contrastive", "kl": 1.0}], ids=str
+)
+def test_a_text_may_spell_it_out(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Training on it goes on with the unknown token in its place, as embedding does."""
+    from sempa_st.training.run import train
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    base = save_base(tmp_path / "base", make_llama(), tokenizer)
+    rows = [[f"An <image> of {what}.", f"A picture <image> of {what}.", f"No <image>, {what}."] for what in "abcdefgh"]
+    lines = ["sent0,sent1,hard_neg", *(",".join(f'"{text}"' for text in row) for row in rows)]
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    train(make_config(base, tmp_path / "trained", data=str(tmp_path / "data.csv"), **settings))
+    assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
     ("pieces", "ids", "steps", "made"),
     [
         ("<x> $A <x>", 60, 1, 121),
@@ -131,7 +148,9 @@ def test_a_post_processor_that_makes_much_of_little_is_refused(
     if made is None:
         assert len(load_tokenizer(base)("a")["input_ids"]) <= 200
     else:
-        with pytest.raises(SempaError, match=f"post-processor makes {made} tokens of one. Expected at most 100"):
+        with pytest.raises(
+            SempaError, match=f"post-processor makes {made} tokens or more of one. Expected at most 100"
+        ):
             load_tokenizer(base)
 
 

@@ -17,6 +17,7 @@ from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
 from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.write import set_base_reference
+from sempa_st.model.templates import DEFAULT_TEMPLATE, EMBEDDING_TEMPLATES
 from sempa_st.model.tokenizer import load_tokenizer, template_ids
 from sempa_st.utils.files import read_json, write_json
 
@@ -45,8 +46,14 @@ def test_embedding_settings_that_do_not_fit_are_refused(adapter_folder: Path) ->
         ModelFolder(adapter_folder).embedding_settings(tokenizer)
     where = re.escape(f"The template 'prompteol' in {adapter_folder}")
     tokenizer.chat_template = {**templates, "prompteol": "{{ raise_exception('not today') }}"}
-    with pytest.raises(SempaError, match=where):
+    with pytest.raises(SempaError, match=rf"{where} cannot be rendered .*not today"):
         ModelFolder(adapter_folder).embedding_settings(tokenizer)
+
+
+def test_a_folder_names_its_own_template(tiny_base: Path, tmp_path: Path) -> None:
+    other = next(name for name in EMBEDDING_TEMPLATES if name != DEFAULT_TEMPLATE)
+    path = copy_model(str(tiny_base), tmp_path / "copied", template=other)
+    assert ModelFolder(path).embedding_settings(load_tokenizer(path))[0] == other
 
 
 @pytest.mark.parametrize("spare", [-1, 0])

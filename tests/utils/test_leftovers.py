@@ -370,4 +370,11 @@ def test_a_disk_that_is_full_for_weights_is_told_alike() -> None:
     """The safetensors library raises its own error, with the errno in its message."""
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert unwritable_reason(full) == os.strerror(errno.ENOSPC)
+    assert unwritable_reason(Exception("No space left on device (os error 28)")) == os.strerror(
+        errno.ENOSPC
+    )  # tokenizers
+    assert unwritable_reason(Exception("(os error 2)")) is None
+    torch = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 39104 vs 38992")
+    assert str(unwritable_reason(torch)).startswith(f"{os.strerror(errno.ENOSPC)}, most likely")
+    assert unwritable_reason(RuntimeError("[enforce fail at inline_container.cc:145] . no such record")) is None
     assert unwritable_reason(SafetensorError("Error while deserializing header: header too small")) is None
