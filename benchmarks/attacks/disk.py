@@ -54,9 +54,10 @@ def attack_job(world: World, job: Job, sizes: tuple[int, ...]) -> Outcome:
 
 
 def _whole_files(output: Path) -> bool:
-    """Whether all records of an output that comes in parts can be read."""
+    """Whether all records of an output that comes in parts can be read, but for those of an unfinished run in it."""
+    records = [file for file in output.rglob("*.json") if ".training" not in str(file.relative_to(output))]
     with suppress(ValueError):
-        return all(json.loads(file.read_bytes()) is not None for file in output.rglob("*.json"))
+        return all(json.loads(file.read_bytes()) is not None for file in records)
     return False
 
 
