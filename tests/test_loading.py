@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.hub import TOKEN, Hub, running_hub, talk_to
 from helpers.tiny import finish_adapter, make_llama, make_tokenizer, save_base
 from huggingface_hub import constants
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import StaticEmbedding
 
 import sempa_st
 from sempa_st.errors import SempaError
@@ -143,3 +145,19 @@ def test_width_and_prompts(adapter_folder: Path, tmp_path: Path, reader: str) ->
         opened.save_pretrained(str(tmp_path / "saved"))
         again = load(tmp_path / "saved")
         assert (again.truncate_dim, again.prompts["query"]) == (8, "Find: ")
+
+
+def test_static_embeddings_are_read_as_they_are(tmp_path: Path) -> None:
+    """Their tokenizer is one of tokenizers, and their ids are those of all texts in a row."""
+    torch.manual_seed(0)
+    static = SentenceTransformer(
+        modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)], device="cpu"
+    )
+    static.save(str(tmp_path / "static"))
+    texts = ["A cat sleeps.", "Two dogs run in the snow.", ""]
+    loaded = sempa_st.load(tmp_path / "static", dtype="float32", device="cpu")
+    np.testing.assert_allclose(loaded.encode(texts), static.encode(texts), atol=1e-6)
+    assert not loaded.encode([""]).any()
+    loaded[0].embedding.weight.data[:] = float("nan")
+    with pytest.raises(SempaError, match=r"1 of 1 vector\(s\) contain infinite or NaN values"):
+        loaded.encode(texts[:1])

@@ -29,7 +29,7 @@ _PICKLED = {"pytorch_model.bin": _WEIGHTS, "adapter_model.bin": ADAPTER_WEIGHTS}
 _CONTAINER_MODULE = re.compile(r"(^|\.)(Router|Asym)$")
 """Types of sentence-transformers modules that keep other modules in subfolders."""
 _MAX_FOLDERS = 256
-_MAX_DEPTH = 8
+_MAX_FOLDER_DEPTH = 8
 _FILE_SUFFIXES = (".json", ".safetensors", ".jinja")
 """Suffixes of names that must be files, not folders."""
 _RELEVANT = re.compile(
@@ -108,10 +108,10 @@ def _subfolders(folder: Path) -> list[Path]:
             continue
         check_entry(folder, subfolder)
         visited.add(subfolder)
-        if len(visited) > _MAX_FOLDERS or len(subfolder.relative_to(folder).parts) > _MAX_DEPTH:
+        if len(visited) > _MAX_FOLDERS or len(subfolder.relative_to(folder).parts) > _MAX_FOLDER_DEPTH:
             raise SempaError(
                 f"The modules in {folder} have too many folders, or too deep ones ({subfolder}). Expected at most "
-                f"{_MAX_FOLDERS} folders, nested at most {_MAX_DEPTH} deep."
+                f"{_MAX_FOLDERS} folders, nested at most {_MAX_FOLDER_DEPTH} deep."
             )
         pending |= set(_child_folders(folder, subfolder))
     return sorted(visited)

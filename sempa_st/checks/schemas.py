@@ -34,10 +34,11 @@ _MAX_LABELS = 1 << 20
 """Maximum number of labels of a classifier: transformers makes a name for each, though a decoder has none."""
 _MAX_POSITIONS = {
     **dict.fromkeys(("gpt_bigcode", "gpt_neo", "openai-gpt"), 1 << 13),  # a mask of all pairs, StarCoder's of this size
-    **dict.fromkeys(("codegen", "ctrl", "gptj"), 1 << 18),  # a table
+    # a table
+    **dict.fromkeys(("codegen", "ctrl", "gptj", "mpt", "musicgen", "musicgen_melody", "xglm"), 1 << 18),
 }
 """Maximum number of positions by type, of models that allocate what no file of weights holds."""
-_POSITIONS = {"max_position_embeddings", "n_positions"}
+_POSITIONS = {"max_position_embeddings", "max_seq_len", "n_positions"}
 _COUNT_KEY = re.compile(r"(layers?|experts|num_labels)$")
 _MAX_RANK = 4096
 _MAX_ALPHA = 1 << 31

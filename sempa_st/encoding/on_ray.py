@@ -169,6 +169,7 @@ def _sigterm_unchanged() -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, handler)
         signal.raise_signal(signal.SIGTERM)  # which came meanwhile
+        raise SempaError("SIGTERM came while Ray started, and Ray gave up. Run the command again.") from exit
     finally:
         signal.signal(signal.SIGTERM, handler)
 

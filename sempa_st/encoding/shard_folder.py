@@ -57,8 +57,8 @@ class ShardFolder:
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
         self.suffix = self.output.suffix.lower()
-        target = self.output.resolve()
-        self.path = target.with_name(f"{target.name}.encoding")
+        self._target = self.output.resolve()  # if the output is a link, what it points to is written
+        self.path = self._target.with_name(f"{self._target.name}.encoding")
 
     @property
     def shard_suffix(self) -> str:
@@ -126,12 +126,16 @@ class ShardFolder:
                 published = is_claimed(self.output, self.path)
                 yield {shard.number for shard in sentences.shards} if published else self._finished()
             except BaseException:
-                if not self._finished():
-                    shutil.rmtree(self.path, ignore_errors=True)
+                if not self._finished() and self.path.is_dir():
+                    self._remove()
                 raise
 
     def _remove(self) -> None:
         """Remove the folder, in one step: what a kill leaves of it is a leftover, and is not taken for a run."""
+        if self.path.is_symlink():  # to another disk, where nothing can be moved in one step
+            shutil.rmtree(self.path.resolve())
+            self.path.unlink()
+            return
         with scratch_folder(self.path) as scratch:
             self.path.rename(scratch / self.path.name)
 
@@ -186,8 +190,7 @@ class ShardFolder:
     def finish(self, sentences: Sentences) -> int:
         """Make the output of the shards, remove the folder, and return the number of values of a vector."""
         if is_claimed(self.output, self.path):
-            target = self.output.resolve() if self.suffix == FOLDER else self.output
-            clear_leftovers(target.parent, target.name)
+            clear_leftovers(self._target.parent, self._target.name)
         else:
             self._publish(sentences)
         width = _width(self.output / self.shard(0).name if self.suffix == FOLDER else self.output)
@@ -212,7 +215,7 @@ class ShardFolder:
         for file in ranges:
             with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
                 shutil.copyfile(file, partial)
-        with atomic_file(self.output) as partial:
+        with atomic_file(self._target) as partial:
             if self.suffix == ".npy":
                 _join_npy(shards, partial, (sentences.count, _width(shards[0])))
             else:

@@ -62,18 +62,12 @@ def _adapters(model: SentenceTransformer) -> list[str]:
 
 
 def _weights_digest(model: SentenceTransformer) -> str:
-    """Return a SHA-256 (hex) of all weights; what a model computes anew as it runs is none of them."""
+    """Return a SHA-256 (hex) of all weights that training can change."""
     import torch
 
-    digest, seen = hashlib.sha256(), set()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.is_quantized:
-            continue  # packed integers, which nothing trains
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen:  # tied weights
-            continue
-        seen.add(place)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in tensor.detach().flatten().split(_PART):
-            digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():  # tied ones once
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        for part in () if weight.is_meta else weight.detach().flatten().split(_PART):
+            digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from sempa_st.folder.layout import ModelFolder
 from sempa_st.folder.resolve import Source, adapter_base
 from sempa_st.model.adapter_kinds import check_native
 from sempa_st.model.chat_templates import check_chat_templates
-from sempa_st.utils.finite import check_finite
+from sempa_st.utils.finite import NotFiniteError, check_finite
 from sempa_st.utils.hub import current_access
 
 if TYPE_CHECKING:
@@ -99,10 +99,16 @@ class _FiniteVectors:
 
     def __call__(self, module: Any, args: Any, features: dict[str, Any]) -> None:
         vectors = features.get("sentence_embedding")
-        if vectors is not None:
-            ids = features.get("input_ids")
-            texts = ["?"] * len(vectors) if ids is None else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            check_finite(vectors, texts)
+        if vectors is None:
+            return
+        try:
+            check_finite(vectors, ["?"] * len(vectors))
+        except NotFiniteError as error:
+            ids, decode = features.get("input_ids"), getattr(self.tokenizer, "batch_decode", None)
+            if ids is None or decode is None or len(ids) != len(vectors):
+                raise
+            texts = decode(ids, skip_special_tokens=True)
+            raise error.naming([(index, texts[index]) for index, _ in error.bad], error.total) from None
 
 
 def _check_weights(folder: ModelFolder) -> None:

@@ -91,8 +91,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         # With output_value None, a method that has no token embeddings is not asked for them.
         tokens = output == "token_embeddings" or (output is None and isinstance(self[0], PromptEOL))
         vectors = self._encode(texts, args, {**kwargs, "token_embeddings": True} if tokens else kwargs)
-        # A decoder gives no text a vector of zeros. Other models do, for a text without known words.
-        never_zero = output != "token_embeddings" and hasattr(type(self[0]), "packs_batches")
+        never_zero = output != "token_embeddings" and getattr(self[0], "never_zero", False)
         for checked, names in _with_names([vectors] if singular else vectors, listed, output):
             try:
                 check_finite(checked, names, nonzero=never_zero)

@@ -74,6 +74,11 @@ class MethodModule(InputModule):
         return whole.base_model
 
     @property
+    def never_zero(self) -> bool:
+        """Whether no text has a vector of zeros; less that of its template, an empty one has."""
+        return not isinstance(self._method, PromptBERT)
+
+    @property
     def packs_batches(self) -> bool:
         """Whether a batch should hold sentences that begin alike: the method packs them."""
         return self._method.packs and can_pack(self.decoder, 1)

@@ -53,6 +53,7 @@ class PromptEOL(InputModule):
     """
 
     config_file_name = "sentence_bert_config.json"
+    never_zero = True  # while other models give zeros for a text without known words
     forward_kwargs: set[str] = {"token_embeddings"}  # noqa: RUF012 (a list of names that nothing changes)
     tokenizer: PreTrainedTokenizerBase
 

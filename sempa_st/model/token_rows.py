@@ -86,12 +86,18 @@ def fitting(tokenizer: Any, sequences: list[list[int]], decoder: Any) -> list[li
         sequences: Token ids of each sequence.
         decoder: Layers with the input embeddings.
     """
-    vocabulary = decoder.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_count(decoder)
     if max(map(max, filter(None, sequences)), default=0) < vocabulary:
         return sequences
     known = (token for token in (tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None)
     replacement = next((token for token in known if token < vocabulary), 0)
     return [[token if token < vocabulary else replacement for token in ids] for ids in sequences]
+
+
+def embedding_count(decoder: Any) -> int:
+    """Return the number of tokens with an embedding; the weight may be on another process."""
+    embedding = decoder.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
 
 def pad_rows(tokenizer: Any, sequences: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:

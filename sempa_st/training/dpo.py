@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ from trl import DPOTrainer
 
 from sempa_st.model.patching import completion_tokens_only, replaced
 from sempa_st.model.peft_models import is_peft_model
-from sempa_st.model.token_rows import fitting
+from sempa_st.model.token_rows import embedding_count, fitting
 from sempa_st.training.dev_score import DevScoreTrainer
 from sempa_st.training.forward import shared_states
 from sempa_st.training.reference import REFERENCE, cached_tensor
@@ -55,10 +56,10 @@ class PreferenceTrainer(DevScoreTrainer, DPOTrainer):
 
     def _with_embeddings(self, dataset: Any) -> Any:
         """Replace tokens that have no embedding (:func:`sempa_st.model.token_rows.fitting`), which TRL does not."""
+        rows = embedding_count(self.generator())
         for column in _TOKENS:
-            found = list(dataset[column])
-            fit = fitting(self.processing_class, found, self.generator())
-            if fit is not found:
+            if (pc.max(pc.list_flatten(dataset.data[column])).as_py() or 0) >= rows:
+                fit = fitting(self.processing_class, list(dataset[column]), self.generator())
                 dataset = dataset.remove_columns(column).add_column(column, fit)
         return dataset
 

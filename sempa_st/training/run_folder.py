@@ -54,10 +54,11 @@ class RunFolder:
         self._stack = ExitStack()
 
     def check_free(self) -> None:
-        """Raise :class:`SempaError` if another process is training to the output folder."""
+        """Clear what a finished run has left; raise :class:`SempaError` if another process trains to the output."""
         if self._lock.exists():
             self._take_lock()
             self.close()
+        self.clear_finished()
 
     def open(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Lock the folder until :meth:`close`, and create it or check that it belongs to the same run.
@@ -73,7 +74,6 @@ class RunFolder:
             SempaError: If there is nothing to resume, the folder holds another run or other files, or another process
                 uses it.
         """
-        self.clear_finished()
         check_output_folder(self.output, overwrite=overwrite)
         if resume and not checkpoints_in(self.checkpoints):
             raise SempaError(
@@ -225,7 +225,7 @@ class RunFolder:
         except UnreadableError as error:
             return str(error)
         if not checkpoints:
-            self.remove()
+            self.remove(models=not is_filled(self.output))  # those of a run that has ended stay
             return None
         if self.last_checkpoint() is None:
             newest = checkpoints[-1]

@@ -298,6 +298,12 @@ def test_what_sentence_transformers_cannot_embed_with(
         ("base", "config.json", {"num_hidden_layers": 5000}, "num_hidden_layers is 5000. Expected less than or equal"),
         ("base", "config.json", {"text_config": {"num_experts": 5000}}, "text_config.num_experts is 5000. Expected"),
         ("base", "config.json", {"num_labels": 10**12}, "num_labels is 1000000000000. Expected"),
+        (
+            "base",
+            "config.json",
+            {"model_type": "mpt", "max_seq_len": 10**9},
+            "max_seq_len is 1000000000. Expected less than or equal to 262144",
+        ),
         ("base", "config.json", {"model_type": ["llama"]}, "model_type is ['llama']. Expected a valid string"),
         ("base", "tokenizer_config.json", {"chat_template": "\ud800"}, "a text in it holds a lone surrogate"),
         ("base", "tokenizer_config.json", {"a": [{"b": "\udfff"}]}, "a text in it holds a lone surrogate"),
@@ -387,7 +393,10 @@ def test_keys_of_other_versions_are_taken(folders: Path) -> None:
     for name in SETTINGS_FILES:
         path = folders / "sempa" / name
         if path.is_file() and name != "modules.json":
-            change(path, a_key_of_the_future={"deep": [1, None, "x"]})
+            deep: Any = [1, None, "x"]
+            for _ in range(50):
+                deep = {"deep": deep}
+            change(path, a_key_of_the_future=deep)
     assert sempa_st.load(folders / "sempa", dtype="float32", device="cpu").encode(["A cat"]).shape == (1, 32)
 
 

@@ -145,14 +145,16 @@ def test_sigterm_does_what_it_did_before_ray_was_started(monkeypatch: pytest.Mon
         signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_while_ray_starts_is_the_command_line_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("returns", [True, False])
+def test_sigterm_while_ray_starts_is_the_program_s(monkeypatch: pytest.MonkeyPatch, returns: bool) -> None:
     """Ray's handler, which it sets first, makes it an exit with the code 15."""
 
     class OwnError(Exception):
         pass
 
     def handler(*_: Any) -> None:
-        raise OwnError
+        if not returns:
+            raise OwnError
 
     def start(**_: Any) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
@@ -164,7 +166,7 @@ def test_sigterm_while_ray_starts_is_the_command_line_s(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "init", start)
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        with pytest.raises(OwnError):
+        with pytest.raises(SempaError if returns else OwnError):
             RayWorkers("gemma3-270m", {}, None)
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:

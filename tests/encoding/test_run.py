@@ -380,6 +380,21 @@ def test_an_output_that_came_after_a_killed_run_is_not_taken_for_its_own(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sentences.txt", "v.npy"]
 
 
+def test_links_are_followed(model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output's to another folder, and that of the unfinished run to another disk."""
+    elsewhere, other_disk = tmp_path / "elsewhere", tmp_path / "disk"
+    elsewhere.mkdir()
+    other_disk.mkdir()
+    (tmp_path / "v.npy").symlink_to(elsewhere / "real.npy")
+    (elsewhere / "real.npy.encoding").symlink_to(other_disk)
+    assert encode_file(model, text_file, tmp_path / "v.npy", shard_size=6) == (20, 32)
+    assert (tmp_path / "v.npy").is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["real.npy"] and not other_disk.exists()
+    np.testing.assert_allclose(np.load(elsewhere / "real.npy"), model.encode(SENTENCES), atol=1e-5)
+    with pytest.raises(SempaError, match="exists"):
+        encode_file(model, text_file, tmp_path / "v.npy")
+
+
 @pytest.mark.parametrize("name", ["sentences.txt/v.npy", "x" * 251 + ".npy"])
 def test_an_output_that_cannot_be_is_told(model: Any, tmp_path: Path, text_file: Path, name: str) -> None:
     with pytest.raises(SempaError, match="cannot be"):

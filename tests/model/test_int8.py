@@ -16,8 +16,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig, BertModel
 
 import sempa_st
+from sempa_st.encoding import encode_file
 from sempa_st.errors import SempaError
 from sempa_st.folder.copying import copy_model
+from sempa_st.folder.identity import current_name
 from sempa_st.model import int8
 from sempa_st.model.int8 import Int8Linear
 
@@ -148,6 +150,15 @@ def test_the_command_line_takes_it(
     exact, rounded = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("exact", "rounded"))
     assert cosine_similarity(exact, rounded).min() > 0.99
     assert not torch.equal(exact, rounded)
+
+
+def test_an_open_model_is_scored_and_writes_files(tiny_base: Path, tmp_path: Path) -> None:
+    model = sempa_st.load(str(tiny_base), device="cpu", int8=True)
+    (tmp_path / "texts.txt").write_text("A cat sleeps.\nTwo dogs run.\n")
+    assert encode_file(model, tmp_path / "texts.txt", tmp_path / "v.npy") == (2, 32)
+    exact = sempa_st.load(str(tiny_base), device="cpu", dtype="float32")
+    names = [current_name(each) for each in (model, exact, sempa_st.load(str(tiny_base), device="cpu", int8=True))]
+    assert names[0] == names[2] != names[1]
 
 
 def test_other_processes_get_the_same_model(adapter_folder: Path) -> None:

@@ -279,7 +279,6 @@ def test_no_state_is_without_a_way_out(config: TrainConfig, state: Callable[[Pat
         assert not [path for path in work.path.parent.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_run_that_was_killed_after_its_output_leaves_nothing(
@@ -287,7 +286,11 @@ def test_a_run_that_was_killed_after_its_output_leaves_nothing(
 ) -> None:
     """The next command is refused, since the output is there, and removes what is left of the run."""
 
+    original = RunFolder.remove
+
     def half(folder: RunFolder, *, models: bool = True) -> None:
+        if models:
+            return original(folder)
         shutil.rmtree(checkpoints_in(folder.checkpoints)[0])
         raise InterruptError
 
@@ -304,6 +307,20 @@ def test_a_run_that_was_killed_after_its_output_leaves_nothing(
     assert (tmp_path / "model" / "sempa_run.json").read_bytes() == written
 
 
+def test_an_interrupt_after_the_output_keeps_the_kept_models(tiny_base: Path, tmp_path: Path) -> None:
+    original = RunFolder.remove
+
+    def interrupted(folder: RunFolder, *, models: bool = True) -> None:
+        original(folder, models=models)
+        if not models:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "remove", interrupted)
+        train(make_config(tiny_base, tmp_path / "model", epochs=2, keep_checkpoints=True))
+    assert list((tmp_path / "model.training" / "models").iterdir())
+
+
 def test_a_run_beside_an_earlier_output_is_not_taken_for_a_finished_one(
     tiny_base: Path, interrupted: Path, tmp_path: Path
 ) -> None:
@@ -315,6 +332,7 @@ def test_a_run_beside_an_earlier_output_is_not_taken_for_a_finished_one(
     assert checkpoints_in(tmp_path / "model.training" / "checkpoints")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_what_no_run_has_written_is_never_removed(tmp_path: Path, overwrite: bool) -> None:
     work = RunFolder(tmp_path / "model")
     work.path.mkdir()
