@@ -35,7 +35,7 @@ _MAX_LABELS = 1 << 20
 _MAX_POSITIONS = {
     **dict.fromkeys(("gpt_bigcode", "gpt_neo", "openai-gpt"), 1 << 13),  # a mask of all pairs, StarCoder's of this size
     # a table
-    **dict.fromkeys(("codegen", "ctrl", "gptj", "mpt", "musicgen", "musicgen_melody", "xglm"), 1 << 18),
+    **dict.fromkeys(("codegen", "ctrl", "gptj", "mpt", "xglm"), 1 << 18),
 }
 """Maximum number of positions by type, of models that allocate what no file of weights holds."""
 _POSITIONS = {"max_position_embeddings", "max_seq_len", "n_positions"}

@@ -23,7 +23,7 @@ from typing import Any
 
 from sempa_st.encoding.sentences import Sentences
 from sempa_st.errors import SempaError
-from sempa_st.utils.claims import claim_output, is_claimed
+from sempa_st.utils.claims import CLAIM, claim_output, is_claimed
 from sempa_st.utils.files import (
     atomic_file,
     atomic_folder,
@@ -37,6 +37,7 @@ from sempa_st.utils.files import (
     write_json,
 )
 from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, publish, scratch_folder
+from sempa_st.utils.names import resolved
 
 FOLDER = ""
 """Ending of an output that is a folder of parquet files."""
@@ -57,7 +58,7 @@ class ShardFolder:
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
         self.suffix = self.output.suffix.lower()
-        self._target = self.output.resolve()  # if the output is a link, what it points to is written
+        self._target = resolved(self.output)  # if the output is a link, what it points to is written
         self.path = self._target.with_name(f"{self._target.name}.encoding")
 
     @property
@@ -127,14 +128,19 @@ class ShardFolder:
                 yield {shard.number for shard in sentences.shards} if published else self._finished()
             except BaseException:
                 if not self._finished() and self.path.is_dir():
-                    self._remove()
+                    with suppress(OSError):  # what it was that went wrong is more important
+                        self._remove()
                 raise
 
     def _remove(self) -> None:
-        """Remove the folder, in one step: what a kill leaves of it is a leftover, and is not taken for a run."""
-        if self.path.is_symlink():  # to another disk, where nothing can be moved in one step
-            shutil.rmtree(self.path.resolve())
-            self.path.unlink()
+        """Remove the folder, in one step: what a kill leaves of it is a leftover, and is not taken for a run.
+
+        If it is a link, to another disk, the folder there stays and is emptied; what tells whose it is goes last.
+        """
+        if self.path.is_symlink():
+            last = {CLAIM: 1, _IDENTITY: 2}
+            for entry in sorted(self.path.iterdir(), key=lambda entry: last.get(entry.name, 0)):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             return
         with scratch_folder(self.path) as scratch:
             self.path.rename(scratch / self.path.name)
@@ -154,7 +160,7 @@ class ShardFolder:
                     "finish it, or pass --overwrite to delete it."
                 )
             self._remove()
-            self.path.mkdir()
+            self.path.mkdir(exist_ok=True)
         write_json(self.path / _IDENTITY, identity)
 
     def shard(self, number: int) -> Path:
@@ -212,8 +218,12 @@ class ShardFolder:
                     _link(file, partial / file.name)
                 claim_output(partial, self.path)
             return
+        beside = self.output.with_name(self.output.name + ".ranges.npy")
+        if self._target.exists() and (ranges or beside.exists()):
+            self._target.unlink()  # the vectors of one run never stand beside the ranges of another
+            beside.unlink(missing_ok=True)
         for file in ranges:
-            with atomic_file(self.output.with_name(self.output.name + ".ranges.npy")) as partial:
+            with atomic_file(beside) as partial:
                 shutil.copyfile(file, partial)
         with atomic_file(self._target) as partial:
             if self.suffix == ".npy":

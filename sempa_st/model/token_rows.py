@@ -97,7 +97,7 @@ def fitting(tokenizer: Any, sequences: list[list[int]], decoder: Any) -> list[li
 def embedding_count(decoder: Any) -> int:
     """Return the number of tokens with an embedding; the weight may be on another process."""
     embedding = decoder.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    return int(embedding.weight.shape[0] or embedding.num_embeddings)
 
 
 def pad_rows(tokenizer: Any, sequences: Sequence[Sequence[int]], side: str | None = None) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from sempa_st.training.checkpoints import (
 from sempa_st.utils.claims import CLAIM, is_claimed
 from sempa_st.utils.files import check_output_folder, is_filled, lock_beside, locked, read_json, write_json, write_text
 from sempa_st.utils.leftovers import clear_leftovers
+from sempa_st.utils.names import resolved
 
 _IDENTITY = "identity.json"
 _CHECKPOINTS = "checkpoints"
@@ -45,7 +46,7 @@ class RunFolder:
     """
 
     def __init__(self, output: str | Path) -> None:
-        self.output = Path(output).resolve()
+        self.output = resolved(output)
         self.path = self.output.with_name(self.output.name + ".training")
         self.checkpoints = self.path / _CHECKPOINTS
         self.models = self.path / _MODELS
@@ -219,13 +220,19 @@ class RunFolder:
         return next((str(path) for path in reversed(checkpoints_in(self.checkpoints)) if not fault_in(path)), None)
 
     def after_interruption(self) -> str | None:
-        """Return a line on how to continue an interrupted run; remove the folder if there is no checkpoint."""
+        """Return a line on how to continue an interrupted run; remove the folder if there is no checkpoint.
+
+        A run whose output is in its place has ended, and only what is left of it is removed.
+        """
+        if is_claimed(self.output, self.path):
+            self.remove(models=False)
+            return None
         try:
             checkpoints = checkpoints_in(self.checkpoints)
         except UnreadableError as error:
             return str(error)
         if not checkpoints:
-            self.remove(models=not is_filled(self.output))  # those of a run that has ended stay
+            self.remove(models=not is_filled(self.output))  # a run that has ended may have kept some
             return None
         if self.last_checkpoint() is None:
             newest = checkpoints[-1]

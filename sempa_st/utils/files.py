@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 
 from sempa_st.errors import SempaError
 from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, publish, scratch_folder, unwritable_reason
+from sempa_st.utils.names import resolved
 
 UTF8 = "utf-8-sig"
 """Encoding for reading text files: UTF-8, without a leading byte order mark."""
@@ -38,7 +39,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractConte
         SempaError: If ``path`` is not empty and ``overwrite`` is false, be it since another process has filled it
             meanwhile, or if it cannot be written.
     """
-    target = Path(path).resolve()  # if path is a link, replace the folder it points to and keep the link
+    target = resolved(path)  # if path is a link, replace the folder it points to and keep the link
     check_output_folder(target, overwrite=overwrite)
     return _atomic(target, Path.mkdir, overwrite=overwrite)
 
@@ -54,7 +55,7 @@ def filled_folder(path: str | Path, replaced: Sequence[str]) -> Iterator[Path]:
     Raises:
         SempaError: If the folder cannot be written.
     """
-    target = Path(path).resolve()
+    target = resolved(path)
     if target.is_file():
         raise SempaError(f"The output {target} is a file. Expected a folder; choose another path.")
     with ExitStack() as stack:
@@ -155,7 +156,7 @@ def build_once(target: Path, mark: str, build: Callable[[Path], None]) -> Path:
 
 def check_not_inside(output: str | Path, inputs: Sequence[Path]) -> None:
     """Raise :class:`SempaError` if replacing ``output`` would delete one of the ``inputs`` (files or folders)."""
-    target = Path(output).resolve()
+    target = resolved(output)
     for path in inputs:
         if path.resolve().is_relative_to(target):
             raise SempaError(f"The output {output} contains {path}, which is read from. Choose another output.")
@@ -172,7 +173,7 @@ def check_output_file(path: str | Path, suffixes: Sequence[str]) -> None:
 
 
 def _check_parent(target: Path) -> None:
-    parent = target.resolve().parent
+    parent = resolved(target).parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -186,7 +187,7 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
     """
     target = Path(path)
     with os_errors_as_sempa_errors(f"{target} cannot be read"):
-        clear_leftovers(target.resolve().parent, target.resolve().name)
+        clear_leftovers(resolved(target).parent, resolved(target).name)
         is_file = target.is_file()
         filled = is_filled(target)
     if is_file:

@@ -1,4 +1,4 @@
-"""Check that file names and links in a model folder do not lead out of it."""
+"""Names and links: those in a model folder must not lead out of it, and those of outputs lead somewhere."""
 
 from __future__ import annotations
 
@@ -64,3 +64,15 @@ def _allowed_roots(folder: Path) -> list[Path]:
     repository = root.parent.parent
     in_hub_cache = root.parent.name == "snapshots" and repository.name.startswith("models--")
     return [root, repository / "blobs"] if in_hub_cache else [root]
+
+
+def resolved(path: str | Path) -> Path:
+    """Return a path without links.
+
+    Raises:
+        SempaError: If its links lead in a circle, or cannot be read.
+    """
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise SempaError(f"{path} cannot be read: {error}. Expected a path without links to itself.") from error

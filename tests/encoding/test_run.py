@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -389,9 +390,32 @@ def test_links_are_followed(model: Any, tmp_path: Path, text_file: Path, monkeyp
     (elsewhere / "real.npy.encoding").symlink_to(other_disk)
     assert encode_file(model, text_file, tmp_path / "v.npy", shard_size=6) == (20, 32)
     assert (tmp_path / "v.npy").is_symlink()
-    assert [path.name for path in elsewhere.iterdir()] == ["real.npy"] and not other_disk.exists()
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["real.npy", "real.npy.encoding"]
+    assert not list(other_disk.iterdir())
     np.testing.assert_allclose(np.load(elsewhere / "real.npy"), model.encode(SENTENCES), atol=1e-5)
     with pytest.raises(SempaError, match="exists"):
+        encode_file(model, text_file, tmp_path / "v.npy")
+
+
+def test_vectors_never_stand_beside_the_ranges_of_others(
+    model: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, ranges = tmp_path / "v.npy", tmp_path / "v.npy.ranges.npy"
+    encode_file(model, text_file, output, precision="int8")
+    before = ranges.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("sempa_st.encoding.shard_folder._join_npy", Mock(side_effect=KilledError))
+        encode_file(model, text_file, output, precision="int8", prompt="What: ", overwrite=True)
+    assert not output.exists()
+    encode_file(model, text_file, output, precision="int8", prompt="What: ", overwrite=True)
+    assert output.exists() and ranges.read_bytes() != before
+    encode_file(model, text_file, output, overwrite=True)
+    assert output.exists() and not ranges.exists()
+
+
+def test_a_link_to_itself_is_told(model: Any, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "v.npy").symlink_to(tmp_path / "v.npy")
+    with pytest.raises(SempaError, match="without links to itself"):
         encode_file(model, text_file, tmp_path / "v.npy")
 
 

@@ -307,18 +307,28 @@ def test_a_run_that_was_killed_after_its_output_leaves_nothing(
     assert (tmp_path / "model" / "sempa_run.json").read_bytes() == written
 
 
-def test_an_interrupt_after_the_output_keeps_the_kept_models(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_interrupt_after_the_output_keeps_the_kept_models(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], at_once: bool
+) -> None:
+    interrupts: list[int] = []
+
     original = RunFolder.remove
 
     def interrupted(folder: RunFolder, *, models: bool = True) -> None:
-        original(folder, models=models)
-        if not models:
-            raise KeyboardInterrupt
+        if models or interrupts:
+            return original(folder, models=models)
+        interrupts.append(1)
+        if not at_once:
+            original(folder, models=models)
+        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "remove", interrupted)
         train(make_config(tiny_base, tmp_path / "model", epochs=2, keep_checkpoints=True))
+    assert [path.name for path in (tmp_path / "model.training").iterdir()] == ["models"]
     assert list((tmp_path / "model.training" / "models").iterdir())
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_a_run_beside_an_earlier_output_is_not_taken_for_a_finished_one(
