@@ -25,7 +25,6 @@ from pydantic_core import InitErrorDetails
 
 from sempa_st.checks.patterns import check_pattern
 from sempa_st.checks.record_schema import RunRecord, Settings
-from sempa_st.utils.files import lone_surrogates
 from sempa_st.utils.names import is_plain_path
 
 _MAX_COUNT = 1024
@@ -33,8 +32,9 @@ _MAX_COUNT = 1024
 _MAX_LABELS = 1 << 20
 """Maximum number of labels of a classifier: transformers makes a name for each, though a decoder has none."""
 _MAX_POSITIONS = {
-    **dict.fromkeys(("gpt_bigcode", "gpt_neo", "openai-gpt"), 1 << 13),  # a mask of all pairs, StarCoder's of this size
-    # a table
+    # A mask of all pairs, StarCoder's of this size.
+    **dict.fromkeys(("gpt_bigcode", "gpt_neo", "openai-gpt"), 1 << 13),
+    # A table.
     **dict.fromkeys(("codegen", "ctrl", "gptj", "mpt", "xglm"), 1 << 18),
 }
 """Maximum number of positions by type, of models that allocate what no file of weights holds."""
@@ -74,16 +74,10 @@ def _plain_name(name: str) -> str:
 
 
 def _reference(name: str) -> str:
-    odd = any(ord(character) < ord(" ") or lone_surrogates(character) for character in name)
+    odd = any(ord(character) < ord(" ") for character in name)
     if odd or len(name) > _MAX_PATH or any(len(part.encode()) > _MAX_PART for part in name.split("/")):
         raise ValueError(f"a name or path without control characters, of at most {_MAX_PART} bytes a part")
     return name
-
-
-def _text(text: str) -> str:
-    if lone_surrogates(text):
-        raise ValueError("a text without lone surrogates")
-    return text
 
 
 _Unsupported = Annotated[Any, AfterValidator(_unsupported)]
@@ -119,7 +113,7 @@ class _TransformerModule(Settings):
 
 
 class _SentenceTransformer(Settings):
-    prompts: dict[str, Annotated[str, AfterValidator(_text)]] | None = None
+    prompts: dict[str, str] | None = None
     default_prompt_name: str | None = None
     similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
     truncate_dim: PositiveInt | None = None

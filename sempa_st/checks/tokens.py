@@ -16,6 +16,7 @@ _NEW_PAD = "<|pad|>"
 _UNUSED_BYTE = "ÿ"
 """Entry of byte 0xFF in byte-level vocabularies, which occurs in no UTF-8 text; this letter is two other bytes."""
 _COUNTED = 10**9
+"""Tokens up to which a post-processor's are counted: a chain of them may double the text at each step."""
 _MAX_GROWTH = 100
 """Maximum number of characters that normalisation and pre-tokenisation may produce from one character, and of tokens
 that post-processing may make of one token."""

@@ -36,7 +36,7 @@ from sempa_st.utils.files import (
     read_json,
     write_json,
 )
-from sempa_st.utils.leftovers import InUseError, clear_leftovers, held, publish, scratch_folder
+from sempa_st.utils.leftovers import InUseError, clear_leftovers, delete, held, publish, scratch_folder
 from sempa_st.utils.names import resolved
 
 FOLDER = ""
@@ -140,7 +140,7 @@ class ShardFolder:
         if self.path.is_symlink():
             last = {CLAIM: 1, _IDENTITY: 2}
             for entry in sorted(self.path.iterdir(), key=lambda entry: last.get(entry.name, 0)):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                delete(entry)
             return
         with scratch_folder(self.path) as scratch:
             self.path.rename(scratch / self.path.name)
@@ -208,7 +208,7 @@ class ShardFolder:
         if missing:
             raise SempaError(f"{len(missing)} shard(s) are missing in {self.path}. Run the command again.")
         for leftover in self.path.glob(".*"):  # of workers that were killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            delete(leftover)
         shards = [self.shard(shard.number) for shard in sentences.shards]
         ranges = [self.ranges] if self.ranges.exists() else []
         # The shards stay until the output is in its place.

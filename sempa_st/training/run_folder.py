@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +21,7 @@ from sempa_st.training.checkpoints import (
 )
 from sempa_st.utils.claims import CLAIM, is_claimed
 from sempa_st.utils.files import check_output_folder, is_filled, lock_beside, locked, read_json, write_json, write_text
-from sempa_st.utils.leftovers import clear_leftovers
+from sempa_st.utils.leftovers import clear_leftovers, delete
 from sempa_st.utils.names import resolved
 
 _IDENTITY = "identity.json"
@@ -252,10 +251,7 @@ class RunFolder:
                 continue
             if path.parent == self.models and not models:
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            delete(path)
         for folder in (self.checkpoints, self.models, self.path):
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()

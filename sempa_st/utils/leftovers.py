@@ -130,6 +130,14 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
                 _restore_or_remove(backup, name)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _backup_path(scratch: Path) -> Path:
     """Return where the previous output is kept while the output in ``scratch`` replaces it."""
     return scratch.with_name(f"{scratch.name[: -len(_PARTIAL) - _DIGITS]}{_OLD}{scratch.name[-_DIGITS:]}")
